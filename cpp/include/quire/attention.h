@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention in three lifetimes: AttentionDesc per model, AttentionPlan per step, run() per layer.
+//
+//   Attention attention(desc);                              // picks the kernel once
+//   AttentionPlan plan = attention.plan(batch);             // immutable, serves every layer
+//   for (auto& layer : layers) attention.run(plan, {.q = ..., .k = ..., .v = ..., .out = ...});
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "quire/device.h"
+#include "quire/dtype.h"
+#include "quire/kernel_params.h"
+#include "quire/tensor.h"
+
+namespace quire {
+
+class Backend;
+
+// What stays the same for all steps of a model's attention layers.
+struct AttentionDesc {
+  int num_heads = 0;
+  int num_kv_heads = 0;  // divides num_heads
+  int head_dim = 0;
+  int head_dim_v = 0;  // 0: head_dim
+  DType dtype = DType::kBFloat16;
+  DType kv_dtype = DType::kBFloat16;
+  int block_size = 0;  // tokens a block of the paged cache; 0: k and v are ragged or dense
+  bool causal = true;  // aligned bottom right
+  int window_left = -1;
+  int window_right = -1;  // inclusive, -1: open
+  float scale = 0;        // 0: 1 / sqrt(head_dim)
+  float softcap = 0;      // 0: none
+};
+
+// One step's batch. The pointers are read by plan() only.
+//   paged:  block_table, seq_lens, and cu_seqlens_q or null (one query row each)
+//   ragged: cu_seqlens_q and cu_seqlens_k
+//   dense:  dense_q and dense_k
+struct AttentionBatch {
+  int batch_size = 0;
+  const int32_t* seq_lens = nullptr;      // [batch]: keys of each sequence, the new tokens included
+  const int32_t* cu_seqlens_q = nullptr;  // [batch + 1]: where the query rows of each begin
+  const int32_t* cu_seqlens_k = nullptr;  // [batch + 1]: where the keys of each begin
+  const int32_t* block_table = nullptr;   // [batch, max_blocks]
+  int64_t block_table_stride = 0;
+  int max_blocks = 0;
+  int dense_q = -1;  // query rows and keys of every sequence
+  int dense_k = -1;
+};
+
+// How finely the backend likes its work cut.
+struct PlanTraits {
+  int parallelism = 1;  // workers that share the list
+  int max_rows = 64;    // query rows x heads of a kv head in one work item
+};
+
+// A step's list of work. Immutable; shared by layers and threads.
+struct AttentionPlan {
+  std::vector<Sequence> sequences;
+  std::vector<WorkItem> items;  // longest first
+  std::vector<MergeItem> merges;
+  int num_partials = 0;  // slots of the workspace, each of partial_rows rows
+  int partial_rows = 0;  // most rows (query rows x heads of a kv head) of an item that is split
+  int64_t total_q = 0;   // rows that q must have (dense: rows of each sequence)
+  int64_t total_k = 0;   // rows that k and v must have (dense: of each sequence; paged: 0)
+  bool dense = false;
+  std::vector<int32_t> block_ids;  // paged: the used entries of all rows of the block table
+  int32_t max_block_id = -1;       // largest block id in use: the cache must be larger
+  int64_t flops = 0;               // of q.k and p.v over the visible pairs of query and key
+  int64_t kv_bytes = 0;            // of the visible K and V, counted once a sequence and kv head
+};
+
+// One layer's tensors; see kernel_params.h for the shapes. An empty view: not given.
+struct AttentionTensors {
+  TensorView q, k, v, out;
+  TensorView lse;           // float32 [num_heads, total_q]
+  TensorView alibi_slopes;  // float32 [num_heads]
+  TensorView sinks;         // float32 [num_heads]
+  TensorView mask;          // uint8 [total_q, bytes]
+  bool mask_is_tree = false;
+};
+
+// Three pure functions: no device is touched, so any machine's decisions can be tested anywhere.
+void validate(const AttentionDesc& desc);
+void validate(const AttentionDesc& desc, const AttentionBatch& batch);
+void validate(const AttentionDesc& desc, const AttentionPlan& plan,
+              const AttentionTensors& tensors);
+AttentionPlan plan(const AttentionDesc& desc, const AttentionBatch& batch,
+                   const PlanTraits& traits);
+
+// A candidate of dispatch(): a kernel, and why it can't be used (empty: it can).
+struct Candidate {
+  std::string kernel;  // "cpu.avx512.decode+prefill"
+  std::string reason;
+};
+
+struct Dispatch {
+  Backend* backend = nullptr;         // null: no candidate is left
+  std::vector<Candidate> candidates;  // in order of preference; the first without a reason wins
+  std::string explain() const;
+};
+
+Dispatch dispatch(const AttentionDesc& desc, const DeviceInfo& device);
+
+// Per model: validates the description and picks the kernel. Thread-safe once built.
+class Attention {
+ public:
+  // Throws InvalidArgument, or Unsupported with the text of explain().
+  explicit Attention(const AttentionDesc& desc, Device device = {});
+
+  AttentionPlan plan(const AttentionBatch& batch) const;
+  void run(const AttentionPlan& plan, const AttentionTensors& tensors) const;
+  size_t workspace_size(const AttentionPlan& plan) const;  // bytes that run() uses for itself
+  std::string explain() const { return dispatch_.explain(); }
+  const AttentionDesc& desc() const { return desc_; }
+
+ private:
+  AttentionDesc desc_;
+  Device device_;
+  Dispatch dispatch_;
+};
+
+// One-shot: describe, plan and run. `q` is dense [batch, seq_q, heads, dim] or ragged
+// [total_q, heads, dim] with both cu_seqlens; see the Python docstrings for the options.
+struct AttentionOptions {
+  bool causal = false;
+  int window_left = -1;
+  int window_right = -1;
+  float scale = 0;
+  float softcap = 0;
+};
+void attention(const AttentionTensors& tensors, const AttentionOptions& options,
+               const TensorView& cu_seqlens_q = {}, const TensorView& cu_seqlens_k = {});
+void paged_attention(const AttentionTensors& tensors, const TensorView& block_table,
+                     const TensorView& seq_lens, const AttentionOptions& options,
+                     const TensorView& cu_seqlens_q = {});
+
+}  // namespace quire

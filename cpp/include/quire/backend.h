@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// A backend runs work lists on one kind of device. It knows nothing of allocators, block tables
+// of sequences, or policies. Adding a function here is a design decision.
+#pragma once
+
+#include <span>
+#include <string>
+#include <vector>
+
+#include "quire/attention.h"
+#include "quire/cache_ops.h"
+
+namespace quire {
+
+// A row of capabilities(): a combination that works wherever the row says.
+struct Capability {
+  std::string device;  // "cpu"
+  std::string isa;     // "avx512"
+  std::string dtype;   // of q and out
+  std::string kv_dtype;
+  int min_head_dim, max_head_dim;
+  std::string features;  // "causal window softcap ..."
+  bool available;        // on this machine
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual const char* name() const = 0;
+  virtual DeviceInfo device_info(int index) const = 0;
+  // The backend's kernels in order of preference, each with the reason that rules it out.
+  virtual std::vector<Candidate> candidates(const AttentionDesc& desc,
+                                            const DeviceInfo& device) const = 0;
+  virtual PlanTraits plan_traits(const AttentionDesc& desc, const DeviceInfo& device) const = 0;
+  // Arguments of the functions below have been validated.
+  virtual size_t workspace_size(const AttentionDesc& desc, const AttentionPlan& plan) const = 0;
+  virtual void run(const AttentionPlan& plan, const AttentionParams& params) const = 0;
+  virtual void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
+                         const TensorView& v_cache, const TensorView& slot_mapping,
+                         const Rope* rope) const = 0;
+  virtual void apply_rope(const TensorView& x, const Rope& rope, const TensorView& out) const = 0;
+  virtual void copy_blocks(const TensorView& k_cache, const TensorView& v_cache,
+                           const TensorView& src_dst) const = 0;
+  virtual void swap_blocks(const TensorView& src, const TensorView& dst,
+                           const TensorView& src_dst) const = 0;
+  virtual void merge_states(const TensorView& outs, const TensorView& lses, const TensorView& out,
+                            const TensorView& lse) const = 0;
+  virtual std::vector<Capability> capabilities() const = 0;
+};
+
+Backend* cpu_backend();
+Backend* cuda_backend();   // null where quire was built without CUDA or no device can be used
+std::string cuda_state();  // one plain sentence: "built without CUDA", "no driver", ...
+
+// The backend of a device, or null.
+Backend* backend_of(DeviceType type);
+std::vector<Capability> capabilities();
+
+// CPU instruction set in use: "scalar", "avx2", "avx512", "avx512_bf16". The environment variable
+// QUIRE_CPU_ISA forces one; an unknown or unsupported name is refused with the list.
+std::string cpu_isa();
+std::vector<std::string> supported_cpu_isas();  // best first
+int num_threads();
+void set_num_threads(int count);  // >= 1
+
+}  // namespace quire

@@ -1,0 +1,275 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The C interface, for engines in C, Rust, Go, ...: plain C99, no exception crosses it.
+ *
+ *   - Names are those of the C++ headers, where the meaning of each argument is told in full.
+ *   - X_new() gives a handle, X_delete() takes it back (NULL is fine), the rest are its methods.
+ *   - Every function that can fail returns a QuireStatus; quire_last_error() has the words. A
+ *     failed call has changed nothing, its outputs included.
+ *   - Arrays and strings are asked for twice: with a NULL buffer *size is set to the elements
+ *     needed; else *size says what the buffer holds, and is set to what was written.
+ *   - Structs begin with their size, set by their _INIT macro, so that they can grow at the end
+ *     (hence none ends in padding): programs built with an older header keep working.
+ *   - Attention and plan handles may be shared by threads. A manager is one thread's at a time.
+ */
+#ifndef QUIRE_QUIRE_H_
+#define QUIRE_QUIRE_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum QuireStatus {
+  QUIRE_OK = 0,
+  QUIRE_OUT_OF_BLOCKS = 1, /* a normal result of step(), no error: free something and try again */
+  QUIRE_INVALID_ARGUMENT = 2, /* "function: argument: expected ..., got ..." */
+  QUIRE_UNSUPPORTED = 3,      /* no kernel for this: the message has the reason of each candidate */
+  QUIRE_OUT_OF_MEMORY = 4,
+  QUIRE_INTERNAL_ERROR = 5 /* a broken invariant of quire's own */
+} QuireStatus;
+
+/* What the latest failed call of this thread says; valid until the next one fails. Never NULL. */
+const char* quire_last_error(void);
+
+const char* quire_version(void); /* "0.1.0" */
+
+/* ---- The machine */
+
+QuireStatus quire_cpu_isa(char* buffer, size_t* size); /* "avx512", the final 0 counted in size */
+QuireStatus quire_num_threads(int32_t* count);         /* of the pool that runs all work lists */
+QuireStatus quire_set_num_threads(int32_t count);
+
+/* ---- Tensors */
+
+enum { QUIRE_MAX_DIMS = 8 };
+
+typedef enum QuireDType {
+  QUIRE_FLOAT32 = 0,
+  QUIRE_FLOAT16 = 1,
+  QUIRE_BFLOAT16 = 2,
+  QUIRE_INT32 = 3,
+  QUIRE_INT64 = 4,
+  QUIRE_UINT8 = 5
+} QuireDType;
+
+typedef enum QuireDeviceType { QUIRE_CPU = 0, QUIRE_CUDA = 1 } QuireDeviceType;
+
+/* A strided view of memory that the caller owns. This struct never changes. */
+typedef struct QuireTensor {
+  void* data;
+  int32_t dtype;       /* QuireDType */
+  int32_t device_type; /* QuireDeviceType */
+  int32_t device_index;
+  int32_t ndim;
+  int64_t shape[QUIRE_MAX_DIMS];
+  int64_t strides[QUIRE_MAX_DIMS]; /* in elements */
+} QuireTensor;
+
+/* A dense row-major view of memory of the CPU. What is wrong with it, its user reports. */
+QuireTensor quire_tensor(void* data, QuireDType dtype, int32_t ndim, const int64_t* shape);
+
+/* ---- Attention (attention.h) */
+
+typedef struct QuireAttention QuireAttention;         /* per model */
+typedef struct QuireAttentionPlan QuireAttentionPlan; /* per step, serves every layer */
+
+typedef struct QuireAttentionDesc {
+  size_t struct_size;
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t head_dim_v; /* 0: head_dim */
+  int32_t dtype;
+  int32_t kv_dtype;
+  int32_t block_size; /* tokens; 0: k and v are ragged or dense */
+  int32_t causal;
+  int32_t window_left, window_right; /* inclusive, -1: open */
+  float scale;                       /* 0: 1 / sqrt(head_dim) */
+  float softcap;                     /* 0: none */
+  int32_t device_type;
+  int32_t device_index;
+} QuireAttentionDesc;
+#define QUIRE_ATTENTION_DESC_INIT \
+  {sizeof(QuireAttentionDesc), 0, 0, 0, 0, QUIRE_BFLOAT16, QUIRE_BFLOAT16, 0, 1, -1, -1, 0, 0, 0, 0}
+
+/* paged: block_table, seq_lens, and cu_seqlens_q or NULL (one query row each); ragged: both
+ * cu_seqlens; dense: dense_q and dense_k. Read by quire_attention_plan() only. */
+typedef struct QuireAttentionBatch {
+  size_t struct_size;
+  int32_t batch_size;
+  int32_t max_blocks;
+  int64_t block_table_stride;  /* elements from row to row */
+  const int32_t* block_table;  /* [batch, max_blocks] */
+  const int32_t* seq_lens;     /* [batch]: keys, the new tokens included */
+  const int32_t* cu_seqlens_q; /* [batch + 1] */
+  const int32_t* cu_seqlens_k; /* [batch + 1] */
+  int32_t dense_q, dense_k;    /* rows and keys of every sequence; -1: not dense */
+} QuireAttentionBatch;
+#define QUIRE_ATTENTION_BATCH_INIT \
+  {sizeof(QuireAttentionBatch), 0, 0, 0, NULL, NULL, NULL, NULL, -1, -1}
+
+/* Ragged and paged shapes; dense ones have [batch] before them. NULL: not given. */
+typedef struct QuireAttentionTensors {
+  size_t struct_size;
+  const QuireTensor* q;            /* [total_q, num_heads, head_dim] */
+  const QuireTensor* k;            /* [num_blocks, block_size, num_kv_heads, head_dim] or */
+  const QuireTensor* v;            /* [total_k, num_kv_heads, head_dim] */
+  const QuireTensor* out;          /* [total_q, num_heads, head_dim_v] */
+  const QuireTensor* lse;          /* float32 [num_heads, total_q], natural log */
+  const QuireTensor* alibi_slopes; /* float32 [num_heads] */
+  const QuireTensor* sinks;        /* float32 [num_heads] */
+  const QuireTensor* mask;         /* uint8 [total_q, bytes] */
+  int32_t mask_is_tree;
+  int32_t reserved; /* 0 */
+} QuireAttentionTensors;
+#define QUIRE_ATTENTION_TENSORS_INIT \
+  {sizeof(QuireAttentionTensors), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0}
+
+QuireStatus quire_attention_new(const QuireAttentionDesc* desc, QuireAttention** attention);
+void quire_attention_delete(QuireAttention* attention);
+QuireStatus quire_attention_explain(const QuireAttention* attention, char* buffer, size_t* size);
+QuireStatus quire_attention_plan(const QuireAttention* attention, const QuireAttentionBatch* batch,
+                                 QuireAttentionPlan** plan);
+void quire_attention_plan_delete(QuireAttentionPlan* plan);
+/* Bytes that run() uses for itself. */
+QuireStatus quire_attention_workspace_size(const QuireAttention* attention,
+                                           const QuireAttentionPlan* plan, size_t* bytes);
+QuireStatus quire_attention_run(const QuireAttention* attention, const QuireAttentionPlan* plan,
+                                const QuireAttentionTensors* tensors);
+
+/* One-shot: describe, plan and run. */
+typedef struct QuireAttentionOptions {
+  size_t struct_size;
+  int32_t causal;
+  int32_t window_left, window_right;
+  float scale;
+  float softcap;
+  int32_t reserved; /* 0 */
+} QuireAttentionOptions;
+#define QUIRE_ATTENTION_OPTIONS_INIT {sizeof(QuireAttentionOptions), 0, -1, -1, 0, 0, 0}
+
+/* Dense, or ragged with both cu_seqlens (int32 [batch + 1]). */
+QuireStatus quire_attention(const QuireAttentionTensors* tensors,
+                            const QuireAttentionOptions* options, const QuireTensor* cu_seqlens_q,
+                            const QuireTensor* cu_seqlens_k);
+/* cu_seqlens_q NULL: one query row each. */
+QuireStatus quire_paged_attention(const QuireAttentionTensors* tensors,
+                                  const QuireTensor* block_table, const QuireTensor* seq_lens,
+                                  const QuireAttentionOptions* options,
+                                  const QuireTensor* cu_seqlens_q);
+
+/* ---- Cache operations (cache_ops.h) */
+
+QuireStatus quire_append_kv(const QuireTensor* k, const QuireTensor* v, const QuireTensor* k_cache,
+                            const QuireTensor* v_cache, const QuireTensor* slot_mapping);
+QuireStatus quire_copy_blocks(const QuireTensor* k_cache, const QuireTensor* v_cache,
+                              const QuireTensor* src_dst);
+QuireStatus quire_merge_states(const QuireTensor* outs, const QuireTensor* lses,
+                               const QuireTensor* out, const QuireTensor* lse); /* lse: or NULL */
+
+/* ---- Sequences and their blocks (kv_cache_manager.h) */
+
+typedef struct QuireKVCacheManager QuireKVCacheManager;
+
+/* A handle that is refused once its sequence was freed. */
+typedef struct QuireSequenceId {
+  int64_t serial;
+  int64_t index;
+} QuireSequenceId;
+
+/* Sequences of different salts share nothing; a NULL salt is one of its own. */
+typedef struct QuirePrompt {
+  size_t struct_size;
+  const int32_t* token_ids;
+  size_t num_tokens;
+  const char* salt;
+  size_t salt_size;
+} QuirePrompt;
+#define QUIRE_PROMPT_INIT {sizeof(QuirePrompt), NULL, 0, NULL, 0}
+
+typedef struct QuireKVCacheConfig {
+  size_t struct_size;
+  int32_t num_blocks;
+  int32_t block_size;
+  int32_t prefix_caching;
+  int32_t async_depth; /* steps that may run while the host plans on; each is to be retired */
+} QuireKVCacheConfig;
+#define QUIRE_KV_CACHE_CONFIG_INIT {sizeof(QuireKVCacheConfig), 0, 16, 1, 0}
+
+/* The arrays of a step, valid until the next one (step_batch.h). */
+typedef struct QuireStepBatch {
+  size_t struct_size;
+  int64_t ticket;
+  int32_t batch_size;
+  int32_t max_blocks;
+  int64_t block_table_stride;
+  const int32_t* block_table;  /* [batch, max_blocks] */
+  const int32_t* seq_lens;     /* [batch] */
+  const int32_t* cu_seqlens_q; /* [batch + 1] */
+  const int64_t* slot_mapping; /* [total_q] */
+  const int32_t* positions;    /* [total_q] */
+  const int32_t* copies;       /* [num_copies, 2]: for copy_blocks, before any KV is written */
+  int64_t total_q;
+  int64_t num_copies;
+} QuireStepBatch;
+#define QUIRE_STEP_BATCH_INIT \
+  {sizeof(QuireStepBatch), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0}
+
+typedef struct QuireSequenceInfo {
+  size_t struct_size;
+  int64_t num_tokens;          /* known */
+  int64_t num_computed_tokens; /* whose KV is written */
+  int64_t num_cached_tokens;   /* found in the prefix cache by create() */
+} QuireSequenceInfo;
+#define QUIRE_SEQUENCE_INFO_INIT {sizeof(QuireSequenceInfo), 0, 0, 0}
+
+typedef struct QuireKVCacheStats {
+  size_t struct_size;
+  int32_t num_blocks, block_size;
+  int32_t free_blocks, used_blocks, cached_blocks;
+  int32_t high_water_blocks;
+  int64_t deferred_refs;
+  int64_t used_tokens, waste_tokens;
+  int64_t prefix_query_tokens, prefix_hit_tokens;
+  int64_t evicted_blocks;
+} QuireKVCacheStats;
+#define QUIRE_KV_CACHE_STATS_INIT {sizeof(QuireKVCacheStats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+
+QuireStatus quire_kv_cache_manager_new(const QuireKVCacheConfig* config,
+                                       QuireKVCacheManager** manager);
+void quire_kv_cache_manager_delete(QuireKVCacheManager* manager);
+QuireStatus quire_kv_cache_manager_create(QuireKVCacheManager* manager, const QuirePrompt* prompt,
+                                          QuireSequenceId* seq);
+QuireStatus quire_kv_cache_manager_free(QuireKVCacheManager* manager, const QuireSequenceId* seqs,
+                                        size_t num_seqs);
+/* QUIRE_OUT_OF_BLOCKS: nothing has changed, `batch` included. */
+QuireStatus quire_kv_cache_manager_step(QuireKVCacheManager* manager, const QuireSequenceId* seqs,
+                                        const int32_t* num_new_tokens, size_t num_seqs,
+                                        QuireStepBatch* batch);
+/* sampled NULL: no new tokens; num_sampled NULL: one of each sequence. */
+QuireStatus quire_kv_cache_manager_commit(QuireKVCacheManager* manager, const QuireSequenceId* seqs,
+                                          size_t num_seqs, const int32_t* sampled,
+                                          const int32_t* num_sampled);
+QuireStatus quire_kv_cache_manager_fork(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                        QuireSequenceId* child);
+QuireStatus quire_kv_cache_manager_truncate(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                            int64_t num_tokens);
+QuireStatus quire_kv_cache_manager_retire(QuireKVCacheManager* manager, int64_t ticket);
+QuireStatus quire_kv_cache_manager_match(const QuireKVCacheManager* manager,
+                                         const QuirePrompt* prompt, int64_t* num_tokens);
+QuireStatus quire_kv_cache_manager_sequence(const QuireKVCacheManager* manager, QuireSequenceId seq,
+                                            QuireSequenceInfo* info);
+QuireStatus quire_kv_cache_manager_block_table(const QuireKVCacheManager* manager,
+                                               QuireSequenceId seq, int32_t* buffer, size_t* size);
+QuireStatus quire_kv_cache_manager_stats(const QuireKVCacheManager* manager,
+                                         QuireKVCacheStats* stats);
+QuireStatus quire_kv_cache_manager_validate(const QuireKVCacheManager* manager);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* QUIRE_QUIRE_H_ */

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// StepBatch: the arrays of one step that attention and cache operations read.
+//
+// One StepBatch serves every step. Row i remembers whose block table it holds, so a decode step
+// writes only what changed. Everything is valid until the next step.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "quire/block_table.h"
+
+namespace quire {
+
+// An array that is refilled again and again. Growing moves to new memory and loses the contents;
+// whoever holds `owner()` keeps the memory it has seen.
+template <class T>
+class StepArray {
+ public:
+  T* data() const { return data_.get(); }
+  size_t size() const { return size_; }
+  T& operator[](size_t i) const { return data_[i]; }
+  T* begin() const { return data(); }
+  T* end() const { return data() + size_; }
+  const std::shared_ptr<T[]>& owner() const { return data_; }
+
+  void resize(size_t size) {
+    size_ = size;
+    if (size <= capacity_) return;
+    capacity_ = size + size / 2;
+    data_ = std::make_shared<T[]>(capacity_);
+  }
+  void push_back(T value) {  // within what resize() has made room for
+    data_[size_++] = value;
+  }
+
+ private:
+  std::shared_ptr<T[]> data_ = std::make_shared<T[]>(1);
+  size_t size_ = 0;
+  size_t capacity_ = 1;
+};
+
+class StepBatch {
+ public:
+  int64_t ticket() const { return ticket_; }  // of the step: 1, 2, ...
+  int32_t batch_size() const { return batch_size_; }
+  int32_t max_blocks() const { return max_blocks_; }                  // columns in use
+  int64_t block_table_stride() const { return block_table_stride_; }  // elements from row to row
+
+  // [batch, max_blocks]: row i is valid as far as seq_lens[i] reaches; beyond that it holds ids of
+  // no meaning.
+  const StepArray<int32_t>& block_table() const { return block_table_; }
+  const StepArray<int32_t>& seq_lens() const { return seq_lens_; }          // [batch], new ones too
+  const StepArray<int32_t>& cu_seqlens_q() const { return cu_seqlens_q_; }  // [batch + 1]
+  const StepArray<int64_t>& slot_mapping() const { return slot_mapping_; }  // [total_q]
+  const StepArray<int32_t>& positions() const { return positions_; }        // [total_q]
+  // [copies, 2]: whole blocks (source, destination) to copy before any KV of the step is written.
+  const StepArray<int32_t>& copies() const { return copies_; }
+
+  // Filled by KVCacheManager: begin(), then each row in order, then each copy.
+  void begin(int64_t ticket, int32_t batch_size, int32_t max_blocks, int64_t num_new_tokens,
+             int64_t num_copies);
+  // `serial` names the sequence; its tokens [first, end) are new.
+  void add_row(int64_t serial, BlockTable& table, int64_t first, int64_t end);
+  void add_copy(int32_t source, int32_t destination);
+
+ private:
+  void reserve_rows(int32_t batch_size, int32_t max_blocks);
+
+  int64_t ticket_ = 0;
+  int32_t batch_size_ = 0;
+  int32_t max_blocks_ = 0;
+  int32_t num_rows_ = 0;  // added so far
+  int64_t block_table_stride_ = 0;
+  std::vector<int64_t> row_serials_;  // whose table each row of block_table holds, 0: nobody's
+  StepArray<int32_t> block_table_, seq_lens_, cu_seqlens_q_, positions_, copies_;
+  StepArray<int64_t> slot_mapping_;
+};
+
+}  // namespace quire

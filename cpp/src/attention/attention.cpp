@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention: validate, plan and dispatch tied together, and tensors turned into kernel parameters.
+#include "quire/attention.h"
+
+#include <cmath>
+#include <string>
+
+#include "check.h"
+#include "quire/backend.h"
+#include "quire/error.h"
+
+namespace quire {
+namespace {
+
+ElementType element_type(DType dtype) {
+  return dtype == DType::kFloat32   ? ElementType::kFloat32
+         : dtype == DType::kFloat16 ? ElementType::kFloat16
+                                    : ElementType::kBFloat16;
+}
+
+// Stride of dimension `index`, counted from the last one; 0 where the tensor has none.
+int64_t stride_from_end(const TensorView& tensor, int index) {
+  return tensor.ndim > index ? tensor.strides[tensor.ndim - 1 - index] : 0;
+}
+
+void set_strides(const AttentionDesc& desc, const AttentionTensors& t, AttentionParams& p) {
+  // [.., rows, heads, dim]: what comes before rows is the batch (dense) or the block (paged).
+  const bool paged = desc.block_size > 0;
+  p.q_stride_seq = stride_from_end(t.q, 3);
+  p.q_stride_row = stride_from_end(t.q, 2);
+  p.q_stride_head = stride_from_end(t.q, 1);
+  p.out_stride_seq = stride_from_end(t.out, 3);
+  p.out_stride_row = stride_from_end(t.out, 2);
+  p.out_stride_head = stride_from_end(t.out, 1);
+  (paged ? p.k_stride_block : p.k_stride_seq) = stride_from_end(t.k, 3);
+  p.k_stride_row = stride_from_end(t.k, 2);
+  p.k_stride_head = stride_from_end(t.k, 1);
+  (paged ? p.v_stride_block : p.v_stride_seq) = stride_from_end(t.v, 3);
+  p.v_stride_row = stride_from_end(t.v, 2);
+  p.v_stride_head = stride_from_end(t.v, 1);
+  p.lse_stride_seq = stride_from_end(t.lse, 2);
+  p.lse_stride_head = stride_from_end(t.lse, 1);
+  p.lse_stride_row = stride_from_end(t.lse, 0);
+  p.mask_stride_seq = stride_from_end(t.mask, 2);
+  p.mask_stride_row = stride_from_end(t.mask, 1);
+}
+
+AttentionParams make_params(const AttentionDesc& desc, const AttentionPlan& plan,
+                            const AttentionTensors& t) {
+  AttentionParams p{};
+  p.num_heads = desc.num_heads;
+  p.num_kv_heads = desc.num_kv_heads;
+  p.head_dim = desc.head_dim;
+  p.head_dim_v = desc.head_dim_v ? desc.head_dim_v : desc.head_dim;
+  p.dtype = element_type(desc.dtype);
+  p.scale = desc.scale != 0 ? desc.scale : 1.0f / std::sqrt(static_cast<float>(desc.head_dim));
+  p.softcap = desc.softcap;
+  p.window_left = desc.window_left;
+  p.window_right = desc.causal ? 0 : desc.window_right;
+  p.sequences = plan.sequences.data();
+  p.block_table = desc.block_size > 0 ? plan.block_ids.data() : nullptr;
+  p.block_table_stride = 1;  // Sequence::kv_row is the index of its first block id
+  p.block_size = desc.block_size;
+  p.q = t.q.data;
+  p.k = t.k.data;
+  p.v = t.v.data;
+  p.out = t.out.data;
+  p.lse = t.lse.as<float>();
+  p.alibi_slopes = t.alibi_slopes.as<float>();
+  p.sinks = t.sinks.as<float>();
+  p.mask = t.mask.as<uint8_t>();
+  p.mask_is_tree = t.mask_is_tree;
+  set_strides(desc, t, p);
+  return p;
+}
+
+AttentionDesc describe_call(const AttentionTensors& t, const AttentionOptions& options,
+                            bool paged) {
+  AttentionDesc desc;
+  desc.num_heads = static_cast<int>(t.q.shape[t.q.ndim - 2]);
+  desc.num_kv_heads = static_cast<int>(t.k.shape[t.k.ndim - 2]);
+  desc.head_dim = static_cast<int>(t.q.shape[t.q.ndim - 1]);
+  desc.head_dim_v = static_cast<int>(t.v.shape[t.v.ndim - 1]);
+  desc.dtype = t.q.dtype;
+  desc.kv_dtype = t.k.dtype;
+  desc.block_size = paged ? static_cast<int>(t.k.shape[1]) : 0;
+  desc.causal = options.causal;
+  desc.window_left = options.window_left;
+  desc.window_right = options.window_right;
+  desc.scale = options.scale;
+  desc.softcap = options.softcap;
+  return desc;
+}
+
+void check_ndim(const std::string& argument, const TensorView& tensor, int ndim) {
+  QUIRE_CHECK_ARG(tensor.ndim == ndim, argument, ": expected ", ndim, " dimensions, got ",
+                  describe(tensor));
+}
+
+void check_index(const std::string& argument, const TensorView& tensor,
+                 const std::vector<Extent>& shape) {
+  check_tensor(argument, tensor, shape, DType::kInt32);
+  check_contiguous(argument, tensor);
+}
+
+}  // namespace
+
+Attention::Attention(const AttentionDesc& desc, Device device) : desc_(desc), device_(device) {
+  validate(desc_);
+  if (desc_.head_dim_v == 0) desc_.head_dim_v = desc_.head_dim;
+  const Backend* backend = backend_of(device.type);
+  dispatch_ =
+      dispatch(desc_, backend ? backend->device_info(device.index) : DeviceInfo{device, "", 1});
+  if (!dispatch_.backend)
+    throw Unsupported(
+        concat("no attention kernel for this on ", to_string(device), ":\n", dispatch_.explain()));
+}
+
+AttentionPlan Attention::plan(const AttentionBatch& batch) const {
+  const Backend& backend = *dispatch_.backend;
+  return quire::plan(desc_, batch, backend.plan_traits(desc_, backend.device_info(device_.index)));
+}
+
+void Attention::run(const AttentionPlan& plan, const AttentionTensors& tensors) const {
+  validate(desc_, plan, tensors);
+  QUIRE_CHECK_ARG(tensors.q.device == device_, "attention: q: expected a tensor on ",
+                  to_string(device_), ", got ", describe(tensors.q));
+  if (plan.items.empty()) return;
+  dispatch_.backend->run(plan, make_params(desc_, plan, tensors));
+}
+
+size_t Attention::workspace_size(const AttentionPlan& plan) const {
+  return dispatch_.backend->workspace_size(desc_, plan);
+}
+
+void attention(const AttentionTensors& tensors, const AttentionOptions& options,
+               const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k) {
+  const bool ragged = static_cast<bool>(cu_seqlens_q);
+  QUIRE_CHECK_ARG(ragged == static_cast<bool>(cu_seqlens_k),
+                  "attention: cu_seqlens_q, cu_seqlens_k: expected both or none");
+  const int ndim = ragged ? 3 : 4;
+  check_ndim("attention: q", tensors.q, ndim);
+  check_ndim("attention: k", tensors.k, ndim);
+  check_ndim("attention: v", tensors.v, ndim);
+  AttentionBatch batch;
+  if (ragged) {
+    check_index("attention: cu_seqlens_q", cu_seqlens_q, {{"batch + 1"}});
+    QUIRE_CHECK_ARG(cu_seqlens_q.shape[0] >= 1,
+                    "attention: cu_seqlens_q: expected [batch + 1], got an empty one");
+    check_index("attention: cu_seqlens_k", cu_seqlens_k, {{"batch + 1", cu_seqlens_q.shape[0]}});
+    batch.batch_size = static_cast<int>(cu_seqlens_q.shape[0] - 1);
+    batch.cu_seqlens_q = cu_seqlens_q.as<int32_t>();
+    batch.cu_seqlens_k = cu_seqlens_k.as<int32_t>();
+  } else {
+    batch.batch_size = static_cast<int>(tensors.q.shape[0]);
+    batch.dense_q = static_cast<int>(tensors.q.shape[1]);
+    batch.dense_k = static_cast<int>(tensors.k.shape[1]);
+  }
+  const Attention attention(describe_call(tensors, options, false), tensors.q.device);
+  attention.run(attention.plan(batch), tensors);
+}
+
+void paged_attention(const AttentionTensors& tensors, const TensorView& block_table,
+                     const TensorView& seq_lens, const AttentionOptions& options,
+                     const TensorView& cu_seqlens_q) {
+  check_ndim("paged_attention: q", tensors.q, 3);
+  check_ndim("paged_attention: k_cache", tensors.k, 4);
+  check_ndim("paged_attention: v_cache", tensors.v, 4);
+  QUIRE_CHECK_ARG(tensors.k.shape[1] >= 1,
+                  "paged_attention: k_cache: expected a block_size of at least 1, got ",
+                  describe(tensors.k));
+  check_index("paged_attention: seq_lens", seq_lens, {{"batch"}});
+  check_tensor("paged_attention: block_table", block_table,
+               {{"batch", seq_lens.shape[0]}, {"max_blocks"}}, DType::kInt32);
+  AttentionBatch batch;
+  batch.batch_size = static_cast<int>(seq_lens.shape[0]);
+  batch.seq_lens = seq_lens.as<int32_t>();
+  batch.block_table = block_table.as<int32_t>();
+  batch.block_table_stride = block_table.strides[0];
+  batch.max_blocks = static_cast<int>(block_table.shape[1]);
+  if (cu_seqlens_q) {
+    check_index("paged_attention: cu_seqlens_q", cu_seqlens_q,
+                {{"batch + 1", seq_lens.shape[0] + 1}});
+    batch.cu_seqlens_q = cu_seqlens_q.as<int32_t>();
+  }
+  const Attention attention(describe_call(tensors, options, true), tensors.q.device);
+  attention.run(attention.plan(batch), tensors);
+}
+
+}  // namespace quire

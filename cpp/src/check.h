@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks of tensor arguments. Each failure names the function, the argument, what was expected
+// and what came.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "quire/tensor.h"
+
+namespace quire {
+
+// An extent that is fixed (value >= 0), or free and then shown by its name.
+struct Extent {
+  const char* name;
+  int64_t value = -1;
+};
+
+// Throws InvalidArgument unless the tensor has this shape and dtype, lies on `device`, and has a
+// contiguous last dimension. `argument` reads "paged_attention: v_cache".
+void check_tensor(const std::string& argument, const TensorView& tensor,
+                  const std::vector<Extent>& shape, DType dtype, Device device = {});
+
+// The same, and the tensor must be writable, with no two elements at one address.
+void check_output(const std::string& argument, const TensorView& tensor,
+                  const std::vector<Extent>& shape, DType dtype, Device device = {});
+
+// A tensor that kernels read by index alone: no gaps between its elements.
+void check_contiguous(const std::string& argument, const TensorView& tensor);
+
+}  // namespace quire

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "quire/tensor.h"
+
+#include <sstream>
+
+#include "check.h"
+#include "quire/error.h"
+
+namespace quire {
+
+std::string describe(const TensorView& tensor) {
+  std::ostringstream out;
+  out << "[";
+  for (int i = 0; i < tensor.ndim; ++i) out << (i ? ", " : "") << tensor.shape[i];
+  out << "] " << name_of(tensor.dtype);
+  if (tensor.device.type != DeviceType::kCPU) out << " on " << to_string(tensor.device);
+  return out.str();
+}
+
+namespace {
+
+std::string describe(const std::vector<Extent>& shape, DType dtype, Device device) {
+  std::ostringstream out;
+  out << "[";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    out << (i ? ", " : "");
+    if (shape[i].value >= 0)
+      out << shape[i].value;
+    else
+      out << shape[i].name;
+  }
+  out << "] " << name_of(dtype);
+  if (device.type != DeviceType::kCPU) out << " on " << to_string(device);
+  return out.str();
+}
+
+}  // namespace
+
+void check_tensor(const std::string& argument, const TensorView& tensor,
+                  const std::vector<Extent>& shape, DType dtype, Device device) {
+  bool matches = tensor.ndim == static_cast<int>(shape.size()) && tensor.dtype == dtype &&
+                 tensor.device == device;
+  for (int i = 0; matches && i < tensor.ndim; ++i)
+    matches = shape[i].value < 0 || shape[i].value == tensor.shape[i];
+  QUIRE_CHECK_ARG(matches, argument, ": expected ", describe(shape, dtype, device), ", got ",
+                  describe(tensor));
+  if (tensor.num_elements() == 0) return;  // strides and address of nothing mean nothing
+  const int last = tensor.ndim - 1;
+  QUIRE_CHECK_ARG(tensor.shape[last] <= 1 || tensor.strides[last] == 1, argument,
+                  ": expected a contiguous last dimension, got stride ", tensor.strides[last]);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(tensor.data);
+  QUIRE_CHECK_ARG(address % size_of(dtype) == 0, argument, ": expected an address aligned to ",
+                  size_of(dtype), " bytes, got one that is off by ", address % size_of(dtype));
+}
+
+void check_output(const std::string& argument, const TensorView& tensor,
+                  const std::vector<Extent>& shape, DType dtype, Device device) {
+  check_tensor(argument, tensor, shape, dtype, device);
+  if (tensor.num_elements() == 0) return;
+  QUIRE_CHECK_ARG(!tensor.read_only, argument, ": expected writable memory, got a read-only view");
+  for (int i = 0; i < tensor.ndim; ++i)
+    QUIRE_CHECK_ARG(tensor.strides[i] != 0 || tensor.shape[i] <= 1, argument,
+                    ": expected elements at distinct addresses, got stride 0 in dimension ", i);
+}
+
+void check_contiguous(const std::string& argument, const TensorView& tensor) {
+  if (tensor.num_elements() == 0) return;
+  int64_t stride = 1;
+  for (int i = tensor.ndim - 1; i >= 0; --i) {
+    QUIRE_CHECK_ARG(tensor.shape[i] <= 1 || tensor.strides[i] == stride, argument,
+                    ": expected a contiguous tensor, got stride ", tensor.strides[i],
+                    " instead of ", stride, " in dimension ", i);
+    stride *= tensor.shape[i];
+  }
+}
+
+}  // namespace quire
