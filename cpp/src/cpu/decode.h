@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+// Few rows (decoding, short speculative drafts): bound by reading K and V, so each is read once
+// for all rows and widened to float in registers, while keys further on are being fetched: block
+// tables defeat the hardware's prefetcher. Included inside the namespace of the tier.
+#pragma once
+
+// Sequences with at most this many rows a kv head are computed here. A function of the sequence
+// alone: the two kernels add in different orders.
+constexpr int kDecodeRows = 16;
+
+constexpr int kTileRows = 4;  // rows of a register tile, of both products
+constexpr int kTileKeys = kRegisters == 32 ? 4 : 2;
+constexpr int kTileColumns = kRegisters == 32 ? 4 : 2;  // vectors
+constexpr int kWeighKeys = 16;                          // keys a visit of the values
+
+// s[r][t] = q[r] . keys[t] for R rows and kTileKeys keys; q is padded with zeros.
+template <int R, class T>
+QUIRE_INLINE void dot_tile(const float* q, int q_stride, const T* const* keys, int dim, float* s,
+                           int s_stride) {
+  constexpr int kSums = R * kTileKeys;
+  Vec acc[(kSums + 3) / 4 * 4];
+#pragma GCC unroll 16
+  for (Vec& a : acc) a = zero();
+  const auto step = [&](int d, auto load_key) {
+    Vec k[kTileKeys];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTileKeys; ++t) k[t] = load_key(keys[t] + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec x = load(q + r * q_stride + d);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTileKeys; ++t)
+        acc[r * kTileKeys + t] = fma(x, k[t], acc[r * kTileKeys + t]);
+    }
+  };
+  int d = 0;
+  for (; d + kWidth <= dim; d += kWidth) step(d, [](const T* p) { return load(p); });
+  if (d < dim) step(d, [n = dim - d](const T* p) { return load(p, n); });
+  float sums[(kSums + 3) / 4 * 4];
+#pragma GCC unroll 4
+  for (int i = 0; i < kSums; i += 4) sums4(acc + i, sums + i);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) std::copy_n(sums + r * kTileKeys, kTileKeys, s + r * s_stride);
+}
+
+// values[r][d, d + C vectors) += the sum over `count` keys t of weights[r][t] * rows[t][d ...).
+template <int R, int C, class T, class Load>
+QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const T* const* rows,
+                             int count, int d, const State& state, Load load_value) {
+  Vec acc[R][C];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) acc[r][c] = load(state.row(r) + d + c * kWidth);
+  for (int t = 0; t < count; ++t) {
+    Vec v[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) v[c] = load_value(rows[t] + d + c * kWidth);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec w = set(weights[r * weight_stride + t]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r][c] = fma(w, v[c], acc[r][c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store(state.row(r) + d + c * kWidth, acc[r][c]);
+}
+
+template <int R, class T>
+QUIRE_INLINE void weigh_rows(const float* weights, int weight_stride, const T* const* rows,
+                             int count, int dim, const State& state) {
+  const auto whole = [](const T* p) { return load(p); };
+  int d = 0;
+  for (; d + kTileColumns * kWidth <= dim; d += kTileColumns * kWidth)
+    weigh_tile<R, kTileColumns>(weights, weight_stride, rows, count, d, state, whole);
+  for (; d + kWidth <= dim; d += kWidth)
+    weigh_tile<R, 1>(weights, weight_stride, rows, count, d, state, whole);
+  if (d < dim)
+    weigh_tile<R, 1>(weights, weight_stride, rows, count, d, state,
+                     [n = dim - d](const T* p) { return load(p, n); });
+}
+
+// f.operator()<R>() for the R = min(count, kTileRows) next rows.
+template <class F>
+QUIRE_INLINE void with_rows(int count, F f) {
+  switch (count) {
+    case 1:
+      return f.template operator()<1>();
+    case 2:
+      return f.template operator()<2>();
+    case 3:
+      return f.template operator()<3>();
+    default:
+      return f.template operator()<kTileRows>();
+  }
+}
+
+template <class T>
+class Decode {
+ public:
+  static int padded_rows(int rows) { return rows; }
+  static size_t scratch_floats(const Task& task) {
+    return task.rows * (padded(task.p.head_dim) + padded(task.p.head_dim_v) + kScores);
+  }
+
+  Decode(const Task& task, float* scratch)
+      : task_(task),
+        q_stride_(static_cast<int>(padded(task.p.head_dim))),
+        q_(scratch),
+        s_(q_ + task.rows * q_stride_),
+        chunk_{chunk_seen_, s_ + task.rows * kScores, static_cast<int>(padded(task.p.head_dim_v))},
+        first_key_(task.first_key(0)),
+        end_key_(std::min<int64_t>(task.end_key(task.rows - 1), task.item.kv_end)),
+        ahead_(static_cast<int>(std::clamp<size_t>(kBytesAhead / (task.p.head_dim * sizeof(T)),
+                                                   kTileKeys, kMaxAhead))) {
+    std::fill_n(q_, task.rows * q_stride_, 0.0f);
+    const float scale = task.q_scale();
+    for (int r = 0; r < task.rows; ++r)
+      for (int d = 0; d < task.p.head_dim; ++d)
+        q_[r * q_stride_ + d] = to_float(task.q_row<T>(r)[d]) * scale;
+  }
+
+  // Adds the chunk of keys [begin, end) to the state.
+  void chunk(int64_t begin, int64_t end, const State& state) {
+    const int64_t first = std::max(begin, first_key_), last = std::min(end, end_key_);
+    if (first >= last) return;
+    const int offset = static_cast<int>(first - begin), count = static_cast<int>(last - first);
+    find_rows(first, last);
+    score(offset, count);
+    chunk_.clear(task_.rows);
+    Fold folds[kDecodeRows];
+    const int s_begin = offset / kWidth * kWidth;
+    const int s_end = (offset + count + kWidth - 1) / kWidth * kWidth;
+    for (int r = 0; r < task_.rows; ++r)
+      folds[r] =
+          fold(state.seen[r], softmax_row(task_, r, begin, s_ + r * kScores, s_begin, s_end));
+    weigh(offset, count);
+    for (int r = 0; r < task_.rows; ++r)
+      fold_values(state.row(r), chunk_.row(r), task_.p.head_dim_v, folds[r]);
+  }
+
+ private:
+  static constexpr int kScores = kKvChunk + 16;  // of a row; tiles may end beyond the chunk
+  static constexpr int kMaxAhead = 64;
+  static constexpr size_t kBytesAhead = 8192;  // from use to prefetch: more would be lost again
+
+  // k of keys [first, last), their v, then what is needed next: k of the chunk to come.
+  void find_rows(int64_t first, int64_t last) {
+    const T** out = rows_;
+    task_.k_rows(first, last, out);
+    out += last - first;
+    task_.v_rows(first, last, out);
+    out += last - first;
+    const int64_t next_end = std::min(last + ahead_, end_key_);
+    task_.k_rows(last, next_end, out);
+    out += next_end - last;
+    std::fill(out, rows_ + 2 * (last - first) + ahead_ + kWeighKeys, rows_[0]);
+  }
+
+  QUIRE_INLINE static void prefetch_rows(const T* const* rows, int count, size_t dim) {
+    for (int i = 0; i < count; ++i)
+      for (size_t byte = 0; byte < dim * sizeof(T); byte += 64)
+        prefetch(reinterpret_cast<const char*>(rows[i]) + byte);
+  }
+
+  void score(int offset, int count) {
+    for (int t = 0; t < count; t += kTileKeys) {
+      const T* keys[kTileKeys];  // beyond the last: the last again
+      for (int i = 0; i < kTileKeys; ++i) keys[i] = rows_[std::min(t + i, count - 1)];
+      prefetch_rows(rows_ + t + ahead_, kTileKeys, task_.p.head_dim);
+      for (int r = 0; r < task_.rows; r += kTileRows)
+        with_rows(task_.rows - r, [&]<int R>() {
+          dot_tile<R>(q_ + r * q_stride_, q_stride_, keys, task_.p.head_dim,
+                      s_ + r * kScores + offset + t, kScores);
+        });
+    }
+  }
+
+  void weigh(int offset, int count) {
+    for (int t = 0; t < count; t += kWeighKeys) {
+      const T* const* rows = rows_ + count + t;
+      prefetch_rows(rows + ahead_, kWeighKeys, task_.p.head_dim_v);
+      for (int r = 0; r < task_.rows; r += kTileRows)
+        with_rows(task_.rows - r, [&]<int R>() {
+          weigh_rows<R>(s_ + r * kScores + offset + t, kScores, rows,
+                        std::min(kWeighKeys, count - t), task_.p.head_dim_v,
+                        {chunk_.seen, chunk_.row(r), chunk_.stride});
+        });
+    }
+  }
+
+  const Task& task_;
+  int q_stride_;
+  float* q_;  // [rows][q_stride], scaled
+  float* s_;  // [rows][kScores]: logits of a chunk, then weights
+  Seen chunk_seen_[kDecodeRows];
+  State chunk_;
+  int64_t first_key_, end_key_;                           // seen by any row
+  int ahead_;                                             // keys from use to prefetch
+  const T* rows_[2 * kKvChunk + kMaxAhead + kWeighKeys];  // in order of use
+};

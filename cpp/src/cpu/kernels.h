@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// The attention kernels of one instruction set, as a table. Each set's file fills one in.
+#pragma once
+
+#include <cstdint>
+
+#include "quire/kernel_params.h"
+
+namespace quire::cpu {
+
+// What the work items of one run share.
+struct Run {
+  const AttentionParams& params;
+  float* partials;  // [slots][partial_rows][2 + head_dim_v]: maximum, sum, values
+  int64_t partial_rows;
+
+  float* partial(int64_t slot, int64_t row) const {
+    return partials + (slot * partial_rows + row) * (2 + int64_t{params.head_dim_v});
+  }
+};
+
+struct Kernels {
+  const char* isa;
+  void (*attend)(const Run& run, const WorkItem& item);
+  void (*merge)(const Run& run, const MergeItem& item);
+};
+
+extern const Kernels kScalarKernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
+
+}  // namespace quire::cpu

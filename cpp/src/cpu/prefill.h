@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+// Many rows: bound by arithmetic, so both products run as register-tiled matrix products over
+// keys that are packed once a chunk and item, K transposed, into panels of words (words.h) that
+// are read in the order of use. Included inside the namespace of the tier.
+#pragma once
+
+constexpr int kMicroRows = kRegisters == 32 ? 12 : 6;  // rows of a register tile
+constexpr int kPanel = 2 * kWidth;                     // its columns
+static_assert(kKvChunk % kPanel == 0);
+
+// finish(i, sums) for M rows i of a[M][depth] * b[depth][kPanel], sums being two vectors.
+template <int M, class W, class Finish>
+QUIRE_INLINE void multiply_tile(const float* a, int a_stride, const float* b, int depth,
+                                Finish finish) {
+  Vec sums[M][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i) sums[i][0] = sums[i][1] = zero();
+  for (int k = 0; k < depth; ++k, b += kPanel) {
+    const Vec b0 = load(b), b1 = load(b + kWidth);
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i) {
+      sums[i][0] = W::multiply_add(a + i * a_stride + k, b0, sums[i][0]);
+      sums[i][1] = W::multiply_add(a + i * a_stride + k, b1, sums[i][1]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i) finish(i, sums[i]);
+}
+
+// s = q * k for M rows and one panel of keys.
+template <int M, class W>
+void score_tile(const float* q, int depth, const float* panel, float scale, float* s,
+                int s_stride) {
+  multiply_tile<M, W>(q, depth, panel, depth, [&](int i, const Vec(&sums)[2]) {
+    for (int j = 0; j < 2; ++j)
+      store(s + i * s_stride + j * kWidth, W::kScalesLogits ? mul(sums[j], set(scale)) : sums[j]);
+  });
+}
+
+// values = fold(values, weights * v) for M rows and one panel of columns.
+template <int M, class W>
+void weigh_panel(const float* weights, int weight_stride, const float* panel, int depth,
+                 const Fold* folds, float* values, int stride) {
+  multiply_tile<M, W>(weights, weight_stride, panel, depth, [&](int i, const Vec(&sums)[2]) {
+    float* to = values + static_cast<int64_t>(i) * stride;
+    store(to, folds[i](load(to), sums[0]));
+    store(to + kWidth, folds[i](load(to + kWidth), sums[1]));
+  });
+}
+
+template <class T>
+class Prefill {
+ public:
+  static int padded_rows(int rows) { return (rows + kMicroRows - 1) / kMicroRows * kMicroRows; }
+  static size_t scratch_floats(const Task& task) {
+    return padded(static_cast<size_t>(padded_rows(task.rows)) * depth_of(task)) +
+           kMicroRows * kScores + kKvChunk * (depth_of(task) + value_panels(task) * kPanel);
+  }
+
+  Prefill(const Task& task, float* scratch)
+      : task_(task),
+        depth_(static_cast<int>(depth_of(task))),
+        q_(scratch),
+        s_(q_ + padded(static_cast<size_t>(padded_rows(task.rows)) * depth_)),
+        k_(s_ + kMicroRows * kScores),
+        v_(k_ + static_cast<size_t>(kKvChunk) * depth_),
+        first_key_(task.first_key(0)),
+        end_key_(task.end_key(task.rows - 1)) {
+    for (int r = 0; r < task.rows; ++r) pack_query(task.q_row<T>(r), q_row(r));
+    std::fill(q_row(task.rows), q_row(padded_rows(task.rows)), 0.0f);
+  }
+
+  // Adds the chunk of keys [begin, end) to the state.
+  void chunk(int64_t begin, int64_t end, const State& state) {
+    const int first = static_cast<int>(std::max(begin, first_key_) - begin);
+    const int last = static_cast<int>(std::min(end, end_key_) - begin);
+    if (first >= last) return;
+    pack(begin, first, last);
+    for (int r = 0; r < task_.rows; r += kMicroRows) {
+      const int rows = std::min(kMicroRows, task_.rows - r);
+      if (rows > kMicroRows * 2 / 3)
+        row_tile<kMicroRows>(r, rows, begin, last, state);
+      else if (rows > kMicroRows / 3)
+        row_tile<kMicroRows * 2 / 3>(r, rows, begin, last, state);
+      else
+        row_tile<kMicroRows / 3>(r, rows, begin, last, state);
+    }
+  }
+
+ private:
+  using W = Words<T>;
+  static constexpr int kScores = kKvChunk + 16;  // rows on different cache sets
+  static size_t depth_of(const Task& task) {     // words of a row of q and k
+    return (task.p.head_dim + W::kElements - 1) / W::kElements;
+  }
+  static size_t value_panels(const Task& task) { return (task.p.head_dim_v + kPanel - 1) / kPanel; }
+
+  float* q_row(int r) const { return q_ + static_cast<int64_t>(r) * depth_; }
+
+  void pack_query(const T* from, float* to) const {
+    const Vec scale = set(task_.q_scale());
+    for (int w = 0; w < depth_; w += kWidth) {
+      Vec x = W::load_words(from + w * W::kElements, task_.p.head_dim - w * W::kElements);
+      if (!W::kScalesLogits) x = mul(x, scale);
+      if (w + kWidth <= depth_)
+        store(to + w, x);
+      else
+        store(to + w, x, depth_ - w);
+    }
+  }
+
+  // Keys [first, last) of the chunk; others in the same panels become zeros, unread.
+  void pack(int64_t chunk_begin, int first, int last) {
+    static constexpr T kZeros[512] = {};
+    const T* rows[kKvChunk + kWidth];
+    std::fill(rows, rows + kKvChunk + kWidth, kZeros);
+    task_.k_rows(chunk_begin + first, chunk_begin + last, rows + first);
+    for (int key = first / kPanel * kPanel; key < last; key += kWidth) pack_keys(rows + key, key);
+    task_.v_rows(chunk_begin + first, chunk_begin + last, rows + first);
+    for (int key = first / W::kElements * W::kElements; key < last; key += W::kElements)
+      pack_values(rows + key, key);
+  }
+
+  void pack_keys(const T* const* rows, int key) {
+    float* to = k_ + static_cast<int64_t>(key / kPanel) * depth_ * kPanel + key % kPanel;
+    for (int w = 0; w < depth_; w += kWidth) {
+      const int d = w * W::kElements;
+      Vec x[kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        prefetch(rows[i + kWidth] + d);
+        x[i] = W::load_words(rows[i] + d, task_.p.head_dim - d);
+      }
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i)
+        if (w + i < depth_) store(to + static_cast<int64_t>(w + i) * kPanel, x[i]);
+    }
+  }
+
+  void pack_values(const T* const* rows, int key) {
+    const int dim = task_.p.head_dim_v, padded_dim = static_cast<int>(value_panels(task_)) * kPanel;
+    constexpr int kDepth = kKvChunk / W::kElements;  // words of a panel's column
+    for (int d = 0; d < padded_dim; d += kWidth) {
+      const int64_t row = static_cast<int64_t>(d / kPanel) * kDepth + key / W::kElements;
+      for (int i = 0; i < W::kElements; ++i) prefetch(rows[kWidth + i] + d);
+      store(v_ + row * kPanel + d % kPanel, d < dim ? W::load_columns(rows, d, dim - d) : zero());
+    }
+  }
+
+  // Rows [r, r + rows) against the packed keys, panels that none of them sees left out.
+  template <int M>
+  void row_tile(int r, int rows, int64_t chunk_begin, int last, const State& state) {
+    const int begin = static_cast<int>(std::max<int64_t>(0, task_.first_key(r) - chunk_begin));
+    const int end =
+        static_cast<int>(std::min<int64_t>(last, task_.end_key(r + rows - 1) - chunk_begin));
+    if (begin >= end) return;
+    const int s_begin = begin / kPanel * kPanel, s_end = (end + kPanel - 1) / kPanel * kPanel;
+    for (int key = s_begin; key < s_end; key += kPanel)
+      score_tile<M, W>(q_row(r), depth_, k_ + static_cast<int64_t>(key) * depth_, task_.q_scale(),
+                       s_ + key, kScores);
+    Fold folds[M];
+    for (int i = 0; i < rows; ++i) {
+      float* s = s_ + i * kScores;
+      folds[i] = fold(state.seen[r + i], softmax_row(task_, r + i, chunk_begin, s, s_begin, s_end));
+      W::pack_weights(s, s_begin, s_end);
+    }
+    const int first_word = begin / W::kElements;
+    const int words = (end + W::kElements - 1) / W::kElements - first_word;
+    for (int d = 0; d < task_.p.head_dim_v; d += kPanel)
+      weigh_panel<M, W>(
+          s_ + first_word, kScores,
+          v_ + static_cast<int64_t>(d) * (kKvChunk / W::kElements) + first_word * kPanel, words,
+          folds, state.row(r) + d, state.stride);
+  }
+
+  const Task& task_;
+  int depth_;                    // words of a row of q and k
+  float* q_;                     // [rows][depth], scaled unless the logits are
+  float* s_;                     // [kMicroRows][kScores]: logits, then weights
+  float* k_;                     // [kKvChunk / kPanel][depth][kPanel]
+  float* v_;                     // [panels][kKvChunk / W::kElements][kPanel]
+  int64_t first_key_, end_key_;  // seen by any row
+};

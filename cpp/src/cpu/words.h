@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// What prefill multiplies: words of 32 bits, here a float each. A tier whose products take pairs
+// of 16-bit elements specialises this for them. Included inside the namespace of the tier.
+#pragma once
+
+template <class T>
+struct Words {
+  static constexpr int kElements = 1;           // of a word
+  static constexpr bool kScalesLogits = false;  // the scale is applied to q, not to the product
+
+  // sum + a * b for one word and a vector of words.
+  QUIRE_INLINE static Vec multiply_add(const float* a, Vec b, Vec sum) {
+    return fma(set(*a), b, sum);
+  }
+  // A vector of words from the first n elements at p, then zeros.
+  QUIRE_INLINE static Vec load_words(const T* p, int n) {
+    return n >= kWidth ? load(p) : load(p, n);
+  }
+  // A vector of words, each of the kElements rows' elements in one column; n columns, then zeros.
+  QUIRE_INLINE static Vec load_columns(const T* const* rows, int column, int n) {
+    return load_words(rows[0] + column, n);
+  }
+  // Turns weights s[begin, end) into words from s[begin / kElements] on.
+  QUIRE_INLINE static void pack_weights(float*, int, int) {}
+};
