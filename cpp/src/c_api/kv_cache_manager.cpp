@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface of KVCacheManager.
+#include "quire/kv_cache_manager.h"
+
+#include <vector>
+
+#include "c_api/convert.h"
+
+struct QuireKVCacheManager {
+  quire::KVCacheManager manager;
+  std::vector<quire::SequenceId> seqs;  // of one call, kept for its memory
+};
+
+namespace quire::c {
+namespace {
+
+// Handles come from outside: one whose index is no index at all must stay one that is refused.
+SequenceId as_id(QuireSequenceId seq) {
+  const bool fits = seq.index >= 0 && seq.index <= INT32_MAX;
+  return {fits ? static_cast<int32_t>(seq.index) : -1, seq.serial};
+}
+
+std::span<const SequenceId> as_ids(const char* argument, QuireKVCacheManager& self,
+                                   const QuireSequenceId* seqs, size_t num_seqs) {
+  self.seqs.clear();
+  for (QuireSequenceId seq : as_span(argument, seqs, num_seqs)) self.seqs.push_back(as_id(seq));
+  return self.seqs;
+}
+
+struct Prompt {
+  std::span<const int32_t> tokens;
+  Salt salt;
+};
+
+Prompt as_prompt(const char* argument, const QuirePrompt* prompt) {
+  const auto given = read_struct<QuirePrompt>(argument, prompt, QUIRE_PROMPT_INIT);
+  Prompt result{as_span(argument, given.token_ids, given.num_tokens), {}};
+  if (given.salt) result.salt.emplace(given.salt, given.salt_size);
+  return result;
+}
+
+QuireStepBatch as_c(const StepBatch& batch) {
+  QuireStepBatch c = QUIRE_STEP_BATCH_INIT;
+  c.ticket = batch.ticket();
+  c.batch_size = batch.batch_size();
+  c.max_blocks = batch.max_blocks();
+  c.block_table_stride = batch.block_table_stride();
+  c.block_table = batch.block_table().data();
+  c.seq_lens = batch.seq_lens().data();
+  c.cu_seqlens_q = batch.cu_seqlens_q().data();
+  c.slot_mapping = batch.slot_mapping().data();
+  c.positions = batch.positions().data();
+  c.copies = batch.copies().data();
+  c.total_q = static_cast<int64_t>(batch.slot_mapping().size());
+  c.num_copies = static_cast<int64_t>(batch.copies().size() / 2);
+  return c;
+}
+
+QuireKVCacheStats as_c(const KVCacheStats& stats) {
+  return {sizeof(QuireKVCacheStats), stats.num_blocks,          stats.block_size,
+          stats.free_blocks,         stats.used_blocks,         stats.cached_blocks,
+          stats.high_water_blocks,   stats.deferred_refs,       stats.used_tokens,
+          stats.waste_tokens,        stats.prefix_query_tokens, stats.prefix_hit_tokens,
+          stats.evicted_blocks};
+}
+
+// How many tokens `sampled` holds; negative counts are the manager's to refuse.
+size_t count_sampled(const int32_t* num_sampled, size_t num_seqs) {
+  if (!num_sampled) return num_seqs;
+  size_t total = 0;
+  for (size_t i = 0; i < num_seqs; ++i) total += std::max(num_sampled[i], 0);
+  return total;
+}
+
+}  // namespace
+}  // namespace quire::c
+
+using namespace quire::c;
+
+QuireStatus quire_kv_cache_manager_new(const QuireKVCacheConfig* config,
+                                       QuireKVCacheManager** manager) {
+  return guard([&] {
+    QuireKVCacheManager*& out = deref("quire_kv_cache_manager_new: manager", manager);
+    const auto given = read_struct<QuireKVCacheConfig>("quire_kv_cache_manager_new: config", config,
+                                                       QUIRE_KV_CACHE_CONFIG_INIT);
+    out = new QuireKVCacheManager{
+        {given.num_blocks, given.block_size, given.prefix_caching != 0, given.async_depth}, {}};
+  });
+}
+
+void quire_kv_cache_manager_delete(QuireKVCacheManager* manager) { delete manager; }
+
+QuireStatus quire_kv_cache_manager_create(QuireKVCacheManager* manager, const QuirePrompt* prompt,
+                                          QuireSequenceId* seq) {
+  return guard([&] {
+    auto& self = deref("quire_kv_cache_manager_create: manager", manager).manager;
+    QuireSequenceId& out = deref("quire_kv_cache_manager_create: seq", seq);
+    const Prompt given = as_prompt("quire_kv_cache_manager_create: prompt", prompt);
+    const quire::SequenceId id = self.create(given.tokens, given.salt);
+    out = {id.serial, id.index};
+  });
+}
+
+QuireStatus quire_kv_cache_manager_free(QuireKVCacheManager* manager, const QuireSequenceId* seqs,
+                                        size_t num_seqs) {
+  return guard([&] {
+    auto& self = deref("quire_kv_cache_manager_free: manager", manager);
+    self.manager.free(as_ids("quire_kv_cache_manager_free: seqs", self, seqs, num_seqs));
+  });
+}
+
+QuireStatus quire_kv_cache_manager_step(QuireKVCacheManager* manager, const QuireSequenceId* seqs,
+                                        const int32_t* num_new_tokens, size_t num_seqs,
+                                        QuireStepBatch* batch) {
+  return guard([&] {
+    auto& self = deref("quire_kv_cache_manager_step: manager", manager);
+    check_struct_size("quire_kv_cache_manager_step: batch", batch);
+    const auto ids = as_ids("quire_kv_cache_manager_step: seqs", self, seqs, num_seqs);
+    const auto counts =
+        as_span("quire_kv_cache_manager_step: num_new_tokens", num_new_tokens, num_seqs);
+    const quire::StepBatch* step = self.manager.step(ids, counts);
+    if (!step) return QUIRE_OUT_OF_BLOCKS;
+    write_struct(as_c(*step), batch);
+    return QUIRE_OK;
+  });
+}
+
+QuireStatus quire_kv_cache_manager_commit(QuireKVCacheManager* manager, const QuireSequenceId* seqs,
+                                          size_t num_seqs, const int32_t* sampled,
+                                          const int32_t* num_sampled) {
+  return guard([&] {
+    auto& self = deref("quire_kv_cache_manager_commit: manager", manager);
+    const auto ids = as_ids("quire_kv_cache_manager_commit: seqs", self, seqs, num_seqs);
+    if (!sampled && !num_sampled) return self.manager.commit(ids);
+    const auto tokens = as_span("quire_kv_cache_manager_commit: sampled", sampled,
+                                count_sampled(num_sampled, num_seqs));
+    self.manager.commit(ids, tokens, {num_sampled, num_sampled ? num_seqs : 0});
+  });
+}
+
+QuireStatus quire_kv_cache_manager_fork(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                        QuireSequenceId* child) {
+  return guard([&] {
+    auto& self = deref("quire_kv_cache_manager_fork: manager", manager).manager;
+    QuireSequenceId& out = deref("quire_kv_cache_manager_fork: child", child);
+    const quire::SequenceId id = self.fork(as_id(seq));
+    out = {id.serial, id.index};
+  });
+}
+
+QuireStatus quire_kv_cache_manager_truncate(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                            int64_t num_tokens) {
+  return guard([&] {
+    auto& self = deref("quire_kv_cache_manager_truncate: manager", manager).manager;
+    self.truncate(as_id(seq), num_tokens);
+  });
+}
+
+QuireStatus quire_kv_cache_manager_retire(QuireKVCacheManager* manager, int64_t ticket) {
+  return guard(
+      [&] { deref("quire_kv_cache_manager_retire: manager", manager).manager.retire(ticket); });
+}
+
+QuireStatus quire_kv_cache_manager_match(const QuireKVCacheManager* manager,
+                                         const QuirePrompt* prompt, int64_t* num_tokens) {
+  return guard([&] {
+    const auto& self = deref("quire_kv_cache_manager_match: manager", manager).manager;
+    int64_t& out = deref("quire_kv_cache_manager_match: num_tokens", num_tokens);
+    const Prompt given = as_prompt("quire_kv_cache_manager_match: prompt", prompt);
+    out = self.match(given.tokens, given.salt).num_tokens;
+  });
+}
+
+QuireStatus quire_kv_cache_manager_sequence(const QuireKVCacheManager* manager, QuireSequenceId seq,
+                                            QuireSequenceInfo* info) {
+  return guard([&] {
+    const auto& self = deref("quire_kv_cache_manager_sequence: manager", manager).manager;
+    check_struct_size("quire_kv_cache_manager_sequence: info", info);
+    const quire::SequenceId id = as_id(seq);
+    write_struct<QuireSequenceInfo>({sizeof(QuireSequenceInfo), self.num_tokens(id),
+                                     self.num_computed_tokens(id), self.num_cached_tokens(id)},
+                                    info);
+  });
+}
+
+QuireStatus quire_kv_cache_manager_block_table(const QuireKVCacheManager* manager,
+                                               QuireSequenceId seq, int32_t* buffer, size_t* size) {
+  return guard([&] {
+    const auto& self = deref("quire_kv_cache_manager_block_table: manager", manager).manager;
+    write_array("quire_kv_cache_manager_block_table: size", self.block_table(as_id(seq)), buffer,
+                size);
+  });
+}
+
+QuireStatus quire_kv_cache_manager_stats(const QuireKVCacheManager* manager,
+                                         QuireKVCacheStats* stats) {
+  return guard([&] {
+    const auto& self = deref("quire_kv_cache_manager_stats: manager", manager).manager;
+    check_struct_size("quire_kv_cache_manager_stats: stats", stats);
+    write_struct(as_c(self.stats()), stats);
+  });
+}
+
+QuireStatus quire_kv_cache_manager_validate(const QuireKVCacheManager* manager) {
+  return guard(
+      [&] { deref("quire_kv_cache_manager_validate: manager", manager).manager.validate(); });
+}
