@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quire: a framework-neutral runtime for attention over paged KV caches."""
+
+from ._core import (
+    Attention,
+    AttentionPlan,
+    KVCacheManager,
+    Scheduler,
+    capabilities,
+    cpu_isa,
+    cuda_state,
+    num_threads,
+    set_num_threads,
+    supported_cpu_isas,
+)
+from ._embed import get_cmake_dir, get_include
+from ._kv_cache import KVCache
+from ._ops import (
+    Rope,
+    append_kv,
+    apply_rope,
+    attention,
+    copy_blocks,
+    merge_states,
+    paged_attention,
+    swap_blocks,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attention",
+    "AttentionPlan",
+    "KVCache",
+    "KVCacheManager",
+    "Rope",
+    "Scheduler",
+    "append_kv",
+    "apply_rope",
+    "attention",
+    "capabilities",
+    "copy_blocks",
+    "cpu_isa",
+    "cuda_state",
+    "get_cmake_dir",
+    "get_include",
+    "merge_states",
+    "num_threads",
+    "paged_attention",
+    "set_num_threads",
+    "supported_cpu_isas",
+    "swap_blocks",
+]

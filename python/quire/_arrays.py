@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New arrays in the framework of an argument: outputs come back as what `q` is."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+Tensor = Any  # NumPy array, torch tensor, or any object with __dlpack__
+
+
+def numpy_dtype(name: str, argument: str) -> np.dtype[Any]:
+    """NumPy's type for "float32", "float16" or "bfloat16" (of ml_dtypes)."""
+    if name in ("float32", "float16"):
+        return np.dtype(name)
+    if name == "bfloat16":
+        import ml_dtypes
+
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    raise ValueError(f'{argument}: expected "float32", "float16" or "bfloat16", got {name!r}')
+
+
+def empty(like: Tensor, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
+    """An uninitialised array on the device of `like`; dtype None is that of `like`."""
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, dtype or like.dtype)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(like, torch.Tensor):
+        return like.new_empty(shape, dtype=getattr(torch, dtype) if dtype else None)
+    raise TypeError(
+        f"out: expected to be given, as outputs are made for NumPy and torch only, got q as "
+        f"{type(like).__name__}"
+    )
+
+
+def shape_of(tensor: Tensor, argument: str) -> tuple[int, ...]:
+    """The shape of an argument; TypeError naming it if it has none."""
+    try:
+        return tuple(tensor.shape)
+    except AttributeError:
+        raise TypeError(
+            f"{argument}: expected a NumPy array or an object with __dlpack__, got "
+            f"{type(tensor).__name__}"
+        ) from None
+
+
+def empty_like(like: Tensor) -> Tensor:
+    """An uninitialised, contiguous array of the shape, dtype and device of `like`."""
+    return empty(like, tuple(like.shape))
+
+
+def stack(parts: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """A list of arrays as one array with a new first dimension; an array is returned as it is."""
+    if not isinstance(parts, (list, tuple)):
+        return parts
+    if not parts:
+        raise ValueError("merge_states: outs, lses: expected at least one state, got none")
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(parts[0], torch.Tensor):
+        return torch.stack(list(parts))
+    return np.stack(parts)

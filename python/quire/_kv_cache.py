@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Storage of a paged KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._arrays import numpy_dtype
+
+
+class KVCache:
+    """Memory of the K and V blocks of all layers, zeroed, in the layout the backend likes best.
+
+    On the CPU a block of one head is contiguous, with V behind K:
+    ``[num_layers, num_blocks, num_kv_heads, 2, block_size, head_dim]``. `k` and `v` are views.
+    bfloat16 needs the package ml_dtypes.
+
+    Raises ValueError for a count below 1 or an unknown dtype or device.
+
+    Example::
+
+        cache = quire.KVCache(num_layers=2, num_blocks=64, block_size=16, num_kv_heads=8,
+                              head_dim=128, dtype="float32")
+        quire.append_kv(k, v, cache.k(0), cache.v(0), batch.slot_mapping)
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+    ) -> None:
+        """Allocate the memory; see the class."""
+        counts = {
+            "num_layers": num_layers,
+            "num_blocks": num_blocks,
+            "block_size": block_size,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"KVCache: {name}: expected at least 1, got {count}")
+        if device != "cpu":
+            raise NotImplementedError(f'KVCache: device: expected "cpu", got {device!r}')
+        shape = (num_layers, num_blocks, num_kv_heads, 2, block_size, head_dim)
+        self._data: npt.NDArray[Any] = np.zeros(shape, numpy_dtype(dtype, "KVCache: dtype"))
+
+    def k(self, layer: int) -> npt.NDArray[Any]:
+        """Keys of a layer, a view [num_blocks, block_size, num_kv_heads, head_dim]."""
+        return self._data[layer, :, :, 0].transpose(0, 2, 1, 3)
+
+    def v(self, layer: int) -> npt.NDArray[Any]:
+        """Values of a layer, a view [num_blocks, block_size, num_kv_heads, head_dim]."""
+        return self._data[layer, :, :, 1].transpose(0, 2, 1, 3)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return self._data.nbytes

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one-shot operations: defaults, outputs and documentation over the bindings in `_core`.
+
+Tensors are NumPy arrays (ml_dtypes' bfloat16 too), torch tensors, or any objects with
+`__dlpack__`; nothing is copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import _core
+from ._arrays import Tensor, empty, shape_of, stack
+
+
+def _refuse_stream(function: str, stream: object) -> None:
+    if stream is not None:
+        raise ValueError(f"{function}: stream: expected None for tensors on the CPU")
+
+
+def _refuse_scales(function: str, k_scale: float, v_scale: float) -> None:
+    if k_scale != 1.0 or v_scale != 1.0:
+        raise NotImplementedError(
+            f"{function}: k_scale, v_scale: only quantised caches have scales, and no kernel "
+            f"takes those yet; expected 1.0, got {k_scale} and {v_scale}"
+        )
+
+
+def _is_tree(function: str, mask: Tensor | None, mask_kind: str) -> bool:
+    if mask_kind not in ("full", "tree"):
+        raise ValueError(f'{function}: mask_kind: expected "full" or "tree", got {mask_kind!r}')
+    return mask is not None and mask_kind == "tree"
+
+
+def _check_rope(function: str, rope: object) -> None:
+    if not isinstance(rope, Rope):
+        raise TypeError(f"{function}: rope: expected a quire.Rope, got {type(rope).__name__}")
+    if not isinstance(rope.interleaved, bool):
+        raise TypeError(
+            f"{function}: rope.interleaved: expected a bool, got {type(rope.interleaved).__name__}"
+        )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_kind: str = "full",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    stream: object = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention, dense or ragged: softmax(q k^T * scale) v, in one pass over k and v.
+
+    Dense: q ``[batch, seq_q, num_heads, head_dim]``, k ``[batch, seq_k, num_kv_heads, head_dim]``,
+    v ``[batch, seq_k, num_kv_heads, head_dim_v]``. Ragged (both ``cu_seqlens`` given): q
+    ``[total_q, num_heads, head_dim]``, k and v ``[total_k, num_kv_heads, ...]``; sequence b owns
+    rows ``cu_seqlens[b]:cu_seqlens[b + 1]``. float32, float16 or bfloat16; any strides with the
+    last dimension contiguous. ``num_kv_heads`` divides ``num_heads`` (grouped-query attention).
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        causal: query i sees keys j <= i + seq_k - seq_q (aligned bottom right).
+        window: (left, right): keys further away than that are hidden; inclusive, -1 = open.
+        scale: factor of q.k; None is ``1 / sqrt(head_dim)``.
+        softcap: s > 0 turns a scaled logit x into ``s * tanh(x / s)``, before the mask.
+        alibi_slopes: float32 ``[num_heads]``: adds ``-slope * |i + seq_k - seq_q - j|``.
+        sinks: float32 ``[num_heads]``: a logit a head that joins the denominator only.
+        mask: uint8, bits packed little-endian, 1 = visible, one row per query
+            (``[total_q, bytes]``, dense ``[batch, seq_q, bytes]``), on top of causal and window.
+        mask_kind: "full": bit j is key j; "tree": bit j is key ``seq_k - seq_q + j`` and all
+            earlier keys are visible (speculative decoding).
+        cu_seqlens_q: int32 ``[batch + 1]``, contiguous, from 0.
+        cu_seqlens_k: int32 ``[batch + 1]``, likewise.
+        return_lse: also return the log of the softmax denominator.
+        out: where to write; ``q``'s shape with head_dim_v, ``q``'s dtype.
+        lse: float32, natural log: dense ``[batch, num_heads, seq_q]``, ragged
+            ``[num_heads, total_q]``.
+        stream: CUDA stream; None on the CPU.
+
+    Returns:
+        ``out``, or ``(out, lse)`` with `return_lse`, in the framework of `q`. A row with no
+        visible key is 0 with lse = -inf. The bits of a row depend on its own sequence only.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it. Nothing has been written.
+        TypeError: an argument is no tensor.
+        NotImplementedError: no kernel for this combination; the message says why.
+
+    Example::
+
+        q = numpy.random.rand(1, 128, 8, 64).astype("float32")
+        k = v = numpy.random.rand(1, 128, 2, 64).astype("float32")
+        out = quire.attention(q, k, v, causal=True)
+
+    Source: online softmax and tiling after Dao et al., FlashAttention-2 (2023).
+    """
+    _refuse_stream("attention", stream)
+    dense = cu_seqlens_q is None and cu_seqlens_k is None
+    shape, v_shape = shape_of(q, "attention: q"), shape_of(v, "attention: v")
+    if len(shape) != (4 if dense else 3) or not v_shape:
+        raise ValueError(f"attention: q: expected {4 if dense else 3} dimensions, got {shape}")
+    if out is None:
+        out = empty(q, (*shape[:-1], v_shape[-1]))
+    if lse is None and return_lse:
+        lse = empty(q, (*shape[:-3], shape[-2], shape[-3]), "float32")
+    is_tree = _is_tree("attention", mask, mask_kind)
+    _core.attention(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        causal,
+        window,
+        scale,
+        softcap,
+        alibi_slopes,
+        sinks,
+        mask,
+        is_tree,
+        cu_seqlens_q,
+        cu_seqlens_k,
+    )
+    return (out, lse) if return_lse else out
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    causal: bool = True,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_kind: str = "full",
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    return_lse: bool = False,
+    stream: object = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over a paged KV cache, for any mix of decode and (chunked) prefill rows.
+
+    q ``[total_q, num_heads, head_dim]``; k_cache ``[num_blocks, block_size, num_kv_heads,
+    head_dim]`` and v_cache likewise, of any strides with the last dimension contiguous, so NHD and
+    HND caches and pools shared by all layers are all views; block_table int32
+    ``[batch, max_blocks]``; seq_lens int32 ``[batch]`` counts the new tokens too. The new tokens'
+    keys must be in the cache already (`append_kv`).
+
+    Args:
+        q: queries; the last ``q_len`` tokens of each sequence.
+        k_cache: keys.
+        v_cache: values.
+        block_table: block ids of each sequence; entries beyond its length are never read.
+        seq_lens: keys of each sequence; 0 is legal.
+        cu_seqlens_q: int32 ``[batch + 1]``, where each sequence's rows of q begin; None is one
+            row each.
+        causal: see `attention`; likewise for the options that follow.
+        window: see `attention`.
+        scale: see `attention`.
+        softcap: see `attention`.
+        alibi_slopes: see `attention`.
+        sinks: see `attention`.
+        mask: see `attention`; ``[total_q, bytes]``.
+        mask_kind: see `attention`.
+        k_scale: of a quantised cache; 1.0.
+        v_scale: of a quantised cache; 1.0.
+        out: where to write, ``[total_q, num_heads, head_dim_v]``.
+        lse: float32 ``[num_heads, total_q]``, natural log.
+        return_lse: also return `lse`.
+        stream: CUDA stream; None on the CPU.
+
+    Returns:
+        As `attention`. Whatever lies beyond a sequence's length (cache tails, unused blocks and
+        table entries) cannot change it.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it. Nothing has been written.
+        TypeError: an argument is no tensor.
+        NotImplementedError: no kernel for this combination; the message says why.
+
+    Example::
+
+        cache = numpy.zeros((64, 2, 16, 4, 64), "float32")  # blocks, K and V, tokens, heads, dim
+        table = numpy.array([[3, 7]], "int32")
+        out = quire.paged_attention(numpy.ones((1, 8, 64), "float32"), cache[:, 0], cache[:, 1],
+                                    table, numpy.array([20], "int32"))
+
+    Source: block tables after Kwon et al., PagedAttention (2023); split-KV decoding after
+    Flash-Decoding (2023), in fixed chunks.
+    """
+    _refuse_stream("paged_attention", stream)
+    _refuse_scales("paged_attention", k_scale, v_scale)
+    shape = shape_of(q, "paged_attention: q")
+    v_shape = shape_of(v_cache, "paged_attention: v_cache")
+    if len(shape) != 3 or not v_shape:
+        raise ValueError(f"paged_attention: q: expected 3 dimensions, got {shape}")
+    if out is None:
+        out = empty(q, (*shape[:-1], v_shape[-1]))
+    if lse is None and return_lse:
+        lse = empty(q, (shape[1], shape[0]), "float32")
+    is_tree = _is_tree("paged_attention", mask, mask_kind)
+    _core.paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        out,
+        lse,
+        cu_seqlens_q,
+        causal,
+        window,
+        scale,
+        softcap,
+        alibi_slopes,
+        sinks,
+        mask,
+        is_tree,
+    )
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """Rotary position embedding of one step's tokens, for `append_kv` (keys) and `apply_rope`.
+
+    Pair i of the first ``rotary_dim`` elements of a head, ``(i, i + rotary_dim / 2)`` or, where
+    interleaved, ``(2 i, 2 i + 1)``, is turned by angle i of the token's position. The elements
+    beyond ``rotary_dim`` stay as they are.
+
+    Args:
+        cos_sin: float32 ``[max_position, rotary_dim]``: the cosines of a position's angles in the
+            first half of its row, their sines in the second; rotary_dim even, at most head_dim.
+        positions: int32 ``[num_tokens]``, rows of `cos_sin` in any order.
+        interleaved: neighbours are pairs (GPT-J's style), not the two halves (GPT-NeoX's).
+
+    Example::
+
+        angles = numpy.outer(numpy.arange(4096), 10000.0 ** -(numpy.arange(0, 64, 2) / 64))
+        cos_sin = numpy.hstack([numpy.cos(angles), numpy.sin(angles)]).astype("float32")
+        rope = quire.Rope(cos_sin, positions)
+
+    Source: Su et al., RoFormer (2021).
+    """
+
+    cos_sin: Tensor
+    positions: Tensor
+    interleaved: bool = False
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    rope: Rope | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    stream: object = None,
+) -> None:
+    """Write new tokens' keys and values into their slots of the paged cache.
+
+    k ``[num_tokens, num_kv_heads, head_dim]``, v likewise, caches as for `paged_attention`, all of
+    one dtype; slot_mapping int64 ``[num_tokens]``: ``block * block_size + offset``, and -1 skips
+    a token. `rope` turns the keys on their way, in float32 and rounded once; v stays as it is.
+
+    Raises:
+        ValueError: an argument is wrong (a slot or position out of range too); nothing has been
+            written.
+        TypeError: `rope` is no `Rope`, or an argument is no tensor.
+        NotImplementedError: scales other than 1.0.
+
+    Example::
+
+        rope = quire.Rope(cos_sin, positions)
+        quire.append_kv(k, v, cache.k(layer), cache.v(layer), batch.slot_mapping, rope=rope)
+    """
+    _refuse_stream("append_kv", stream)
+    _refuse_scales("append_kv", k_scale, v_scale)
+    if rope is not None:
+        _check_rope("append_kv", rope)
+    _core.append_kv(k, v, k_cache, v_cache, slot_mapping, rope)
+
+
+def apply_rope(x: Tensor, rope: Rope, *, out: Tensor | None = None) -> Tensor:
+    """Turn queries as `append_kv` turns keys: x ``[num_tokens, heads, head_dim]`` -> out.
+
+    float32, float16 or bfloat16, any strides with the last dimension contiguous; in float32,
+    rounded once. `out` is x itself, other memory, or None for a new array.
+
+    Raises:
+        ValueError: an argument is wrong (a position out of range too); nothing has been written.
+        TypeError: `rope` is no `Rope`, or an argument is no tensor.
+
+    Example::
+
+        quire.apply_rope(q, rope, out=q)
+    """
+    _check_rope("apply_rope", rope)
+    if out is None:
+        out = empty(x, shape_of(x, "apply_rope: x"))
+    _core.apply_rope(x, rope, out)
+    return out
+
+
+def copy_blocks(k_cache: Tensor, v_cache: Tensor, src_dst: Tensor) -> None:
+    """Copy whole blocks inside a cache: src_dst int32 ``[n, 2]``.
+
+    No block may be both source and destination, or a destination twice.
+
+    Raises:
+        ValueError: an argument is wrong; nothing has been copied.
+
+    Example::
+
+        quire.copy_blocks(cache.k(layer), cache.v(layer), batch.copies)
+    """
+    _core.copy_blocks(k_cache, v_cache, src_dst)
+
+
+def swap_blocks(src: Tensor, dst: Tensor, src_dst: Tensor) -> None:
+    """Copy whole blocks from one cache to another, out of a pool or back into it.
+
+    src, dst ``[num_blocks, block_size, num_kv_heads, head_dim]`` of one dtype, with blocks of one
+    shape, any strides and any number of blocks each; src_dst int32 ``[n, 2]``: block
+    ``src_dst[i, 0]`` of src becomes block ``src_dst[i, 1]`` of dst. No block may be a destination
+    twice, and src and dst may not share memory.
+
+    Raises:
+        ValueError: an argument is wrong; nothing has been copied.
+
+    Example::
+
+        quire.swap_blocks(cache.k(layer), host_cache.k(layer), numpy.array([[3, 0]], "int32"))
+    """
+    _core.swap_blocks(src, dst, src_dst)
+
+
+def merge_states(outs: Tensor | list[Tensor], lses: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Join partial results over disjoint sets of keys: n of (out, lse) -> one (out, lse).
+
+    outs ``[n, total_q, num_heads, head_dim]`` (or a list of n arrays), lses float32
+    ``[n, num_heads, total_q]``, natural log. A state with lse = -inf does not count, whatever its
+    out holds; a row with none left is 0 with lse = -inf.
+
+    Raises:
+        ValueError: an argument is wrong.
+
+    Example::
+
+        out, lse = quire.merge_states([out_a, out_b], [lse_a, lse_b])
+
+    Source: the log-sum-exp rule of Milakov & Gimelshein, online softmax (2018).
+    """
+    outs, lses = stack(outs), stack(lses)
+    shape = shape_of(outs, "merge_states: outs")
+    if len(shape) != 4:
+        raise ValueError(
+            "merge_states: outs: expected [n, total_q, num_heads, head_dim], got "
+            f"{list(shape)} {outs.dtype}"
+        )
+    out = empty(outs, shape[1:])
+    lse = empty(outs, (shape[2], shape[1]), "float32")
+    _core.merge_states(outs, lses, out, lse)
+    return out, lse

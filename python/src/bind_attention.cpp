@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention and the cache operations. Python's defaults and docstrings of the one-shot functions
+// are in quire/_ops.py, which also makes the outputs.
+#include "quire/attention.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+
+#include "quire/cache_ops.h"
+#include "quire/error.h"
+#include "tensor.h"
+
+namespace quire::python {
+namespace {
+
+using Window = std::pair<int, int>;
+
+DType parse_dtype(const std::string& name, const char* argument) {
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
+    if (name == name_of(dtype)) return dtype;
+  throw InvalidArgument(concat("Attention: ", argument,
+                               ": expected \"float32\", \"float16\" or \"bfloat16\", got \"", name,
+                               "\""));
+}
+
+Device parse_device(const std::string& name) {
+  if (name == "cpu") return {};
+  if (name == "cuda") return {DeviceType::kCUDA, 0};
+  if (name.rfind("cuda:", 0) == 0 && name.size() > 5 &&
+      name.find_first_not_of("0123456789", 5) == std::string::npos && name.size() < 9)
+    return {DeviceType::kCUDA, std::stoi(name.substr(5))};
+  throw InvalidArgument(
+      concat("Attention: device: expected \"cpu\" or \"cuda[:index]\", got \"", name, "\""));
+}
+
+// A scale that is not given is 0 in C++; a given 0 would silently mean something else.
+float parse_scale(std::optional<float> scale) {
+  QUIRE_CHECK_ARG(!scale || *scale != 0, "attention: scale: expected a number other than 0");
+  return scale.value_or(0.0f);
+}
+
+// Returns `out`, made in q's framework where the caller gave none.
+nb::object run_attention(const Attention& attention, const AttentionPlan& plan, nb::handle q,
+                         nb::handle k_cache, nb::handle v_cache, nb::object out, nb::handle lse,
+                         nb::handle sinks, nb::handle alibi_slopes, nb::handle stream) {
+  TensorArgs args;
+  AttentionTensors t;
+  t.q = args.input(q, "paged_attention: q");
+  t.k = args.input(k_cache, "paged_attention: k_cache");
+  t.v = args.input(v_cache, "paged_attention: v_cache");
+  if (out.is_none()) out = nb::module_::import_("quire._arrays").attr("empty_like")(q);
+  t.out = args.output(out, "paged_attention: out");
+  if (!lse.is_none()) t.lse = args.output(lse, "paged_attention: lse");
+  t.sinks = args.optional_input(sinks, "paged_attention: sinks");
+  t.alibi_slopes = args.optional_input(alibi_slopes, "paged_attention: alibi_slopes");
+  QUIRE_CHECK_ARG(stream.is_none() || t.q.device.type != DeviceType::kCPU,
+                  "paged_attention: stream: expected None for tensors on the CPU");
+  {
+    nb::gil_scoped_release release;
+    attention.run(plan, t);
+  }
+  return out;
+}
+
+AttentionPlan make_plan(const Attention& attention, nb::handle block_table, nb::handle seq_lens,
+                        nb::handle cu_seqlens_q) {
+  TensorArgs args;
+  const TensorView table = args.input(block_table, "plan: block_table");
+  const Int32Arg lengths(seq_lens, "plan: seq_lens");
+  QUIRE_CHECK_ARG(attention.desc().block_size > 0, "plan: expected an Attention with a block_size");
+  QUIRE_CHECK_ARG(table.ndim == 2 && table.dtype == DType::kInt32 &&
+                      table.shape[0] == static_cast<int64_t>(lengths.size()) &&
+                      (table.shape[1] <= 1 || table.strides[1] == 1),
+                  "plan: block_table: expected [", lengths.size(),
+                  ", max_blocks] int32 with contiguous rows, got ", describe(table));
+  AttentionBatch batch;
+  batch.batch_size = static_cast<int>(lengths.size());
+  batch.seq_lens = lengths.data();
+  batch.block_table = table.as<int32_t>();
+  batch.block_table_stride = table.strides[0];
+  batch.max_blocks = static_cast<int>(table.shape[1]);
+  std::optional<Int32Arg> cu;
+  if (!cu_seqlens_q.is_none()) {
+    cu.emplace(cu_seqlens_q, "plan: cu_seqlens_q");
+    QUIRE_CHECK_ARG(cu->size() == lengths.size() + 1, "plan: cu_seqlens_q: expected [",
+                    lengths.size() + 1, "] int32, got [", cu->size(), "]");
+    batch.cu_seqlens_q = cu->data();
+  }
+  nb::gil_scoped_release release;
+  return attention.plan(batch);
+}
+
+void bind_plan_once_run_often(nb::module_& m) {
+  nb::class_<AttentionPlan>(m, "AttentionPlan",
+                            "One step's list of work, made by Attention.plan(). Immutable: it "
+                            "serves every layer of the step, from any thread.")
+      .def_prop_ro(
+          "num_work_items", [](const AttentionPlan& p) { return p.items.size(); },
+          "Units of work that threads share.")
+      .def_prop_ro(
+          "flops", [](const AttentionPlan& p) { return p.flops; },
+          "Floating-point operations of one layer: q.k and p.v over all visible pairs.")
+      .def_prop_ro(
+          "kv_bytes", [](const AttentionPlan& p) { return p.kv_bytes; },
+          "Bytes of K and V that one layer reads, counted once a sequence and kv head.");
+
+  nb::class_<Attention>(
+      m, "Attention",
+      "Attention of one model over a paged cache: plan once a step, run once a layer.\n\n"
+      "Picks the kernel when built. `window` is (left, right), inclusive, -1 = open; `scale` None\n"
+      "is 1/sqrt(head_dim); `softcap` 0 is none; `kv_dtype` None is `dtype`. Thread-safe.\n\n"
+      "Raises ValueError for a wrong argument, NotImplementedError (with the text of explain())\n"
+      "where no kernel fits.\n\n"
+      "Example::\n\n"
+      "    attn = quire.Attention(num_heads=32, num_kv_heads=8, head_dim=128, dtype=\"float32\")\n"
+      "    plan = attn.plan(block_table, seq_lens)          # once a step\n"
+      "    attn.run(plan, q, k_cache, v_cache, out=out)     # once a layer")
+      .def(
+          "__init__",
+          [](Attention* self, int num_heads, int num_kv_heads, int head_dim,
+             const std::string& dtype, const std::optional<std::string>& kv_dtype, int block_size,
+             bool causal, Window window, float softcap, std::optional<float> scale,
+             const std::string& device) {
+            AttentionDesc desc;
+            desc.num_heads = num_heads;
+            desc.num_kv_heads = num_kv_heads;
+            desc.head_dim = head_dim;
+            desc.dtype = parse_dtype(dtype, "dtype");
+            desc.kv_dtype = kv_dtype ? parse_dtype(*kv_dtype, "kv_dtype") : desc.dtype;
+            QUIRE_CHECK_ARG(block_size >= 1, "Attention: block_size: expected at least 1, got ",
+                            block_size);
+            desc.block_size = block_size;
+            desc.causal = causal;
+            std::tie(desc.window_left, desc.window_right) = window;
+            desc.softcap = softcap;
+            desc.scale = parse_scale(scale);
+            new (self) Attention(desc, parse_device(device));
+          },
+          nb::kw_only(), nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
+          nb::arg("dtype") = "bfloat16", nb::arg("kv_dtype") = nb::none(),
+          nb::arg("block_size") = 16, nb::arg("causal") = true, nb::arg("window") = Window(-1, -1),
+          nb::arg("softcap") = 0.0f, nb::arg("scale") = nb::none(), nb::arg("device") = "cpu")
+      .def("plan", &make_plan, nb::arg("block_table"), nb::arg("seq_lens"),
+           nb::arg("cu_seqlens_q") = nb::none(),
+           "Plans one step of a batch.\n\n"
+           "block_table int32 [batch, max_blocks], seq_lens int32 [batch] (the new tokens\n"
+           "included), cu_seqlens_q int32 [batch + 1] or None for one query row each. The plan\n"
+           "copies what it needs: the arrays may change afterwards.\n\n"
+           "Raises ValueError for lengths or used table entries that make no sense.\n\n"
+           "Example::\n\n    plan = attn.plan(batch.block_table, batch.seq_lens, "
+           "batch.cu_seqlens_q)")
+      .def("run", &run_attention, nb::arg("plan"), nb::arg("q"), nb::arg("k_cache"),
+           nb::arg("v_cache"), nb::arg("out") = nb::none(), nb::arg("lse") = nb::none(),
+           nb::arg("sinks") = nb::none(), nb::arg("alibi_slopes") = nb::none(),
+           nb::arg("stream") = nb::none(),
+           "Runs a plan on one layer's tensors and returns out.\n\n"
+           "q, out [total_q, num_heads, head_dim]; k_cache, v_cache [num_blocks, block_size,\n"
+           "num_kv_heads, head_dim], any strides with the last dimension contiguous; lse float32\n"
+           "[num_heads, total_q], written if given; sinks, alibi_slopes float32 [num_heads].\n\n"
+           "Raises ValueError, before any work, naming the wrong tensor.\n\n"
+           "Example::\n\n    attn.run(plan, q, cache.k(layer), cache.v(layer), out=out)")
+      .def("workspace_size", &Attention::workspace_size, nb::arg("plan"),
+           "Bytes of scratch memory that run() uses for this plan.\n\n"
+           "Example::\n\n    attn.workspace_size(plan)")
+      .def("explain", &Attention::explain,
+           "The candidate kernels, a line each: the chosen one, and why each other one lost.\n\n"
+           "Example::\n\n    print(attn.explain())");
+}
+
+AttentionOptions make_options(bool causal, Window window, std::optional<float> scale,
+                              float softcap) {
+  return {causal, window.first, window.second, parse_scale(scale), softcap};
+}
+
+void one_shot_attention(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
+                        bool causal, Window window, std::optional<float> scale, float softcap,
+                        nb::handle alibi_slopes, nb::handle sinks, nb::handle mask,
+                        bool mask_is_tree, nb::handle cu_seqlens_q, nb::handle cu_seqlens_k) {
+  TensorArgs args;
+  AttentionTensors t;
+  t.q = args.input(q, "attention: q");
+  t.k = args.input(k, "attention: k");
+  t.v = args.input(v, "attention: v");
+  t.out = args.output(out, "attention: out");
+  if (!lse.is_none()) t.lse = args.output(lse, "attention: lse");
+  t.alibi_slopes = args.optional_input(alibi_slopes, "attention: alibi_slopes");
+  t.sinks = args.optional_input(sinks, "attention: sinks");
+  t.mask = args.optional_input(mask, "attention: mask");
+  t.mask_is_tree = mask_is_tree;
+  const TensorView cu_q = args.optional_input(cu_seqlens_q, "attention: cu_seqlens_q");
+  const TensorView cu_k = args.optional_input(cu_seqlens_k, "attention: cu_seqlens_k");
+  const AttentionOptions options = make_options(causal, window, scale, softcap);
+  nb::gil_scoped_release release;
+  attention(t, options, cu_q, cu_k);
+}
+
+void one_shot_paged_attention(nb::handle q, nb::handle k_cache, nb::handle v_cache,
+                              nb::handle block_table, nb::handle seq_lens, nb::handle out,
+                              nb::handle lse, nb::handle cu_seqlens_q, bool causal, Window window,
+                              std::optional<float> scale, float softcap, nb::handle alibi_slopes,
+                              nb::handle sinks, nb::handle mask, bool mask_is_tree) {
+  TensorArgs args;
+  AttentionTensors t;
+  t.q = args.input(q, "paged_attention: q");
+  t.k = args.input(k_cache, "paged_attention: k_cache");
+  t.v = args.input(v_cache, "paged_attention: v_cache");
+  t.out = args.output(out, "paged_attention: out");
+  if (!lse.is_none()) t.lse = args.output(lse, "paged_attention: lse");
+  t.alibi_slopes = args.optional_input(alibi_slopes, "paged_attention: alibi_slopes");
+  t.sinks = args.optional_input(sinks, "paged_attention: sinks");
+  t.mask = args.optional_input(mask, "paged_attention: mask");
+  t.mask_is_tree = mask_is_tree;
+  const TensorView table = args.input(block_table, "paged_attention: block_table");
+  const TensorView lengths = args.input(seq_lens, "paged_attention: seq_lens");
+  const TensorView cu_q = args.optional_input(cu_seqlens_q, "paged_attention: cu_seqlens_q");
+  const AttentionOptions options = make_options(causal, window, scale, softcap);
+  nb::gil_scoped_release release;
+  paged_attention(t, table, lengths, options, cu_q);
+}
+
+// A quire.Rope, with the names of its arrays in error messages.
+Rope read_rope(TensorArgs& args, nb::handle rope, const char* cos_sin, const char* positions) {
+  return {args.input(rope.attr("cos_sin"), cos_sin), args.input(rope.attr("positions"), positions),
+          nb::cast<bool>(rope.attr("interleaved"))};
+}
+
+}  // namespace
+
+void bind_attention(nb::module_& m) {
+  bind_plan_once_run_often(m);
+  m.def("attention", &one_shot_attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"),
+        nb::arg("lse").none(), nb::arg("causal"), nb::arg("window"), nb::arg("scale").none(),
+        nb::arg("softcap"), nb::arg("alibi_slopes").none(), nb::arg("sinks").none(),
+        nb::arg("mask").none(), nb::arg("mask_is_tree"), nb::arg("cu_seqlens_q").none(),
+        nb::arg("cu_seqlens_k").none());
+  m.def("paged_attention", &one_shot_paged_attention, nb::arg("q"), nb::arg("k_cache"),
+        nb::arg("v_cache"), nb::arg("block_table"), nb::arg("seq_lens"), nb::arg("out"),
+        nb::arg("lse").none(), nb::arg("cu_seqlens_q").none(), nb::arg("causal"), nb::arg("window"),
+        nb::arg("scale").none(), nb::arg("softcap"), nb::arg("alibi_slopes").none(),
+        nb::arg("sinks").none(), nb::arg("mask").none(), nb::arg("mask_is_tree"));
+  m.def(
+      "append_kv",
+      [](nb::handle k, nb::handle v, nb::handle k_cache, nb::handle v_cache, nb::handle slots,
+         nb::handle rope) {
+        TensorArgs args;
+        const TensorView k_view = args.input(k, "append_kv: k");
+        const TensorView v_view = args.input(v, "append_kv: v");
+        const TensorView k_cache_view = args.output(k_cache, "append_kv: k_cache");
+        const TensorView v_cache_view = args.output(v_cache, "append_kv: v_cache");
+        const TensorView slot_view = args.input(slots, "append_kv: slot_mapping");
+        std::optional<Rope> turn;
+        if (!rope.is_none())
+          turn = read_rope(args, rope, "append_kv: rope.cos_sin", "append_kv: rope.positions");
+        nb::gil_scoped_release release;
+        append_kv(k_view, v_view, k_cache_view, v_cache_view, slot_view, turn ? &*turn : nullptr);
+      },
+      nb::arg("k"), nb::arg("v"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("slot_mapping"),
+      nb::arg("rope").none());
+  m.def(
+      "apply_rope",
+      [](nb::handle x, nb::handle rope, nb::handle out) {
+        TensorArgs args;
+        const TensorView x_view = args.input(x, "apply_rope: x");
+        const Rope turn =
+            read_rope(args, rope, "apply_rope: rope.cos_sin", "apply_rope: rope.positions");
+        const TensorView out_view = args.output(out, "apply_rope: out");
+        nb::gil_scoped_release release;
+        apply_rope(x_view, turn, out_view);
+      },
+      nb::arg("x"), nb::arg("rope"), nb::arg("out"));
+  m.def(
+      "copy_blocks",
+      [](nb::handle k_cache, nb::handle v_cache, nb::handle src_dst) {
+        TensorArgs args;
+        const TensorView k_view = args.output(k_cache, "copy_blocks: k_cache");
+        const TensorView v_view = args.output(v_cache, "copy_blocks: v_cache");
+        const TensorView pairs = args.input(src_dst, "copy_blocks: src_dst");
+        nb::gil_scoped_release release;
+        copy_blocks(k_view, v_view, pairs);
+      },
+      nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("src_dst"));
+  m.def(
+      "swap_blocks",
+      [](nb::handle src, nb::handle dst, nb::handle src_dst) {
+        TensorArgs args;
+        const TensorView src_view = args.input(src, "swap_blocks: src");
+        const TensorView dst_view = args.output(dst, "swap_blocks: dst");
+        const TensorView pairs = args.input(src_dst, "swap_blocks: src_dst");
+        nb::gil_scoped_release release;
+        swap_blocks(src_view, dst_view, pairs);
+      },
+      nb::arg("src"), nb::arg("dst"), nb::arg("src_dst"));
+  m.def(
+      "merge_states",
+      [](nb::handle outs, nb::handle lses, nb::handle out, nb::handle lse) {
+        TensorArgs args;
+        const TensorView outs_view = args.input(outs, "merge_states: outs");
+        const TensorView lses_view = args.input(lses, "merge_states: lses");
+        const TensorView out_view = args.output(out, "merge_states: out");
+        const TensorView lse_view = args.output(lse, "merge_states: lse");
+        nb::gil_scoped_release release;
+        merge_states(outs_view, lses_view, out_view, lse_view);
+      },
+      nb::arg("outs"), nb::arg("lses"), nb::arg("out"), nb::arg("lse"));
+}
+
+}  // namespace quire::python

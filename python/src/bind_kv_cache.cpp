@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: Apache-2.0
+// KVCacheManager, its sequences and the batch of a step.
+#include "kv_cache.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string_view.h>
+
+#include <algorithm>
+
+#include "quire/error.h"
+
+namespace quire::python {
+namespace {
+
+using Manager = nb::handle_t<PyManager>;
+
+PyManager& of(Manager self) { return *nb::inst_ptr<PyManager>(self); }
+
+nb::object copy_of(std::span<const int32_t> values) {
+  auto* copy = new int32_t[values.size()];
+  std::copy(values.begin(), values.end(), copy);
+  const nb::capsule owner(copy, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
+  const size_t shape[] = {values.size()};
+  return nb::cast(nb::ndarray<nb::numpy, int32_t>(copy, 1, shape, owner));
+}
+
+// The handles of a list of Sequence, in manager.seqs.
+std::span<const SequenceId> parse_seqs(PyManager& manager, const char* function, nb::list seqs) {
+  const nb::handle type = nb::type<PySequence>();
+  manager.seqs.clear();
+  for (size_t i = 0, n = nb::len(seqs); i < n; ++i) {
+    PyObject* seq = PyList_GetItem(seqs.ptr(), static_cast<Py_ssize_t>(i));
+    if (Py_TYPE(seq) != reinterpret_cast<PyTypeObject*>(type.ptr())) {
+      const std::string message = concat(function, ": seqs[", i, "]: expected a Sequence, got ",
+                                         nb::cast<std::string>(nb::inst_name(seq)));
+      throw nb::type_error(message.c_str());
+    }
+    manager.seqs.push_back(nb::inst_ptr<PySequence>(seq)->id);
+  }
+  return manager.seqs;
+}
+
+PySequence create(Manager self, nb::handle token_ids, Salt salt) {
+  const Int32Arg tokens(token_ids, "create: token_ids");
+  return {nb::borrow(self), &of(self),
+          of(self).manager.create({tokens.data(), tokens.size()}, salt)};
+}
+
+int64_t match(Manager self, nb::handle token_ids, Salt salt) {
+  const Int32Arg tokens(token_ids, "match: token_ids");
+  return of(self).manager.match({tokens.data(), tokens.size()}, salt).num_tokens;
+}
+
+std::optional<PyStepBatch> step(Manager self, nb::list seqs, nb::handle num_new_tokens) {
+  PyManager& manager = of(self);
+  const Int32Arg counts(num_new_tokens, "step: num_new_tokens");
+  const auto ids = parse_seqs(manager, "step", seqs);
+  const StepBatch* batch = manager.manager.step(ids, {counts.data(), counts.size()});
+  if (!batch) return std::nullopt;
+  return PyStepBatch{nb::borrow(self), &manager, batch->ticket()};
+}
+
+// A list whose items are arrays or lists: new tokens of each sequence, any number.
+bool is_ragged(nb::handle sampled) {
+  if (!nb::isinstance<nb::list>(sampled)) return false;
+  const nb::list items = nb::borrow<nb::list>(sampled);
+  return nb::len(items) > 0 && nb::hasattr(items[0], "__len__");
+}
+
+void commit(Manager self, nb::list seqs, nb::handle sampled) {
+  PyManager& manager = of(self);
+  const auto ids = parse_seqs(manager, "commit", seqs);
+  if (sampled.is_none()) return manager.manager.commit(ids);
+  if (!is_ragged(sampled)) {
+    const Int32Arg tokens(sampled, "commit: sampled");
+    QUIRE_CHECK_ARG(tokens.size() == ids.size(), "commit: sampled: expected ", ids.size(),
+                    " tokens, one a sequence, got ", tokens.size());
+    return manager.manager.commit(ids, {tokens.data(), tokens.size()});
+  }
+  std::vector<int32_t> tokens, counts;
+  for (nb::handle item : nb::borrow<nb::list>(sampled)) {
+    const Int32Arg part(item, "commit: sampled: an item");
+    tokens.insert(tokens.end(), part.data(), part.data() + part.size());
+    counts.push_back(static_cast<int32_t>(part.size()));
+  }
+  manager.manager.commit(ids, tokens, counts);
+}
+
+nb::dict stats(const PyManager& self) {
+  const KVCacheStats stats = self.manager.stats();
+  nb::dict d;
+  d["num_blocks"] = stats.num_blocks;
+  d["block_size"] = stats.block_size;
+  d["free_blocks"] = stats.free_blocks;
+  d["used_blocks"] = stats.used_blocks;
+  d["cached_blocks"] = stats.cached_blocks;
+  d["high_water_blocks"] = stats.high_water_blocks;
+  d["deferred_refs"] = stats.deferred_refs;
+  d["used_tokens"] = stats.used_tokens;
+  d["waste_tokens"] = stats.waste_tokens;
+  d["prefix_query_tokens"] = stats.prefix_query_tokens;
+  d["prefix_hit_tokens"] = stats.prefix_hit_tokens;
+  d["evicted_blocks"] = stats.evicted_blocks;
+  return d;
+}
+
+void bind_sequence(nb::module_& m) {
+  nb::class_<PySequence>(
+      m, "Sequence",
+      "A handle of KVCacheManager.create() or fork(); valid until KVCacheManager.free().\n\n"
+      "Every property raises ValueError once the sequence is freed.\n\n"
+      "Example::\n\n    seq = manager.create(prompt)\n"
+      "    todo = seq.num_tokens - seq.num_computed_tokens")
+      .def_prop_ro(
+          "num_tokens", [](const PySequence& s) { return s.manager->manager.num_tokens(s.id); },
+          "Known tokens.")
+      .def_prop_ro(
+          "num_computed_tokens",
+          [](const PySequence& s) { return s.manager->manager.num_computed_tokens(s.id); },
+          "Leading tokens whose KV is in the cache.")
+      .def_prop_ro(
+          "num_cached_tokens",
+          [](const PySequence& s) { return s.manager->manager.num_cached_tokens(s.id); },
+          "Leading tokens whose KV was there when the sequence was created.")
+      .def_prop_ro(
+          "token_ids", [](const PySequence& s) { return copy_of(s.manager->manager.tokens(s.id)); },
+          nb::for_getter(nb::sig("def token_ids(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "The known tokens, int32 [num_tokens], a copy.")
+      .def_prop_ro(
+          "block_table",
+          [](const PySequence& s) { return copy_of(s.manager->manager.block_table(s.id)); },
+          nb::for_getter(nb::sig("def block_table(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "Ids of the sequence's blocks, int32 [num_blocks], a copy.");
+}
+
+// A property that shows a whole array of the step.
+template <auto Array, auto View>
+nb::object step_array(const PyStepBatch& batch) {
+  const auto& array = (batch.get().*Array)();
+  return (batch.manager->*View).get(array, array.size());
+}
+
+void bind_batch(nb::module_& m) {
+  nb::class_<PyStepBatch>(
+      m, "StepBatch",
+      "The arrays of one step. They are views of memory that the next step overwrites: after it,\n"
+      "the properties raise ValueError.\n\n"
+      "Example::\n\n    plan = attn.plan(batch.block_table, batch.seq_lens, batch.cu_seqlens_q)\n"
+      "    quire.copy_blocks(k_cache, v_cache, batch.copies)\n"
+      "    quire.append_kv(k, v, k_cache, v_cache, batch.slot_mapping)")
+      .def_ro("ticket", &PyStepBatch::ticket, "The step's number, 1, 2, ..., for retire().")
+      .def_prop_ro(
+          "block_table",
+          [](const PyStepBatch& b) {
+            const StepBatch& step = b.get();
+            return b.manager->block_table.get(step.block_table(), step.batch_size(),
+                                              step.max_blocks(), step.block_table_stride());
+          },
+          nb::for_getter(nb::sig("def block_table(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "Block ids, int32 [batch, max_blocks]; what lies beyond seq_lens has no meaning.")
+      .def_prop_ro(
+          "slot_mapping", &step_array<&StepBatch::slot_mapping, &PyManager::slot_mapping>,
+          nb::for_getter(nb::sig("def slot_mapping(self) -> numpy.typing.NDArray[numpy.int64]")),
+          "Where each new token's KV goes, int64 [total new tokens]: block * block_size + offset.")
+      .def_prop_ro(
+          "seq_lens", &step_array<&StepBatch::seq_lens, &PyManager::seq_lens>,
+          nb::for_getter(nb::sig("def seq_lens(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "Tokens of each sequence, the new ones included, int32 [batch].")
+      .def_prop_ro(
+          "cu_seqlens_q", &step_array<&StepBatch::cu_seqlens_q, &PyManager::cu_seqlens_q>,
+          nb::for_getter(nb::sig("def cu_seqlens_q(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "Where the new tokens of each sequence begin, int32 [batch + 1].")
+      .def_prop_ro(
+          "positions", &step_array<&StepBatch::positions, &PyManager::positions>,
+          nb::for_getter(nb::sig("def positions(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "Position of each new token in its sequence, int32 [total new tokens].")
+      .def_prop_ro(
+          "copies",
+          [](const PyStepBatch& b) {
+            const auto& array = b.get().copies();
+            return b.manager->copies.get(array, array.size() / 2, 2, 2);
+          },
+          nb::for_getter(nb::sig("def copies(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "Blocks (source, destination) to copy before KV is written, int32 [copies, 2].");
+}
+
+nb::class_<PyManager> bind_manager(nb::module_& m) {
+  return nb::class_<PyManager>(
+             m, "KVCacheManager",
+             "The sequences of an engine and the blocks that hold their KV.\n\n"
+             "`prefix_caching` shares full blocks of equal prefixes; `async_depth` is how many\n"
+             "steps may run while the host plans on (see retire). Not thread-safe.\n\n"
+             "Raises ValueError for counts below 1. Every method either does all it says or\n"
+             "raises and changes nothing.\n\n"
+             "Example::\n\n"
+             "    manager = quire.KVCacheManager(num_blocks=4096, block_size=16)\n"
+             "    seq = manager.create(prompt)\n"
+             "    batch = manager.step([seq], [seq.num_tokens - seq.num_computed_tokens])\n"
+             "    ...                                # run the model on the batch\n"
+             "    manager.commit([seq], sampled)     # int32 [1]")
+      .def(nb::init<int32_t, int32_t, bool, int32_t>(), nb::arg("num_blocks"),
+           nb::arg("block_size"), nb::arg("prefix_caching") = true, nb::arg("async_depth") = 0)
+      .def_prop_ro(
+          "num_blocks", [](const PyManager& p) { return p.manager.allocator().num_blocks(); },
+          "Blocks of the pool.")
+      .def_prop_ro(
+          "block_size", [](const PyManager& p) { return p.manager.allocator().block_size(); },
+          "Tokens a block.")
+      .def_prop_ro(
+          "num_free_blocks", [](const PyManager& p) { return p.manager.allocator().num_free(); },
+          "Blocks neither used nor cached; free + used + cached == num_blocks.")
+      .def_prop_ro(
+          "num_used_blocks", [](const PyManager& p) { return p.manager.allocator().num_used(); },
+          "Blocks that sequences hold, each counted once.")
+      .def_prop_ro(
+          "num_cached_blocks",
+          [](const PyManager& p) { return p.manager.allocator().num_cached(); },
+          "Blocks that no sequence holds, kept for their contents until they are needed.")
+      .def_prop_ro(
+          "num_used_tokens",
+          [](const PyManager& p) { return p.manager.allocator().num_used_tokens(); },
+          "Tokens whose KV lies in used blocks, shared blocks counted once.");
+}
+
+void bind_sequence_methods(nb::class_<PyManager>& manager) {
+  manager
+      .def("create", &create, nb::arg("token_ids"), nb::arg("salt") = nb::none(),
+           nb::sig("def create(self, token_ids: numpy.typing.ArrayLike, salt: str | None = None) "
+                   "-> Sequence"),
+           "A sequence of these tokens, int32 [n], that shares the cached prefix.\n\n"
+           "At least the last token is left to compute. Sequences of different salts share\n"
+           "nothing. Raises ValueError for no tokens.\n\n"
+           "Example::\n\n    seq = manager.create(np.array([1, 2, 3], np.int32))")
+      .def(
+          "fork",
+          [](Manager self, const PySequence& seq) {
+            return PySequence{nb::borrow(self), &of(self), of(self).manager.fork(seq.id)};
+          },
+          nb::arg("seq"),
+          "A sequence of the same tokens that shares every block with computed tokens.\n\n"
+          "The first write into a shared partial block copies it: see StepBatch.copies.\n\n"
+          "Example::\n\n    child = manager.fork(seq)")
+      .def(
+          "truncate",
+          [](PyManager& self, const PySequence& seq, int64_t num_tokens) {
+            self.manager.truncate(seq.id, num_tokens);
+          },
+          nb::arg("seq"), nb::arg("num_tokens"),
+          "Keeps the first num_tokens tokens, 1 or more: the rest was rejected.\n\n"
+          "May come between step() and commit().\n\n"
+          "Example::\n\n    manager.truncate(seq, seq.num_tokens - num_rejected)")
+      .def(
+          "free",
+          [](PyManager& self, nb::list seqs) { self.manager.free(parse_seqs(self, "free", seqs)); },
+          nb::arg("seqs"), nb::sig("def free(self, seqs: list[Sequence]) -> None"),
+          "Ends sequences; what they computed stays cached as long as there is room.\n\n"
+          "Raises ValueError for a sequence that was freed before, or is named twice.\n\n"
+          "Example::\n\n    manager.free([seq])")
+      .def("match", &match, nb::arg("token_ids"), nb::arg("salt") = nb::none(),
+           nb::sig("def match(self, token_ids: numpy.typing.ArrayLike, salt: str | None = None) "
+                   "-> int"),
+           "How many tokens create() would find cached; no side effect.\n\n"
+           "Example::\n\n    hit = manager.match(prompt)");
+}
+
+void bind_step_methods(nb::class_<PyManager>& manager) {
+  manager
+      .def("step", &step, nb::arg("seqs"), nb::arg("num_new_tokens"),
+           nb::sig("def step(self, seqs: list[Sequence], num_new_tokens: "
+                   "numpy.typing.ArrayLike) -> StepBatch | None"),
+           "Gives slots to the next tokens of each sequence, int32 [batch] known ones.\n\n"
+           "None when out of blocks: then nothing has changed. A second step without commit\n"
+           "plans the same tokens again. Raises ValueError for a freed sequence, one named\n"
+           "twice, or a count that is negative or beyond the known tokens.\n\n"
+           "Example::\n\n    batch = manager.step(seqs, np.ones(len(seqs), np.int32))")
+      .def("commit", &commit, nb::arg("seqs"), nb::arg("sampled") = nb::none(),
+           nb::sig("def commit(self, seqs: list[Sequence], sampled: numpy.typing.ArrayLike | "
+                   "list[numpy.typing.ArrayLike] | None = None) -> None"),
+           "The KV of the stepped tokens is written: full blocks become shareable.\n\n"
+           "`sampled` appends new tokens: int32 [batch], one each, or a list of arrays.\n"
+           "Raises ValueError for a wrong length, or tokens for a sequence whose step left\n"
+           "known tokens to compute.\n\n"
+           "Example::\n\n    manager.commit(seqs, logits.argmax(-1).astype(np.int32))")
+      .def(
+          "retire", [](PyManager& self, int64_t ticket) { self.manager.retire(ticket); },
+          nb::arg("ticket"),
+          "The step of this ticket and all before it have run; needs async_depth > 0.\n\n"
+          "Blocks freed or copied from meanwhile rejoin the pool. Raises ValueError for a\n"
+          "ticket that was retired or never given.\n\n"
+          "Example::\n\n    manager.retire(batch.ticket)")
+      .def("stats", &stats, nb::sig("def stats(self) -> dict[str, int]"),
+           "Counts of blocks and tokens now, and of prefix hits and evictions since the start.\n\n"
+           "Keys: num_blocks, block_size, free_blocks, used_blocks, cached_blocks,\n"
+           "high_water_blocks, deferred_refs, used_tokens, waste_tokens, prefix_query_tokens,\n"
+           "prefix_hit_tokens, evicted_blocks.\n\n"
+           "Example::\n\n    manager.stats()[\"waste_tokens\"]")
+      .def(
+          "validate", [](const PyManager& self) { self.manager.validate(); },
+          "Checks every count, list and reference; raises RuntimeError for a broken one.\n\n"
+          "Example::\n\n    manager.validate()");
+}
+
+}  // namespace
+
+const StepBatch& PyStepBatch::get() const {
+  const StepBatch& latest = manager->manager.batch();
+  QUIRE_CHECK_ARG(latest.ticket() == ticket, "StepBatch: expected the batch of the latest step, ",
+                  latest.ticket(), ", got that of step ", ticket);
+  return latest;
+}
+
+void bind_kv_cache(nb::module_& m) {
+  bind_sequence(m);
+  bind_batch(m);
+  nb::class_<PyManager> manager = bind_manager(m);
+  bind_sequence_methods(manager);
+  bind_step_methods(manager);
+  bind_scheduler(m);
+}
+
+}  // namespace quire::python

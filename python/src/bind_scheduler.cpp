@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scheduler and its batches.
+#include "quire/scheduler.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string_view.h>
+
+#include "kv_cache.h"
+#include "quire/error.h"
+
+namespace quire::python {
+namespace {
+
+struct PyScheduler {
+  nb::object manager_object;  // keeps the manager alive; outlives the scheduler below
+  PyManager* manager;
+  Scheduler scheduler;
+  StepView request_ids, num_new_tokens, token_ids, sampling;
+
+  PyScheduler(nb::handle_t<PyManager> object, const SchedulerConfig& config)
+      : manager_object(nb::borrow(object)),
+        manager(nb::inst_ptr<PyManager>(object)),
+        scheduler(manager->manager, config) {}
+};
+
+struct PyScheduledBatch : PyStepBatch {
+  nb::object scheduler_object;
+  PyScheduler* scheduler;
+
+  const ScheduledBatch& scheduled() const {
+    get();  // refuses a batch of an earlier step
+    return scheduler->scheduler.batch();
+  }
+};
+
+std::optional<PyScheduledBatch> schedule(nb::handle_t<PyScheduler> self) {
+  PyScheduler& scheduler = *nb::inst_ptr<PyScheduler>(self);
+  const ScheduledBatch* batch = scheduler.scheduler.schedule();
+  if (!batch) return std::nullopt;
+  return PyScheduledBatch{{scheduler.manager_object, scheduler.manager, batch->step->ticket()},
+                          nb::borrow(self),
+                          &scheduler};
+}
+
+nb::list commit(PyScheduler& self, nb::handle sampled) {
+  const Int32Arg tokens(sampled, "commit: sampled");
+  nb::list finished;
+  for (int32_t id : self.scheduler.commit({tokens.data(), tokens.size()})) finished.append(id);
+  return finished;
+}
+
+// A property that shows a whole array of the batch.
+template <auto Array, auto View>
+nb::object scheduled_array(const PyScheduledBatch& batch) {
+  const auto& array = batch.scheduled().*Array;
+  return (batch.scheduler->*View).get(array, array.size());
+}
+
+void bind_scheduled_batch(nb::module_& m) {
+  nb::class_<PyScheduledBatch, PyStepBatch>(
+      m, "ScheduledBatch",
+      "One step of a Scheduler: what to compute, and all arrays of StepBatch, a row a request.\n\n"
+      "Example::\n\n    hidden = model(batch.token_ids, batch.positions, ...)\n"
+      "    last_rows = batch.cu_seqlens_q[1:][batch.sampling] - 1")
+      .def_prop_ro(
+          "request_ids", &scheduled_array<&ScheduledBatch::request_ids, &PyScheduler::request_ids>,
+          nb::for_getter(nb::sig("def request_ids(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "The request of each row, int32 [batch].")
+      .def_prop_ro(
+          "num_new_tokens",
+          &scheduled_array<&ScheduledBatch::num_new_tokens, &PyScheduler::num_new_tokens>,
+          nb::for_getter(nb::sig("def num_new_tokens(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "Tokens to compute of each row, int32 [batch].")
+      .def_prop_ro(
+          "token_ids", &scheduled_array<&ScheduledBatch::token_ids, &PyScheduler::token_ids>,
+          nb::for_getter(nb::sig("def token_ids(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "The tokens to compute, row after row, int32 [total new tokens].")
+      .def_prop_ro(
+          "sampling", &scheduled_array<&ScheduledBatch::sampling, &PyScheduler::sampling>,
+          nb::for_getter(nb::sig("def sampling(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "The rows that compute their last known token and so sample the next, int32 [m].")
+      .def_prop_ro(
+          "num_preempted", [](const PyScheduledBatch& b) { return b.scheduled().num_preempted; },
+          "Requests that lost their blocks since the batch before.");
+}
+
+void bind_state(nb::class_<PyScheduler>& scheduler) {
+  scheduler
+      .def_prop_ro(
+          "num_running", [](const PyScheduler& self) { return self.scheduler.num_running(); },
+          "Requests that hold blocks.")
+      .def_prop_ro(
+          "num_waiting", [](const PyScheduler& self) { return self.scheduler.num_waiting(); },
+          "Requests in the queue, preempted ones too.")
+      .def_prop_ro(
+          "num_preemptions",
+          [](const PyScheduler& self) { return self.scheduler.num_preemptions(); },
+          "How often a request lost its blocks so far.")
+      .def_prop_ro(
+          "has_work", [](const PyScheduler& self) { return self.scheduler.has_work(); },
+          "Whether a request is running or waiting.")
+      .def(
+          "validate", [](const PyScheduler& self) { self.scheduler.validate(); },
+          "Checks the queues and the manager; raises RuntimeError for a broken invariant.\n\n"
+          "Example::\n\n    scheduler.validate()");
+}
+
+}  // namespace
+
+void bind_scheduler(nb::module_& m) {
+  bind_scheduled_batch(m);
+  nb::class_<PyScheduler> scheduler(
+      m, "Scheduler",
+      "Continuous batching over a KVCacheManager, first come, first served.\n\n"
+      "At most max_tokens_per_step tokens and max_seqs requests a step; long prompts are computed\n"
+      "in chunks. Admission leaves the share `watermark` of the blocks free. When blocks run out,\n"
+      "the latest request waits again and is computed anew; it keeps its generated tokens.\n\n"
+      "Raises ValueError for counts below 1 or a watermark outside [0, 1).\n\n"
+      "Example::\n\n"
+      "    scheduler = quire.Scheduler(manager)\n"
+      "    scheduler.add(prompt, max_new_tokens=100)\n"
+      "    while (batch := scheduler.schedule()) is not None:\n"
+      "        scheduler.commit(model(batch))     # int32, a token for each of batch.sampling");
+  scheduler
+      .def(
+          "__init__",
+          [](PyScheduler* self, nb::handle_t<PyManager> manager, int32_t max_tokens_per_step,
+             int32_t max_seqs, double watermark) {
+            new (self) PyScheduler(manager, {max_tokens_per_step, max_seqs, watermark});
+          },
+          nb::arg("manager"), nb::kw_only(), nb::arg("max_tokens_per_step") = 2048,
+          nb::arg("max_seqs") = 256, nb::arg("watermark") = 0.01)
+      .def(
+          "add",
+          [](PyScheduler& self, nb::handle token_ids, int32_t max_new_tokens, Salt salt) {
+            const Int32Arg tokens(token_ids, "add: token_ids");
+            return self.scheduler.add({tokens.data(), tokens.size()}, max_new_tokens, salt);
+          },
+          nb::arg("token_ids"), nb::arg("max_new_tokens"), nb::arg("salt") = nb::none(),
+          nb::sig("def add(self, token_ids: numpy.typing.ArrayLike, max_new_tokens: int, "
+                  "salt: str | None = None) -> int"),
+          "Queues a request of these prompt tokens, int32 [n]; returns its id: 0, 1, 2, ...\n\n"
+          "Raises ValueError if prompt and max_new_tokens can never fit the pool.\n\n"
+          "Example::\n\n    request_id = scheduler.add(prompt, max_new_tokens=100)")
+      .def("schedule", &schedule,
+           "Plans the next step.\n\n"
+           "None when there is nothing to do or, if has_work still holds, when blocks first have\n"
+           "to come back through KVCacheManager.retire(). Raises ValueError if the batch before\n"
+           "was not committed.\n\n"
+           "Example::\n\n    batch = scheduler.schedule()")
+      .def("commit", &commit, nb::arg("sampled"),
+           nb::sig("def commit(self, sampled: numpy.typing.ArrayLike) -> list[int]"),
+           "The step has run; `sampled` int32 [m] are its new tokens in the order of "
+           "batch.sampling.\n\n"
+           "Returns the ids of requests that have reached max_new_tokens. Raises ValueError for\n"
+           "a wrong length.\n\n"
+           "Example::\n\n    finished = scheduler.commit(sampled)")
+      .def(
+          "finish", [](PyScheduler& self, int32_t id) { self.scheduler.finish(id); },
+          nb::arg("request_id"),
+          "Ends a request early, in any state; no effect on one that has ended.\n\n"
+          "Raises ValueError for an id that add() never returned.\n\n"
+          "Example::\n\n    scheduler.finish(request_id)");
+  bind_state(scheduler);
+}
+
+}  // namespace quire::python

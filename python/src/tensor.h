@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// Python objects -> TensorView, without a copy.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <vector>
+
+#include "quire/tensor.h"
+
+namespace nb = nanobind;
+
+namespace quire::python {
+
+// Holds what the views of one call point into, until the call ends.
+class TensorArgs {
+ public:
+  TensorArgs() = default;
+  TensorArgs(const TensorArgs&) = delete;
+  ~TensorArgs();
+
+  // A NumPy array (ml_dtypes types too) or any object with __dlpack__. `name` is what an error
+  // message calls it: "paged_attention: q".
+  TensorView input(nb::handle object, const char* name);
+  TensorView output(nb::handle object, const char* name);          // refuses read-only memory
+  TensorView optional_input(nb::handle object, const char* name);  // None: an empty view
+
+ private:
+  TensorView from_numpy(nb::handle object, const char* name);
+  TensorView from_dlpack(nb::handle object, const char* name);
+
+  std::vector<Py_buffer> buffers_;
+  std::vector<nb::object> objects_;
+};
+
+// int32 values out of an int32 array (no copy) or of a list of ints (a copy is kept).
+class Int32Arg {
+ public:
+  Int32Arg(nb::handle object, const char* name);
+  const int32_t* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  TensorArgs args_;
+  std::vector<int32_t> copy_;
+  const int32_t* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+void bind_attention(nb::module_& m);
+void bind_backend(nb::module_& m);
+void bind_kv_cache(nb::module_& m);
+
+}  // namespace quire::python
