@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a line of kernels.def becomes on the device: an entry point named after the line, around
+// the kernel's body.
+#pragma once
+
+#include "kernels/cache_ops.h"
+#include "kernels/decode.h"
+#include "kernels/prefill.h"
+
+// The traits come last: they contain commas.
+#define QUIRE_ATTENTION(name, body, ...)                                              \
+  extern "C" __global__ void __launch_bounds__(                                       \
+      quire::device::__VA_ARGS__::kThreads,                                           \
+      quire::device::blocks_per_multiprocessor(quire::device::__VA_ARGS__::kThreads)) \
+      name(const __grid_constant__ quire::device::AttentionArgs args) {               \
+    quire::device::body<quire::device::__VA_ARGS__>(args);                            \
+  }
+
+#define QUIRE_PREFILL(type, head_dim, rows, keys, mode)                \
+  QUIRE_ATTENTION(                                                     \
+      prefill_##type##_##head_dim##_##rows##_##keys##_##mode, prefill, \
+      PrefillTraits<quire::device::type, head_dim, rows, keys, quire::device::Mode::mode>)
+
+#define QUIRE_DECODE(type, head_dim, warps, stages, mode)               \
+  QUIRE_ATTENTION(                                                      \
+      decode_##type##_##head_dim##_##warps##_##stages##_##mode, decode, \
+      DecodeTraits<quire::device::type, head_dim, warps, stages, quire::device::Mode::mode>)
+
+#define QUIRE_APPEND_KV(threads)                                                    \
+  extern "C" __global__ void __launch_bounds__(threads)                             \
+      append_kv_##threads(const __grid_constant__ quire::device::AppendArgs args) { \
+    quire::device::append_kv<threads>(args);                                        \
+  }
+
+#define QUIRE_COPY_BLOCKS(threads)                                                        \
+  extern "C" __global__ void __launch_bounds__(threads)                                   \
+      copy_blocks_##threads(const __grid_constant__ quire::device::CopyBlocksArgs args) { \
+    quire::device::copy_blocks<threads>(args);                                            \
+  }
+
+#define QUIRE_MERGE_STATES(type, threads)                                                \
+  extern "C" __global__ void __launch_bounds__(threads) merge_states_##type##_##threads( \
+      const __grid_constant__ quire::device::MergeStatesArgs args) {                     \
+    quire::device::merge_states<quire::device::type, threads>(args);                     \
+  }

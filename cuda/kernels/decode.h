@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+// decode: attention of at most 16 rows at a time, for steps that add few tokens to long sequences.
+//
+// The 16 rows of one mma are the query heads that share a kv head. Tiles of 16 keys are dealt to
+// the warps in turn; each warp has a ring of stages of its own in shared memory and looks up where
+// its next keys lie one tile ahead, so nothing but the end of a chunk makes warps wait for each
+// other. There the warps' results are added in warp order and folded into the total, which is
+// spread over the registers of all threads.
+#pragma once
+
+#include "kernels/keys.h"
+#include "kernels/state.h"
+
+namespace quire::device {
+
+template <class Type_, int kHeadDim_, int kWarps_, int kStages_, Mode kMode_>
+struct DecodeTraits {
+  using Type = Type_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRows = kTile;
+  static constexpr int kKeys = kTile;
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kStages = kStages_;
+  static constexpr Mode kMode = kMode_;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr bool kKeepQueries = kHeadDim <= 128;
+
+  // The warps' results are exchanged so many columns at a time that each thread gets one piece.
+  static constexpr int kRoundColumns = kThreads * kPiece / kRows;
+  static constexpr int kRounds = (kHeadDim + kRoundColumns - 1) / kRoundColumns;
+
+  // Shared memory, in bytes from its begin.
+  static constexpr int kKeyTileBytes = kKeys * kHeadDim * 2;
+  static constexpr int kStageOffset = 0;  // [kWarps][kStages] of K and V
+  static constexpr int kQueryOffset = kWarps * kStages * 2 * kKeyTileBytes;
+  static constexpr int kExchangeOffset = kQueryOffset + kRows * kHeadDim * 2;
+  static constexpr int kStatsOffset = kExchangeOffset + kWarps * kRows * kRoundColumns * 4;
+  static constexpr int kFlagOffset = kStatsOffset + kWarps * kRows * 8;
+  static constexpr int kSharedBytes = kFlagOffset + 16;
+
+  static_assert(kStages >= 2 && kHeadDim % 32 == 0 && kRoundColumns % 32 == 0);
+  static_assert(kKvChunk / kKeys % kWarps == 0, "every chunk is dealt alike");
+};
+
+// What a thread carries through the tiles of its warp, for rows lane / 4 and lane / 4 + 8.
+template <class Traits>
+struct DecodeState {
+  float sums[Traits::kHeadDim / 8][4] = {};
+  RowStats chunk[2];
+  ScoreRow rows[2];
+};
+
+// A thread's share of the total: of one row, a piece of each round's columns.
+template <class Traits>
+struct DecodeTotal {
+  RowStats stats;
+  float values[Traits::kRounds][kPiece] = {};
+
+  QUIRE_DEVICE static int row() { return thread_index() / (Traits::kThreads / Traits::kRows); }
+  QUIRE_DEVICE static int column(int round) {
+    const int piece = thread_index() % (Traits::kThreads / Traits::kRows);
+    return round * Traits::kRoundColumns + piece * kPiece;
+  }
+};
+
+// The ring of one warp: its tiles of an item are first, first + kWarps, ... while below end.
+template <class Traits>
+class DecodeRing {
+ public:
+  QUIRE_DEVICE DecodeRing(const AttentionArgs& args, const Item& item, KeyRange keys)
+      : args_(args), item_(item), source_(args.params, item), keys_(keys) {
+    const int warp = thread_index() / kWarpSize;
+    const int begin = keys.begin / Traits::kKeys;
+    next_ = begin + (warp - begin % Traits::kWarps + Traits::kWarps) % Traits::kWarps;
+    next_location_ = locate_own(next_);
+    for (int i = 0; i < Traits::kStages - 1; ++i) load_next();
+  }
+
+  // Waits for the oldest tile on its way and sends another one. Lanes that are still reading the
+  // stage to be refilled are waited for.
+  QUIRE_DEVICE SharedAddress advance() {
+    cp_async_wait<Traits::kStages - 2>();
+    sync_warp();
+    load_next();
+    const SharedAddress tile = stage(read_stage_);
+    read_stage_ = (read_stage_ + 1) % Traits::kStages;
+    return tile;
+  }
+
+ private:
+  QUIRE_DEVICE static SharedAddress stage(int index) {
+    const int warp = thread_index() / kWarpSize;
+    return shared_base() +
+           static_cast<uint32_t>(Traits::kStageOffset +
+                                 (warp * Traits::kStages + index) * 2 * Traits::kKeyTileBytes);
+  }
+
+  // Lane i finds key i % 16 of a tile.
+  QUIRE_DEVICE Location locate_own(int tile) const {
+    return locate(args_.params, item_, keys_,
+                  tile * Traits::kKeys + thread_index() % Traits::kKeys);
+  }
+
+  // Beyond the last tile there is nothing to copy, but the groups are counted on.
+  QUIRE_DEVICE void load_next() {
+    constexpr int kPieces = Traits::kHeadDim / kPiece;
+    const int lane = fresh_thread_index() % kWarpSize;
+    if (next_ * Traits::kKeys < keys_.end) {
+      const SharedAddress k_tile = stage(write_stage_);
+      QUIRE_UNROLL
+      for (int i = 0; i < Traits::kKeys * kPieces / kWarpSize; ++i) {
+        const int row = (i * kWarpSize + lane) / kPieces, piece = (i * kWarpSize + lane) % kPieces;
+        const int key = next_ * Traits::kKeys + row;
+        const Location at{shuffle(next_location_.block, row), shuffle(next_location_.row, row)};
+        const SharedAddress to = k_tile + piece_offset<Traits::kHeadDim>(row, piece);
+        source_.template load<Traits::kMode>(args_, at, key >= keys_.begin && key < keys_.end,
+                                             piece, to, to + Traits::kKeyTileBytes);
+      }
+    }
+    cp_async_commit();
+    next_ += Traits::kWarps;
+    write_stage_ = (write_stage_ + 1) % Traits::kStages;
+    next_location_ = locate_own(next_);
+  }
+
+  const AttentionArgs& args_;
+  const Item& item_;
+  KeySource source_;
+  KeyRange keys_;
+  int next_;  // tile to be sent next, and where its keys lie
+  Location next_location_;
+  int write_stage_ = 0;
+  int read_stage_ = 0;
+};
+
+template <class Traits>
+QUIRE_DEVICE void attend_tile(const AttentionParams& p, DecodeState<Traits>& state,
+                              const uint32_t (&queries)[Traits::kHeadDim / kTile][4], float factor,
+                              int tile, SharedAddress k_tile) {
+  using Type = typename Traits::Type;
+  float scores[Traits::kKeys / 8][4] = {};
+  QUIRE_UNROLL
+  for (int step = 0; step < Traits::kHeadDim / kTile; ++step) {
+    if constexpr (Traits::kKeepQueries) {
+      multiply_keys<Type, Traits::kHeadDim, Traits::kKeys>(scores, queries[step], k_tile, step);
+    } else {
+      uint32_t query[4];
+      load_query_fragment<Traits::kHeadDim>(query, shared_base() + Traits::kQueryOffset, 0, step);
+      multiply_keys<Type, Traits::kHeadDim, Traits::kKeys>(scores, query, k_tile, step);
+    }
+  }
+  mask_scores<Traits::kMode, Traits::kKeys>(p, state.rows, tile * Traits::kKeys, scores);
+  add_to_softmax<Traits::kKeys, Traits::kHeadDim>(factor, state.chunk, scores, state.sums);
+  multiply_values<Type, Traits::kHeadDim, Traits::kKeys>(state.sums, scores,
+                                                         k_tile + Traits::kKeyTileBytes);
+}
+
+// --- The end of a chunk --------------------------------------------------------------------------
+
+template <class Traits>
+QUIRE_DEVICE SharedAddress exchange_slot(int warp, int row, int column) {
+  const int swizzled = column ^ (row & 3) << 3;  // rows written at once lie in different banks
+  return shared_base() +
+         static_cast<uint32_t>(Traits::kExchangeOffset +
+                               ((warp * kTile + row) * Traits::kRoundColumns + swizzled) * 4);
+}
+
+template <class Traits>
+QUIRE_DEVICE SharedAddress stats_slot(int warp, int row) {
+  return shared_base() + static_cast<uint32_t>(Traits::kStatsOffset + (warp * kTile + row) * 8);
+}
+
+// This warp's sums of the round's columns, for the others to read.
+template <class Traits>
+QUIRE_DEVICE void give_columns(const DecodeState<Traits>& state, int round) {
+  const int thread = fresh_thread_index();
+  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
+  QUIRE_UNROLL
+  for (int i = 0; i < Traits::kRoundColumns / 8; ++i) {
+    const int n = round * Traits::kRoundColumns / 8 + i;
+    if (n >= Traits::kHeadDim / 8) break;
+    QUIRE_UNROLL
+    for (int h = 0; h < 2; ++h)
+      st_shared(exchange_slot<Traits>(warp, lane / 4 + 8 * h, 8 * i + lane % 4 * 2),
+                F32x2{state.sums[n][2 * h], state.sums[n][2 * h + 1]});
+  }
+}
+
+// Of this thread's row: the state of the chunk over all warps, and each warp's share in it.
+template <class Traits>
+QUIRE_DEVICE RowStats add_stats(float (&shares)[Traits::kWarps]) {
+  F32x2 stats[Traits::kWarps];
+  RowStats all;
+  QUIRE_UNROLL
+  for (int warp = 0; warp < Traits::kWarps; ++warp) {
+    stats[warp] = ld_shared<F32x2>(stats_slot<Traits>(warp, DecodeTotal<Traits>::row()));
+    all.max = max(all.max, stats[warp].x);
+  }
+  QUIRE_UNROLL
+  for (int warp = 0; warp < Traits::kWarps; ++warp) {
+    shares[warp] = exp2(stats[warp].x - finite_or_zero(all.max));
+    all.sum = fma(stats[warp].y, shares[warp], all.sum);
+  }
+  return all;
+}
+
+template <class Traits>
+QUIRE_DEVICE void add_columns(const float (&shares)[Traits::kWarps], float (&values)[kPiece]) {
+  const int column = DecodeTotal<Traits>::column(0);
+  QUIRE_UNROLL
+  for (int warp = 0; warp < Traits::kWarps; ++warp) {
+    const SharedAddress slot = exchange_slot<Traits>(warp, DecodeTotal<Traits>::row(), column);
+    const F32x4 low = ld_shared<F32x4>(slot), high = ld_shared<F32x4>(slot + 16);
+    const float given[kPiece] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    QUIRE_UNROLL
+    for (int i = 0; i < kPiece; ++i) values[i] = fma(given[i], shares[warp], values[i]);
+  }
+}
+
+// Adds up the warps' results of a chunk and folds it, or stores it in `slot` (if >= 0).
+template <class Traits>
+QUIRE_DEVICE void finish_chunk(const AttentionArgs& args, const Item& item,
+                               DecodeState<Traits>& state, DecodeTotal<Traits>& total, float factor,
+                               int slot, int first_row) {
+  const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
+  QUIRE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const RowStats stats = state.chunk[h].finish(factor);
+    if (lane % 4 == 0)
+      st_shared(stats_slot<Traits>(warp, lane / 4 + 8 * h), F32x2{stats.max, stats.sum});
+  }
+  const int row = first_row + total.row();
+  float shares[Traits::kWarps];
+  RowStats chunk;
+  FoldScales scales;
+  QUIRE_UNROLL
+  for (int round = 0; round < Traits::kRounds; ++round) {
+    give_columns<Traits>(state, round);
+    sync_block();
+    if (round == 0) {
+      chunk = add_stats<Traits>(shares);
+      if (slot < 0) scales = fold(total.stats, chunk);
+    }
+    const int column = total.column(round);
+    if (column < Traits::kHeadDim) {
+      float values[kPiece] = {};
+      add_columns<Traits>(shares, values);
+      if (slot < 0) {
+        QUIRE_UNROLL
+        for (int i = 0; i < kPiece; ++i)
+          total.values[round][i] = scales.apply(total.values[round][i], values[i]);
+      } else if (row < item.num_rows) {
+        store_floats(partial_values<Traits>(args, slot, row) + column, values);
+        if (column == 0) st_global(partial_stats(args, slot, row), F32x2{chunk.max, chunk.sum});
+      }
+    }
+    sync_block();
+  }
+}
+
+// --- The loop ------------------------------------------------------------------------------------
+
+template <class Traits>
+QUIRE_DEVICE void decode_rows(const AttentionArgs& args, const Item& item, int first_row) {
+  const AttentionParams& p = args.params;
+  const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
+  const int last_row = min(item.num_rows, first_row + Traits::kRows) - 1;
+  const KeyRange keys = keys_to_read(p, item, first_row, last_row);
+  const float factor = Traits::kMode == Mode::kFast ? p.scale * kLog2E : 1.0f;
+  const SharedAddress query_tile = shared_base() + Traits::kQueryOffset;
+
+  load_queries<Traits>(args, item, first_row, query_tile);
+  cp_async_commit();
+  DecodeRing<Traits> ring(args, item, keys);
+  cp_async_wait<Traits::kStages - 1>();
+  sync_block();
+  uint32_t queries[Traits::kHeadDim / kTile][4];
+  if constexpr (Traits::kKeepQueries) QUIRE_UNROLL
+  for (int step = 0; step < Traits::kHeadDim / kTile; ++step)
+    load_query_fragment<Traits::kHeadDim>(queries[step], query_tile, 0, step);
+
+  DecodeTotal<Traits> total;
+  const int first_chunk = item.kv_begin / kKvChunk;
+  const int end_chunk = max(first_chunk + 1, ceil_div(item.kv_end, kKvChunk));
+  for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
+    DecodeState<Traits> state;
+    QUIRE_UNROLL
+    for (int h = 0; h < 2; ++h)
+      state.rows[h] = make_score_row(p, item, min(first_row + lane / 4 + 8 * h, last_row));
+    constexpr int kTilesPerChunk = kKvChunk / Traits::kKeys;
+    const int end = min((chunk + 1) * kTilesPerChunk, ceil_div(keys.end, Traits::kKeys));
+    for (int tile = chunk * kTilesPerChunk + warp; tile < end; tile += Traits::kWarps)
+      if ((tile + 1) * Traits::kKeys > keys.begin)
+        attend_tile<Traits>(p, state, queries, factor, tile, ring.advance());
+    const int slot = item.partial < 0 ? -1 : item.partial + chunk - first_chunk;
+    finish_chunk<Traits>(args, item, state, total, factor, slot, first_row);
+  }
+  cp_async_wait<0>();
+  const int row = first_row + total.row();
+  if (item.partial >= 0 || row >= item.num_rows) return;
+  QUIRE_UNROLL
+  for (int round = 0; round < Traits::kRounds; ++round)
+    if (total.column(round) < Traits::kHeadDim)
+      write_row<Traits>(args, item, row, total.column(round), total.stats, total.values[round]);
+}
+
+template <class Traits>
+QUIRE_DEVICE void decode(const AttentionArgs& args) {
+  for (int i = block_index(); i < args.num_items; i += num_blocks()) {
+    const Item item = load_item(args, i);
+    for (int row = 0; row < item.num_rows; row += Traits::kRows)
+      decode_rows<Traits>(args, item, row);
+    if (item.merge >= 0) merge_if_last<Traits>(args, item, shared_base() + Traits::kFlagOffset);
+  }
+}
+
+}  // namespace quire::device

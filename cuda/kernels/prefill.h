@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0
+// prefill: attention of tiles of 64 or 128 rows, for prompts and chunks of prompts.
+//
+// Each warp owns 16 rows and sees all keys. Tiles of keys go through two stages of shared memory:
+// while one is computed on, the next is on its way. One barrier a tile. The result of the running
+// chunk of kKvChunk keys is in registers; those before it have been folded into `total`, which
+// only the warp that owns the rows touches.
+#pragma once
+
+#include "kernels/keys.h"
+#include "kernels/state.h"
+
+namespace quire::device {
+
+template <class Type_, int kHeadDim_, int kRows_, int kKeys_, Mode kMode_>
+struct PrefillTraits {
+  using Type = Type_;
+  static constexpr int kHeadDim = kHeadDim_;  // of the tiles; that of the tensors may be less
+  static constexpr int kRows = kRows_;
+  static constexpr int kKeys = kKeys_;  // a tile
+  static constexpr Mode kMode = kMode_;
+  static constexpr int kThreads = kRows / kTile * kWarpSize;
+  // Fragments of queries stay in registers where there is room for them.
+  static constexpr bool kKeepQueries = kHeadDim <= 128;
+
+  // Shared memory, in bytes from its begin. Queries that are kept make room for `total`.
+  static constexpr int kKeyTileBytes = kKeys * kHeadDim * 2;
+  static constexpr int kTotalBytes = kRows * kHeadDim * 4;
+  static constexpr int kStageOffset = 0;  // K and V of stage 0, of stage 1
+  static constexpr int kTotalOffset = 4 * kKeyTileBytes;
+  static constexpr int kQueryOffset = kKeepQueries ? kTotalOffset : kTotalOffset + kTotalBytes;
+  static constexpr int kStatsOffset =
+      kKeepQueries ? kTotalOffset + kTotalBytes : kQueryOffset + kRows * kHeadDim * 2;
+  static constexpr int kLocationOffset = kStatsOffset + kRows * 8;  // [2][kKeys]
+  static constexpr int kFlagOffset = kLocationOffset + 2 * kKeys * 8;
+  static constexpr int kSharedBytes = kFlagOffset + 16;
+
+  static_assert(kRows % kTile == 0 && kKeys % kTile == 0 && kHeadDim % 32 == 0);
+  static_assert(kKvChunk % kKeys == 0, "a tile belongs to one chunk");
+  static_assert(kKeys <= kThreads, "a thread locates at most one key of a tile");
+  static_assert(kKeys * kHeadDim / kPiece % kThreads == 0);
+};
+
+// What a thread carries through the tiles of its 16 rows.
+template <class Traits>
+struct PrefillState {
+  float sums[Traits::kHeadDim / 8][4] = {};
+  RowStats chunk[2];  // of rows lane / 4 and lane / 4 + 8
+  RowStats total[2];
+  ScoreRow rows[2];
+};
+
+// Tiles [begin, end) of an item, counted from the start of the sequence.
+template <class Traits>
+struct PrefillTiles {
+  KeyRange keys;
+  int begin, end;
+
+  QUIRE_DEVICE explicit PrefillTiles(KeyRange range)
+      : keys(range),
+        begin(range.begin / Traits::kKeys),
+        end(range.begin < range.end ? ceil_div(range.end, Traits::kKeys) : begin) {}
+};
+
+template <class Traits>
+QUIRE_DEVICE SharedAddress location_slot(int tile, int row) {
+  return shared_base() +
+         static_cast<uint32_t>(Traits::kLocationOffset + (tile % 2 * Traits::kKeys + row) * 8);
+}
+
+// Thread i finds key i of the tile.
+template <class Traits>
+QUIRE_DEVICE Location locate_own(const AttentionArgs& args, const Item& item,
+                                 const PrefillTiles<Traits>& tiles, int tile) {
+  if (thread_index() >= Traits::kKeys) return {0, 0};
+  return locate(args.params, item, tiles.keys, tile * Traits::kKeys + thread_index());
+}
+
+template <class Traits>
+QUIRE_DEVICE void store_location(int tile, Location location) {
+  if (thread_index() >= Traits::kKeys) return;
+  st_shared(location_slot<Traits>(tile, thread_index()),
+            U32x2{static_cast<uint32_t>(location.block), static_cast<uint32_t>(location.row)});
+}
+
+// Sends K and V of a tile on their way to its stage, as one group.
+template <class Traits>
+QUIRE_DEVICE void load_keys(const AttentionArgs& args, const Item& item,
+                            const PrefillTiles<Traits>& tiles, int tile) {
+  constexpr int kPieces = Traits::kHeadDim / kPiece;
+  const int thread = fresh_thread_index();
+  const KeySource source(args.params, item);
+  const SharedAddress k_tile =
+      shared_base() +
+      static_cast<uint32_t>(Traits::kStageOffset + tile % 2 * 2 * Traits::kKeyTileBytes);
+  const SharedAddress v_tile = k_tile + Traits::kKeyTileBytes;
+  QUIRE_UNROLL
+  for (int i = 0; i < Traits::kKeys * kPieces / Traits::kThreads; ++i) {
+    const int index = i * Traits::kThreads + thread;
+    const int row = index / kPieces, piece = index % kPieces;
+    const int key = tile * Traits::kKeys + row;
+    const U32x2 at = ld_shared<U32x2>(location_slot<Traits>(tile, row));
+    const uint32_t offset = piece_offset<Traits::kHeadDim>(row, piece);
+    source.load<Traits::kMode>(args, {static_cast<int>(at.x), static_cast<int>(at.y)},
+                               key >= tiles.keys.begin && key < tiles.keys.end, piece,
+                               k_tile + offset, v_tile + offset);
+  }
+  cp_async_commit();
+}
+
+// --- Chunks --------------------------------------------------------------------------------------
+
+// Two columns of a row in `total`. Eight columns are a piece; the permutation keeps the rows that
+// a warp writes at once in different banks.
+template <class Traits>
+QUIRE_DEVICE SharedAddress total_slot(int row, int column) {
+  return shared_base() +
+         static_cast<uint32_t>(Traits::kTotalOffset +
+                               (row * Traits::kHeadDim + (column ^ (row & 3) << 3)) * 4);
+}
+
+// Adds the chunk's result to `total`; the first one is `total`.
+template <class Traits>
+QUIRE_DEVICE void fold_chunk(PrefillState<Traits>& state, bool is_first, int warp_row) {
+  const int lane = fresh_thread_index() % kWarpSize;
+  QUIRE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const FoldScales scales = fold(state.total[h], state.chunk[h]);
+    QUIRE_UNROLL
+    for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
+      const SharedAddress slot =
+          total_slot<Traits>(warp_row + lane / 4 + 8 * h, 8 * n + lane % 4 * 2);
+      const F32x2 before = is_first ? F32x2{0, 0} : ld_shared<F32x2>(slot);
+      st_shared(slot, F32x2{scales.apply(before.x, state.sums[n][2 * h]),
+                            scales.apply(before.y, state.sums[n][2 * h + 1])});
+    }
+  }
+}
+
+template <class Traits>
+QUIRE_DEVICE void store_chunk(const AttentionArgs& args, const Item& item,
+                              const PrefillState<Traits>& state, int slot, int first_row) {
+  const int lane = fresh_thread_index() % kWarpSize;
+  QUIRE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int row = first_row + lane / 4 + 8 * h;
+    if (row >= item.num_rows) continue;
+    float* values = partial_values<Traits>(args, slot, row) + lane % 4 * 2;
+    QUIRE_UNROLL
+    for (int n = 0; n < Traits::kHeadDim / 8; ++n)
+      st_global(reinterpret_cast<F32x2*>(values + 8 * n),
+                F32x2{state.sums[n][2 * h], state.sums[n][2 * h + 1]});
+    if (lane % 4 == 0)
+      st_global(partial_stats(args, slot, row), F32x2{state.chunk[h].max, state.chunk[h].sum});
+  }
+}
+
+// A chunk is complete: folds it or leaves it to be merged, and begins the next one.
+template <class Traits>
+QUIRE_DEVICE void finish_chunk(const AttentionArgs& args, const Item& item,
+                               PrefillState<Traits>& state, float factor, int chunk, bool is_first,
+                               int first_row) {
+  const int warp_row = thread_index() / kWarpSize * kTile;
+  QUIRE_UNROLL
+  for (int h = 0; h < 2; ++h) state.chunk[h] = state.chunk[h].finish(factor);
+  if (item.partial < 0) {
+    fold_chunk<Traits>(state, is_first, warp_row);
+  } else {
+    const int slot = item.partial + chunk - item.kv_begin / kKvChunk;
+    store_chunk<Traits>(args, item, state, slot, first_row + warp_row);
+  }
+  QUIRE_UNROLL
+  for (int h = 0; h < 2; ++h) state.chunk[h] = RowStats{};
+  QUIRE_UNROLL
+  for (auto& column : state.sums) QUIRE_UNROLL
+  for (float& sum : column) sum = 0;
+}
+
+// Writes the warp's rows from `total`.
+template <class Traits>
+QUIRE_DEVICE void write_total(const AttentionArgs& args, const Item& item,
+                              const PrefillState<Traits>& state, int first_row) {
+  constexpr int kPieces = Traits::kHeadDim / kPiece;
+  const int lane = thread_index() % kWarpSize, warp_row = thread_index() / kWarpSize * kTile;
+  const SharedAddress stats = shared_base() + Traits::kStatsOffset;
+  QUIRE_UNROLL
+  for (int h = 0; h < 2; ++h)
+    if (lane % 4 == 0)
+      st_shared(stats + (warp_row + lane / 4 + 8 * h) * 8,
+                F32x2{state.total[h].max, state.total[h].sum});
+  sync_warp();
+  for (int i = lane; i < kTile * kPieces; i += kWarpSize) {
+    const int row = warp_row + i / kPieces, column = i % kPieces * kPiece;
+    if (first_row + row >= item.num_rows) continue;
+    const F32x2 total = ld_shared<F32x2>(stats + row * 8);
+    const F32x4 low = ld_shared<F32x4>(total_slot<Traits>(row, column));
+    const F32x4 high = ld_shared<F32x4>(total_slot<Traits>(row, column) + 16);
+    float values[kPiece] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    write_row<Traits>(args, item, first_row + row, column, {total.x, total.y}, values);
+  }
+}
+
+// --- The loop ------------------------------------------------------------------------------------
+
+template <class Traits>
+QUIRE_DEVICE void attend_tile(const AttentionParams& p, PrefillState<Traits>& state,
+                              const uint32_t (&queries)[Traits::kHeadDim / kTile][4], float factor,
+                              int tile) {
+  const int warp_row = thread_index() / kWarpSize * kTile;
+  const SharedAddress k_tile =
+      shared_base() +
+      static_cast<uint32_t>(Traits::kStageOffset + tile % 2 * 2 * Traits::kKeyTileBytes);
+  float scores[Traits::kKeys / 8][4] = {};
+  QUIRE_UNROLL
+  for (int step = 0; step < Traits::kHeadDim / kTile; ++step) {
+    if constexpr (Traits::kKeepQueries) {
+      multiply_keys<typename Traits::Type, Traits::kHeadDim, Traits::kKeys>(scores, queries[step],
+                                                                            k_tile, step);
+    } else {
+      uint32_t query[4];
+      load_query_fragment<Traits::kHeadDim>(query, shared_base() + Traits::kQueryOffset, warp_row,
+                                            step);
+      multiply_keys<typename Traits::Type, Traits::kHeadDim, Traits::kKeys>(scores, query, k_tile,
+                                                                            step);
+    }
+  }
+  mask_scores<Traits::kMode, Traits::kKeys>(p, state.rows, tile * Traits::kKeys, scores);
+  add_to_softmax<Traits::kKeys, Traits::kHeadDim>(factor, state.chunk, scores, state.sums);
+  multiply_values<typename Traits::Type, Traits::kHeadDim, Traits::kKeys>(
+      state.sums, scores, k_tile + Traits::kKeyTileBytes);
+}
+
+// Rows [first_row, first_row + kRows) of an item.
+template <class Traits>
+QUIRE_DEVICE void prefill_rows(const AttentionArgs& args, const Item& item, int first_row) {
+  const AttentionParams& p = args.params;
+  const int lane = thread_index() % kWarpSize, warp_row = thread_index() / kWarpSize * kTile;
+  const int last_row = min(item.num_rows, first_row + Traits::kRows) - 1;
+  const PrefillTiles<Traits> tiles(keys_to_read(p, item, first_row, last_row));
+  const float factor = Traits::kMode == Mode::kFast ? p.scale * kLog2E : 1.0f;
+
+  load_queries<Traits>(args, item, first_row, shared_base() + Traits::kQueryOffset);
+  cp_async_commit();
+  store_location<Traits>(tiles.begin, locate_own(args, item, tiles, tiles.begin));
+  store_location<Traits>(tiles.begin + 1, locate_own(args, item, tiles, tiles.begin + 1));
+  sync_block();
+  load_keys(args, item, tiles, tiles.begin);
+  cp_async_wait<1>();
+  sync_block();
+  uint32_t queries[Traits::kHeadDim / kTile][4];
+  if constexpr (Traits::kKeepQueries) QUIRE_UNROLL
+  for (int step = 0; step < Traits::kHeadDim / kTile; ++step)
+    load_query_fragment<Traits::kHeadDim>(queries[step], shared_base() + Traits::kQueryOffset,
+                                          warp_row, step);
+  sync_block();  // before `total` may take the place of the queries
+  PrefillState<Traits> state;
+  QUIRE_UNROLL
+  for (int h = 0; h < 2; ++h)
+    state.rows[h] = make_score_row(p, item, min(first_row + warp_row + lane / 4 + 8 * h, last_row));
+
+  // Every chunk of the item is finished, the ones that these rows do not see as well: whoever
+  // merges expects all of them.
+  constexpr int kTilesPerChunk = kKvChunk / Traits::kKeys;
+  const int first_chunk = item.kv_begin / kKvChunk;
+  const int end_chunk = max(first_chunk + 1, ceil_div(item.kv_end, kKvChunk));
+  for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
+    const int begin = max(tiles.begin, chunk * kTilesPerChunk);
+    const int end = min(tiles.end, (chunk + 1) * kTilesPerChunk);
+    for (int tile = begin; tile < end; ++tile) {
+      cp_async_wait<0>();
+      sync_block();
+      if (tile + 1 < tiles.end) load_keys(args, item, tiles, tile + 1);
+      const Location later = locate_own(args, item, tiles, tile + 2);
+      attend_tile<Traits>(p, state, queries, factor, tile);
+      store_location<Traits>(tile + 2, later);
+    }
+    finish_chunk<Traits>(args, item, state, factor, chunk, chunk == first_chunk, first_row);
+  }
+  cp_async_wait<0>();
+  if (item.partial < 0) write_total<Traits>(args, item, state, first_row);
+  sync_block();
+}
+
+template <class Traits>
+QUIRE_DEVICE void prefill(const AttentionArgs& args) {
+  for (int i = block_index(); i < args.num_items; i += num_blocks()) {
+    const Item item = load_item(args, i);
+    for (int row = 0; row < item.num_rows; row += Traits::kRows)
+      prefill_rows<Traits>(args, item, row);
+    if (item.merge >= 0) merge_if_last<Traits>(args, item, shared_base() + Traits::kFlagOffset);
+  }
+}
+
+}  // namespace quire::device

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scores to weights: options of attention per score, and the online softmax over tiles of keys.
+// Exponentials are powers of two throughout; maxima and denominators are in units of log2.
+#pragma once
+
+#include "kernels/args.h"
+
+namespace quire::device {
+
+inline constexpr float kLog2E = 1.44269504088896340736f;
+inline constexpr float kLn2 = 0.69314718055994530942f;
+
+// What a thread has to know of one of the two rows of its fragments.
+struct ScoreRow {
+  KeyRange visible;  // an item that ends earlier ends with a tile
+  int position;
+  float slope;          // of ALiBi
+  const uint8_t* mask;  // bits, or null
+  int mask_begin;       // key of the first bit; all before are seen
+};
+
+QUIRE_DEVICE ScoreRow make_score_row(const AttentionParams& p, const Item& item, int row) {
+  ScoreRow r{visible_keys(p, item, row), item.position(row), 0, nullptr, 0};
+  if (p.alibi_slopes) r.slope = ld_global(p.alibi_slopes + item.head(row));
+  if (p.mask) {
+    r.mask =
+        p.mask + item.sequence_index * p.mask_stride_seq + item.batch_row(row) * p.mask_stride_row;
+    r.mask_begin = p.mask_is_tree ? item.sequence.seq_len - item.sequence.q_len : 0;
+  }
+  return r;
+}
+
+QUIRE_DEVICE bool is_visible(const ScoreRow& row, int key) {
+  if (key < row.visible.begin || key >= row.visible.end) return false;
+  if (!row.mask || key < row.mask_begin) return true;
+  const int bit = key - row.mask_begin;
+  return ld_global(row.mask + bit / 8) >> bit % 8 & 1;
+}
+
+// From exp2, as the tanh instruction is less exact than float16.
+QUIRE_DEVICE float tanh(float x) { return 1.0f - 2.0f * rcp(1.0f + exp2(2.0f * kLog2E * x)); }
+
+// A raw q.k to its logit in units of log2.
+QUIRE_DEVICE float apply_options(const AttentionParams& p, const ScoreRow& row, float score,
+                                 int key) {
+  float x = score * p.scale;
+  if (p.softcap > 0) x = p.softcap * tanh(x / p.softcap);
+  const int distance = max(row.position - key, key - row.position);
+  return (x - row.slope * static_cast<float>(distance)) * kLog2E;
+}
+
+// Hides what may not be seen and, in full mode, applies the options. Keys of the tile begin at
+// `first_key`; element 2h + e of fragment n is row h, key 8n + 2 (lane % 4) + e.
+template <Mode kMode, int kKeys>
+QUIRE_DEVICE void mask_scores(const AttentionParams& p, const ScoreRow (&rows)[2], int first_key,
+                              float (&scores)[kKeys / 8][4]) {
+  const int lane_key = first_key + thread_index() % 4 * 2;
+  QUIRE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const KeyRange visible = rows[h].visible;
+    const bool all = first_key >= visible.begin && first_key + kKeys <= visible.end;
+    if (kMode == Mode::kFast && all) continue;
+    QUIRE_UNROLL
+    for (int n = 0; n < kKeys / 8; ++n) QUIRE_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const int key = lane_key + 8 * n + e;
+      float& score = scores[n][2 * h + e];
+      if (kMode == Mode::kFull) score = apply_options(p, rows[h], score, key);
+      if (!is_visible(rows[h], key)) score = -kInfinity;
+    }
+  }
+}
+
+// Maximum and denominator of a row. Within a chunk of keys `max` is of the scores as they come
+// and `sum` is of this lane's keys only; finish() makes both final.
+struct RowStats {
+  float max = -kInfinity;
+  float sum = 0;
+
+  QUIRE_DEVICE RowStats finish(float factor) const {
+    float total = sum + shuffle_xor(sum, 1);
+    total += shuffle_xor(total, 2);
+    return {mul(max, factor), total};
+  }
+};
+
+// -inf - -inf is not a number, so a row that has seen nothing yet is compared with 0.
+QUIRE_DEVICE float finite_or_zero(float max) { return max == -kInfinity ? 0.0f : max; }
+
+// Scores times `factor` (> 0) become weights 2^(score - max); what was summed before is rescaled
+// to the new maximum. A tile in which a row sees nothing changes nothing of it, bit by bit.
+template <int kKeys, int kHeadDim>
+QUIRE_DEVICE void add_to_softmax(float factor, RowStats (&rows)[2], float (&scores)[kKeys / 8][4],
+                                 float (&sums)[kHeadDim / 8][4]) {
+  QUIRE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    float top = rows[h].max;
+    QUIRE_UNROLL
+    for (int n = 0; n < kKeys / 8; ++n) top = max(top, max(scores[n][2 * h], scores[n][2 * h + 1]));
+    top = max(top, shuffle_xor(top, 1));
+    top = max(top, shuffle_xor(top, 2));
+    const float base = mul(finite_or_zero(top), factor);
+    // Not an fma: an unchanged maximum must give exactly 1.
+    const float rescale = exp2(mul(rows[h].max, factor) - base);
+    float sum = rows[h].sum * rescale;
+    QUIRE_UNROLL
+    for (int n = 0; n < kKeys / 8; ++n) QUIRE_UNROLL
+    for (int e = 2 * h; e < 2 * h + 2; ++e) {
+      scores[n][e] = exp2(fma(scores[n][e], factor, -base));
+      sum += scores[n][e];
+    }
+    rows[h] = {top, sum};
+    QUIRE_UNROLL
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      sums[n][2 * h] *= rescale;
+      sums[n][2 * h + 1] *= rescale;
+    }
+  }
+}
+
+}  // namespace quire::device

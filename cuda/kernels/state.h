@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// States of rows over runs of chunks: folding them left to right, their final form, and partial
+// results that several blocks leave for the last of them to fold.
+//
+// Whether chunks are folded as they come or from memory later, the same operations happen in the
+// same order, each with its rounding spelled out: the bits are the same.
+#pragma once
+
+#include "kernels/softmax.h"
+#include "kernels/tile.h"
+
+namespace quire::device {
+
+// By what the values so far and those of the next chunk are to be multiplied.
+struct FoldScales {
+  float total, chunk;
+
+  QUIRE_DEVICE float apply(float total_value, float chunk_value) const {
+    return fma(total_value, total, mul(chunk_value, chunk));
+  }
+};
+
+QUIRE_DEVICE FoldScales fold(RowStats& total, const RowStats& chunk) {
+  const float top = max(total.max, chunk.max);
+  const float base = finite_or_zero(top);
+  const FoldScales scales{exp2(total.max - base), exp2(chunk.max - base)};
+  total = {top, scales.apply(total.sum, chunk.sum)};
+  return scales;
+}
+
+// Normalises and writes eight columns of one row, and with the first of them the row's lse.
+template <class Traits>
+QUIRE_DEVICE void write_row(const AttentionArgs& args, const Item& item, int row, int column,
+                            RowStats stats, float (&values)[kPiece]) {
+  const AttentionParams& p = args.params;
+  const int head = item.head(row);
+  const bool sees_a_key = stats.sum != 0;
+  float scale = 1;
+  if (p.sinks && sees_a_key) scale = fold(stats, {ld_global(p.sinks + head) * kLog2E, 1.0f}).total;
+  const float factor = mul(scale, rcp(stats.sum));
+  QUIRE_UNROLL
+  for (float& value : values)
+    value = sees_a_key ? fma(value, factor, 0.0f) : 0.0f;  // + 0: no negative zeros
+  auto* out = static_cast<uint16_t*>(p.out) + item.sequence_index * p.out_stride_seq +
+              item.batch_row(row) * p.out_stride_row + head * p.out_stride_head + column;
+  store_piece<typename Traits::Type, Traits::kMode>(out, values, p.head_dim_v - column,
+                                                    args.is_aligned);
+  if (p.lse && column == 0) {
+    const int64_t offset = item.sequence_index * p.lse_stride_seq + head * p.lse_stride_head +
+                           item.batch_row(row) * p.lse_stride_row;
+    st_global(p.lse + offset, sees_a_key ? mul(stats.max + log2(stats.sum), kLn2) : -kInfinity);
+  }
+}
+
+// --- Partial results -----------------------------------------------------------------------------
+
+template <class Traits>
+QUIRE_DEVICE float* partial_values(const AttentionArgs& args, int slot, int row) {
+  return args.partial_values + (int64_t{slot} * args.partial_rows + row) * Traits::kHeadDim;
+}
+
+QUIRE_DEVICE F32x2* partial_stats(const AttentionArgs& args, int slot, int row) {
+  return reinterpret_cast<F32x2*>(args.partial_stats) + int64_t{slot} * args.partial_rows + row;
+}
+
+QUIRE_DEVICE void load_floats(float (&values)[kPiece], const float* from) {
+  const F32x4 low = ld_global(reinterpret_cast<const F32x4*>(from));
+  const F32x4 high = ld_global(reinterpret_cast<const F32x4*>(from) + 1);
+  const float loaded[kPiece] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  QUIRE_UNROLL
+  for (int i = 0; i < kPiece; ++i) values[i] = loaded[i];
+}
+
+QUIRE_DEVICE void store_floats(float* to, const float (&values)[kPiece]) {
+  st_global(reinterpret_cast<F32x4*>(to), F32x4{values[0], values[1], values[2], values[3]});
+  st_global(reinterpret_cast<F32x4*>(to) + 1, F32x4{values[4], values[5], values[6], values[7]});
+}
+
+// Folds all slots of the item's rows in chunk order and writes the rows.
+template <class Traits>
+QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item) {
+  constexpr int kPieces = Traits::kHeadDim / kPiece;
+  const MergeItem* work = args.merges + item.merge;
+  const int first_slot = ld_global(&work->partial), num_slots = ld_global(&work->num_partials);
+  for (int i = thread_index(); i < item.num_rows * kPieces; i += Traits::kThreads) {
+    const int row = i / kPieces, column = i % kPieces * kPiece;
+    RowStats total;
+    float values[kPiece] = {};
+    for (int slot = first_slot; slot < first_slot + num_slots; ++slot) {
+      const F32x2 stats = ld_global(partial_stats(args, slot, row));
+      const FoldScales scales = fold(total, {stats.x, stats.y});
+      float chunk[kPiece];
+      load_floats(chunk, partial_values<Traits>(args, slot, row) + column);
+      QUIRE_UNROLL
+      for (int e = 0; e < kPiece; ++e) values[e] = scales.apply(values[e], chunk[e]);
+    }
+    write_row<Traits>(args, item, row, column, total, values);
+  }
+}
+
+// Called by a block that has stored its partial results: the last of those that share the rows
+// merges. `flag`: a word of shared memory.
+template <class Traits>
+QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, SharedAddress flag) {
+  fence_gpu();
+  sync_block();
+  if (thread_index() == 0) {
+    const auto last = static_cast<uint32_t>(ld_global(&args.merges[item.merge].num_items) - 1);
+    st_shared<uint32_t>(flag, atomic_increment(args.counters + item.merge, last) == last);
+  }
+  sync_block();
+  if (!ld_shared<uint32_t>(flag)) return;
+  fence_gpu();
+  merge<Traits>(args, item);
+}
+
+}  // namespace quire::device
