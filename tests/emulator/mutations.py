@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planted bugs: each must be caught by the emulator's tests, for every seed.
+
+    python tests/emulator/mutations.py [--only TEXT]
+
+A mutation is a change of one place of the kernels' source. The kernel is built with it and run by
+test_mutation.cpp over a few cases, several seeds and all modes of asynchronous copies; it counts
+as caught when every seed reports an error of the emulator or a wrong result in some case. The
+unchanged source must pass every one. Takes about ten seconds a mutation, so it is not part of
+the ordinary tests."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    what: str
+    file: str
+    old: str
+    new: str
+
+
+P, D, T, S, K, A = (f"cuda/kernels/{x}.h" for x in "prefill decode tile softmax keys args".split())
+STATE = "cuda/kernels/state.h"
+
+MUTATIONS = [
+    Mutation("prefill: no barrier before a tile is read", P,
+             "cp_async_wait<0>();\n      sync_block();", "cp_async_wait<0>();"),
+    Mutation("prefill: a tile is read before it has landed", P,
+             "cp_async_wait<0>();\n      sync_block();",
+             "cp_async_wait<1>();\n      sync_block();"),
+    Mutation("prefill: queries are read before they have landed", P,
+             "cp_async_wait<1>();\n  sync_block();", "cp_async_wait<2>();\n  sync_block();"),
+    Mutation("prefill: next tile goes to the stage in use", P,
+             "load_keys(args, item, tiles, tile + 1);", "load_keys(args, item, tiles, tile + 2);"),
+    Mutation("prefill: total takes the place of queries too early", P,
+             "sync_block();  // before `total` may take the place of the queries", ""),
+    Mutation("prefill: locations of a tile overwrite those in use", P,
+             "tile % 2 * Traits::kKeys + row) * 8", "row) * 8"),
+    Mutation("prefill: locations are not waited for", P,
+             "  sync_block();\n  load_keys(args, item, tiles, tiles.begin);",
+             "  load_keys(args, item, tiles, tiles.begin);"),
+    Mutation("prefill: stats are read without a warp sync", P, "  sync_warp();\n", ""),
+    Mutation("prefill: rows of the next block overwrite shared memory in use", P,
+             "write_total<Traits>(args, item, state, first_row);\n  sync_block();",
+             "write_total<Traits>(args, item, state, first_row);"),
+    Mutation("prefill: 16 bytes of shared memory too few", P,
+             "kSharedBytes = kFlagOffset + 16", "kSharedBytes = kFlagOffset"),
+    Mutation("prefill: a chunk is not begun afresh", P,
+             "state.chunk[h] = RowStats{};", ";"),
+    Mutation("prefill: partial results one slot off", P,
+             "const int slot = item.partial + chunk - item.kv_begin / kKvChunk;",
+             "const int slot = item.partial + chunk - item.kv_begin / kKvChunk + 1;"),
+    Mutation("decode: a tile is read before it has landed", D,
+             "cp_async_wait<Traits::kStages - 2>();", "cp_async_wait<Traits::kStages - 1>();"),
+    Mutation("decode: lanes do not wait for each other's copies", D,
+             "cp_async_wait<Traits::kStages - 2>();\n    sync_warp();",
+             "cp_async_wait<Traits::kStages - 2>();"),
+    Mutation("decode: a warp reads the ring of another", D,
+             "(warp * Traits::kStages + index)", "(index)"),
+    Mutation("decode: a stage is read twice", D,
+             "read_stage_ = (read_stage_ + 1) % Traits::kStages;", ""),
+    Mutation("decode: warps' results are read before they are written", D,
+             "give_columns<Traits>(state, round);\n    sync_block();",
+             "give_columns<Traits>(state, round);"),
+    Mutation("decode: the next round overwrites results in use", D,
+             "    sync_block();\n  }\n}\n\n// --- The loop", "  }\n}\n\n// --- The loop"),
+    Mutation("decode: a warp's share is that of another", D,
+             "fma(given[i], shares[warp], values[i])", "fma(given[i], shares[0], values[i])"),
+    Mutation("decode: a shuffle in a divergent branch", D,
+             "if (next_ * Traits::kKeys < keys_.end) {",
+             "if (next_ * Traits::kKeys + lane % 16 < keys_.end) {"),
+    Mutation("decode: locations of the tile before", D,
+             "    next_location_ = locate_own(next_);\n  }", "  }"),
+    Mutation("swizzle forgotten by the writer", T, "((piece ^ swizzle) << 4)",
+             "((piece ^ (kHeadDim > 1 ? 0 : swizzle)) << 4)"),
+    Mutation("values are read untransposed", T, "ldmatrix<Transposed::kYes>(",
+             "ldmatrix<Transposed::kNo>("),
+    Mutation("keys of a fragment swapped", T, "mma<Type>(scores[2 * n], query, key[0], key[1]);",
+             "mma<Type>(scores[2 * n], query, key[1], key[0]);"),
+    Mutation("columns beyond the head dim are read", T,
+             "2 * max(0, min(columns, kPiece))", "2 * (columns > -99 ? kPiece : 0)"),
+    Mutation("causal mask off by one", A, "position + p.window_right + 1};",
+             "position + p.window_right + 2};"),
+    Mutation("window off by one", A, "position - p.window_left,", "position - p.window_left + 1,"),
+    Mutation("block table entry off by one", K, "+ key / p.block_size;",
+             "+ (key + 1) / p.block_size;"),
+    Mutation("a 32-bit row where a block's is meant", K, "key % p.block_size}", "key % 16}"),
+    Mutation("a row without keys divides by zero", STATE,
+             "value = sees_a_key ? fma(value, factor, 0.0f) : 0.0f;",
+             "value = fma(value, factor, 0.0f);"),
+    Mutation("partial results are not fenced", STATE,
+             "  fence_gpu();\n  sync_block();", "  sync_block();"),
+    Mutation("the last block does not wait for its threads", STATE,
+             "  fence_gpu();\n  sync_block();", "  fence_gpu();"),
+    Mutation("the counter does not come back to zero", STATE,
+             "num_items) - 1);", "num_items));"),
+    Mutation("partial results folded without their scale", STATE,
+             "values[e] = scales.apply(values[e], chunk[e]);", "values[e] += chunk[e];"),
+    Mutation("the rescale is not exactly 1", S, "exp2(mul(rows[h].max, factor) - base)",
+             "exp2(fma(rows[h].max, factor, -base))"),
+]  # fmt: skip
+
+
+def build_and_run(folder: Path) -> tuple[int, str]:
+    """Exit status of the test program over the kernels in `folder`, and what it printed."""
+    program = folder / "test_mutation"
+    core = ROOT / "cpp"
+    sources = [ROOT / "tests/emulator/test_mutation.cpp"]
+    sources += [core / "src" / name for name in
+                ("attention/plan.cpp", "attention/validate.cpp", "tensor.cpp")]  # fmt: skip
+    includes = (folder / "cuda", ROOT / "tests", core / "include", core / "src")
+    subprocess.run(
+        [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-w", "-ffp-contract=off",
+         *(f"-I{path}" for path in includes), "-o", program, *sources],
+        check=True,
+    )  # fmt: skip
+    run = subprocess.run([program], capture_output=True, text=True, timeout=600)
+    return run.returncode, run.stdout
+
+
+def planted(source: str, mutation: Mutation) -> str:
+    assert mutation.old in source, f"{mutation.what}: its place is gone from {mutation.file}"
+    return source.replace(mutation.old, mutation.new, 1)
+
+
+def main() -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="mutations whose description contains this")
+    only = parser.parse_args().only
+    missed = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(ROOT / "cuda", folder / "cuda")
+        status, output = build_and_run(folder)
+        print(f"unchanged: {output.strip()}", flush=True)
+        assert status == 0, "the unchanged kernels must pass"
+        for mutation in MUTATIONS:
+            if only not in mutation.what:
+                continue
+            path = folder / mutation.file
+            original = path.read_text()
+            path.write_text(planted(original, mutation))
+            status, output = build_and_run(folder)
+            path.write_text(original)
+            caught = status == 2 or status < 0  # < 0: ended by a signal
+            missed += not caught
+            print(
+                f"{'caught' if caught else 'MISSED'}  {mutation.what}: {output.strip()[:110]}",
+                flush=True,
+            )
+    return missed != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// RaceDetector: two threads that touch the same shared word, one of them writing, must be ordered
+// by a barrier or a warp sync. Vector clocks, so what is found does not depend on the schedule.
+//
+// Granularity is a 4-byte word. Of each warp the last reader of a word is remembered.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace quire::emulator {
+
+class RaceDetector {
+ public:
+  static constexpr int kMaxWarps = 16;
+
+  RaceDetector(int num_threads, size_t shared_bytes)
+      : num_threads_(num_threads),
+        clocks_(static_cast<size_t>(num_threads) * num_threads),
+        joined_(num_threads),
+        words_((shared_bytes + 3) / 4) {
+    for (int thread = 0; thread < num_threads; ++thread) clock(thread)[thread] = 1;
+  }
+
+  // Each returns what is wrong, or an empty string.
+  std::string read(int thread, uint32_t address, uint32_t bytes) {
+    for (uint32_t i = address / 4; i <= (address + bytes - 1) / 4; ++i) {
+      Word& word = words_[i];
+      if (!ordered_after(thread, word.writer))
+        return conflict("read", i, "the write by thread ", word.writer.thread);
+      word.readers[thread / 32] = {static_cast<uint16_t>(thread), clock(thread)[thread]};
+    }
+    return {};
+  }
+
+  std::string write(int thread, uint32_t address, uint32_t bytes) {
+    for (uint32_t i = address / 4; i <= (address + bytes - 1) / 4; ++i) {
+      Word& word = words_[i];
+      if (!ordered_after(thread, word.writer))
+        return conflict("write", i, "the write by thread ", word.writer.thread);
+      for (Access& reader : word.readers) {
+        if (!ordered_after(thread, reader))
+          return conflict("write", i, "the read by thread ", reader.thread);
+        reader = {};
+      }
+      word.writer = {static_cast<uint16_t>(thread), clock(thread)[thread]};
+    }
+    return {};
+  }
+
+  // Everything that threads [begin, end) whose bit in `mask` is set have done happens before all
+  // that they do from now on. Bit i is thread begin + i % 32.
+  void synchronize(int begin, int end, uint32_t mask) {
+    std::fill(joined_.begin(), joined_.end(), 0);
+    const auto takes_part = [mask](int thread) { return mask >> (thread & 31) & 1; };
+    for (int thread = begin; thread < end; ++thread)
+      if (takes_part(thread))
+        for (int i = 0; i < num_threads_; ++i) joined_[i] = std::max(joined_[i], clock(thread)[i]);
+    for (int thread = begin; thread < end; ++thread)
+      if (takes_part(thread)) {
+        std::copy(joined_.begin(), joined_.end(), clock(thread));
+        ++clock(thread)[thread];
+      }
+  }
+
+ private:
+  struct Access {
+    uint16_t thread = 0;
+    uint32_t clock = 0;  // 0: never
+  };
+  struct Word {
+    Access writer;
+    Access readers[kMaxWarps];
+  };
+
+  uint32_t* clock(int thread) { return &clocks_[static_cast<size_t>(thread) * num_threads_]; }
+
+  bool ordered_after(int thread, const Access& access) {
+    return access.clock == 0 || access.thread == thread ||
+           clock(thread)[access.thread] >= access.clock;
+  }
+
+  static std::string conflict(const char* what, uint32_t word, const char* other, int thread) {
+    return std::string("race: ") + what + " of shared byte " + std::to_string(word * 4) +
+           " is not ordered after " + other + std::to_string(thread);
+  }
+
+  int num_threads_;
+  std::vector<uint32_t> clocks_;  // [thread, thread]
+  std::vector<uint32_t> joined_;
+  std::vector<Word> words_;
+};
+
+}  // namespace quire::emulator

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs an attention kernel on the emulator over a plan.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "emulator/launch.h"
+#include "kernels/args.h"
+#include "quire/attention.h"
+
+namespace quire::emulator {
+
+// A kernel with its traits bound, and what its launch needs.
+struct AttentionKernel {
+  std::function<void(const device::AttentionArgs&)> run;
+  int head_dim;
+  int rows;
+  int threads;
+  int shared_bytes;
+  bool is_bfloat16;
+};
+
+template <class Traits>
+AttentionKernel bind(void (*run)(const device::AttentionArgs&)) {
+  return {run,
+          Traits::kHeadDim,
+          Traits::kRows,
+          Traits::kThreads,
+          Traits::kSharedBytes,
+          Traits::Type::is_bfloat16};
+}
+
+// Partial results, which begin as NaN, and the counters.
+struct Workspace {
+  std::vector<float> values, stats;
+  std::vector<uint32_t> counters;
+};
+
+inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& params,
+                         const AttentionPlan& plan, bool is_aligned, Workspace& workspace,
+                         Options options, int blocks) {
+  const size_t rows = static_cast<size_t>(plan.num_partials) * plan.partial_rows;
+  workspace.values.assign(rows * kernel.head_dim, NAN);
+  workspace.stats.assign(rows * 2, NAN);
+  workspace.counters.assign(plan.merges.size(), 0);
+  device::AttentionArgs args{};
+  args.params = params;
+  args.items = plan.items.data();
+  args.num_items = static_cast<int32_t>(plan.items.size());
+  args.merges = plan.merges.data();
+  args.partial_values = workspace.values.data();
+  args.partial_stats = workspace.stats.data();
+  args.partial_rows = plan.partial_rows;
+  args.counters = workspace.counters.data();
+  args.is_aligned = is_aligned;
+  if (!options.global.allows_all()) {
+    const auto allow = [&options](const auto& array) {
+      options.global.allow(array.data(), array.size() * sizeof(array[0]));
+    };
+    allow(plan.sequences), allow(plan.items), allow(plan.merges), allow(plan.block_ids);
+    allow(workspace.values), allow(workspace.stats), allow(workspace.counters);
+  }
+  return launch({blocks, kernel.threads, kernel.shared_bytes}, options, [&] { kernel.run(args); });
+}
+
+}  // namespace quire::emulator

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// append_kv, copy_blocks and merge_states: what they write, and that they write nothing else.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <vector>
+
+#include "emulator/launch.h"
+#include "kernels/cache_ops.h"
+
+namespace quire::device {
+namespace {
+
+constexpr int kThreads = 128;
+
+// [outer, rows, heads, dim], `gap` elements after each head.
+struct Tensor {
+  int rows, heads, dim, gap;
+  std::vector<uint16_t> data;
+
+  Tensor(int outer, int rows, int heads, int dim, int gap)
+      : rows(rows), heads(heads), dim(dim), gap(gap), data(outer * rows * heads * (dim + gap)) {}
+  CacheView view() {
+    const int64_t head = dim + gap;
+    return {data.data(), rows * heads * head, heads * head, head};
+  }
+  uint16_t& at(int64_t outer, int row, int head, int column) {
+    return *view().at(outer, row, head, column);
+  }
+  void fill(int start) {
+    for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<uint16_t>(start + 7 * i);
+  }
+};
+
+template <class Kernel, class... Arrays>
+void run(Kernel kernel, Arrays&... arrays) {
+  emulator::Options options;
+  (options.global.allow(arrays.data(), arrays.size() * sizeof(arrays[0])), ...);
+  const emulator::Report report = emulator::launch({3, kThreads, 16}, options, kernel);
+  CHECK(report.error == "");
+}
+
+TEST_CASE("append_kv writes its slots and nothing else") {
+  for (int gap : {0, 3}) {
+    const int dim = 64, dim_v = gap ? 37 : 32, heads = 2, block_size = 5;
+    Tensor k(4, 1, heads, dim, gap), v(4, 1, heads, dim_v, gap);
+    Tensor k_cache(6, block_size, heads, dim, gap), v_cache(6, block_size, heads, dim_v, gap);
+    k.fill(1), v.fill(2), k_cache.fill(30000), v_cache.fill(40000);
+    std::vector<int64_t> slots = {17, -1, 0, 29};
+    Tensor k_expected = k_cache, v_expected = v_cache;
+    for (int t = 0; t < 4; ++t)
+      for (int head = 0; head < heads && slots[t] >= 0; ++head) {
+        const int64_t block = slots[t] / block_size, row = slots[t] % block_size;
+        for (int d = 0; d < dim; ++d) k_expected.at(block, row, head, d) = k.at(t, 0, head, d);
+        for (int d = 0; d < dim_v; ++d) v_expected.at(block, row, head, d) = v.at(t, 0, head, d);
+      }
+    const AppendArgs args{{k.view(), k_cache.view(), dim},
+                          {v.view(), v_cache.view(), dim_v},
+                          slots.data(),
+                          4,
+                          heads,
+                          block_size,
+                          gap == 0};
+    run([&] { append_kv<kThreads>(args); }, k.data, v.data, k_cache.data, v_cache.data, slots);
+    CHECK(k_cache.data == k_expected.data);
+    CHECK(v_cache.data == v_expected.data);
+  }
+}
+
+TEST_CASE("copy_blocks") {
+  for (int gap : {0, 1}) {
+    const int dim = 40, heads = 3, block_size = 4;
+    Tensor k_cache(6, block_size, heads, dim, gap), v_cache = k_cache;
+    k_cache.fill(1), v_cache.fill(2);
+    std::vector<int32_t> pairs = {0, 5, 0, 3, 2, 1};
+    Tensor k_expected = k_cache, v_expected = v_cache;
+    for (int i = 0; i < 3; ++i)
+      for (int row = 0; row < block_size; ++row)
+        for (int head = 0; head < heads; ++head)
+          for (int d = 0; d < dim; ++d) {
+            k_expected.at(pairs[2 * i + 1], row, head, d) = k_cache.at(pairs[2 * i], row, head, d);
+            v_expected.at(pairs[2 * i + 1], row, head, d) = v_cache.at(pairs[2 * i], row, head, d);
+          }
+    const CopyBlocksArgs args{
+        {k_cache.view(), dim}, {v_cache.view(), dim}, pairs.data(), 3, heads, block_size, gap == 0};
+    run([&] { copy_blocks<kThreads>(args); }, k_cache.data, v_cache.data, pairs);
+    CHECK(k_cache.data == k_expected.data);
+    CHECK(v_cache.data == v_expected.data);
+  }
+}
+
+TEST_CASE_TEMPLATE("merge_states joins what attention over parts has left", Type, Float16,
+                   BFloat16) {
+  const int states = 3, rows = 5, heads = 2, dim = 24;
+  Tensor outs(states, rows, heads, dim, 0), out(1, rows, heads, dim, 0);
+  std::vector<float> lses(states * heads * rows), lse(heads * rows);
+  for (size_t i = 0; i < outs.data.size(); ++i)
+    outs.data[i] = emulator::narrow<Type>(std::sin(static_cast<float>(i)));
+  for (size_t i = 0; i < lses.size(); ++i) lses[i] = 3 * std::cos(static_cast<float>(i));
+  const auto lse_at = [&](int state, int head, int row) -> float& {
+    return lses[(state * heads + head) * rows + row];
+  };
+  for (int row = 0; row < rows; ++row) {  // state 1 is empty and holds NaN; row 2, head 0 has none
+    for (int head = 0; head < heads; ++head) {
+      lse_at(1, head, row) = -INFINITY;
+      for (int d = 0; d < dim; ++d) outs.at(1, row, head, d) = 0xFFFF;
+    }
+  }
+  for (int state = 0; state < states; ++state) lse_at(state, 0, 2) = -INFINITY;
+  const MergeStatesArgs args{outs.view(), lses.data(), heads * rows, rows, 1,
+                             out.view(),  lse.data(),  rows,         1,    states,
+                             rows,        heads,       dim,          true};
+  run([&] { merge_states<Type, kThreads>(args); }, outs.data, out.data, lses, lse);
+  for (int row = 0; row < rows; ++row)
+    for (int head = 0; head < heads; ++head) {
+      double sum = 0;
+      for (int state = 0; state < states; ++state) sum += std::exp(lse_at(state, head, row));
+      if (sum == 0)
+        CHECK(lse[head * rows + row] == -INFINITY);
+      else
+        CHECK(lse[head * rows + row] == doctest::Approx(std::log(sum)).epsilon(1e-5));
+      for (int d = 0; d < dim; ++d) {
+        double exact = 0;
+        for (int state = 0; state < states; state += 2)
+          exact += std::exp(lse_at(state, head, row)) *
+                   emulator::widen<Type>(outs.at(state, row, head, d)) / (sum > 0 ? sum : 1);
+        const double got = emulator::widen<Type>(out.at(0, row, head, d));
+        CHECK(std::fabs(got - exact) <= (Type::is_bfloat16 ? 4e-3 : 5e-4));
+      }
+    }
+}
+
+}  // namespace
+}  // namespace quire::device

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// The PTX that nvcc made of the kernels, run on the emulator: the device side of the primitives
+// and the compiler's own transformations, which the host build of the kernels does not see.
+// Argument: a folder with the PTX of some lines of kernels.def, as CMake prepares it.
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <doctest/doctest.h>
+
+#include <fstream>
+#include <memory>
+#include <sstream>
+#include <string>
+
+#include "emulator/attention_suite.h"
+#include "emulator/ptx_opcodes.h"
+#include "kernels/decode.h"
+#include "kernels/prefill.h"
+
+namespace quire::emulator {
+namespace {
+
+using device::BFloat16;
+using device::Float16;
+using device::Mode;
+
+std::string folder;
+
+std::shared_ptr<PtxKernel> load(const std::string& file, const std::string& entry) {
+  std::ifstream stream(folder + "/" + file);
+  REQUIRE_MESSAGE(stream.good(), "no " << folder << "/" << file);
+  std::stringstream source;
+  source << stream.rdbuf();
+  return std::make_shared<PtxKernel>(source.str(), entry);
+}
+
+// The geometry is that of the traits; the body is nvcc's.
+template <class Traits>
+AttentionKernel from_ptx(const std::string& file, const std::string& entry) {
+  AttentionKernel kernel = bind<Traits>(nullptr);
+  kernel.run = [program = load(file, entry)](const device::AttentionArgs& args) {
+    program->run(&args);
+  };
+  return kernel;
+}
+
+AttentionCase base(int head_dim) {
+  AttentionCase c;
+  c.head_dim = c.head_dim_v = head_dim;
+  return c;
+}
+
+TEST_CASE("prefill, every option") {
+  using Traits = device::PrefillTraits<Float16, 64, 64, 64, Mode::kFull>;
+  const auto kernel = from_ptx<Traits>("prefill.ptx", "prefill_Float16_64_64_64_kFull");
+  check_options(kernel, base(64));
+}
+
+TEST_CASE("prefill, fast") {
+  using Traits = device::PrefillTraits<BFloat16, 128, 64, 64, Mode::kFast>;
+  const auto kernel = from_ptx<Traits>("prefill.ptx", "prefill_BFloat16_128_64_64_kFast");
+  AttentionCase c = base(128);
+  c.batch = kMixed;
+  check_case(kernel, c, AsyncMode::kRandom);
+  c.batch = {{3, 1100}, {20, 600}};
+  c.parallelism = 6;
+  check_case(kernel, c);
+}
+
+TEST_CASE("decode") {
+  using Traits = device::DecodeTraits<Float16, 128, 4, 3, Mode::kFast>;
+  const auto kernel = from_ptx<Traits>("decode.ptx", "decode_Float16_128_4_3_kFast");
+  AttentionCase c = base(128);
+  c.batch = kMixed;
+  check_case(kernel, c, AsyncMode::kRandom);
+  c.batch = {{1, 1100}, {2, 600}};
+  c.parallelism = 6;
+  check_case(kernel, c);
+}
+
+TEST_CASE("bits do not depend on how the work is cut, after nvcc either") {
+  AttentionCase c = base(128);
+  c.num_heads = c.num_kv_heads = 1;
+  c.batch = {{5, 1100}};
+  using Prefill = device::PrefillTraits<BFloat16, 128, 64, 64, Mode::kFast>;
+  check_bits(from_ptx<Prefill>("prefill.ptx", "prefill_BFloat16_128_64_64_kFast"), c);
+  using Decode = device::DecodeTraits<Float16, 128, 4, 3, Mode::kFast>;
+  check_bits(from_ptx<Decode>("decode.ptx", "decode_Float16_128_4_3_kFast"), c);
+}
+
+}  // namespace
+}  // namespace quire::emulator
+
+int main(int argc, char** argv) {
+  if (argc > 1) quire::emulator::folder = argv[1];
+  doctest::Context context(argc - 1, argv + 1);
+  return context.run();
+}

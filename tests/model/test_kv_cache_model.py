@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KVCacheManager against the plain reference, through random calls, with a toy engine behind.
+
+The engine's KV of a token is the token itself, so that whatever a sequence's slots hold must read
+back as its tokens, after any mix of sharing, copying, eviction and rollback.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import quire
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from reference import Reference
+
+# Leading tokens of one of two texts, then maybe another word: prefixes are often shared.
+TOKENS = st.builds(
+    lambda text, length, end: [text] * length + end,
+    st.integers(0, 1),
+    st.integers(1, 14),
+    st.lists(st.integers(0, 1), max_size=3),
+)
+SALTS = st.sampled_from([None, None, None, "", "a"])
+PICK = st.integers(0, 10**6)
+
+
+class ManagerMachine(RuleBasedStateMachine):
+    """Pairs of (handle, reference sequence) that live side by side."""
+
+    @initialize(
+        num_blocks=st.integers(4, 16),
+        block_size=st.integers(1, 4),
+        caching=st.sampled_from([True, True, False]),
+        depth=st.sampled_from([0, 0, 0, 1, 2]),
+    )
+    def start(self, num_blocks: int, block_size: int, caching: bool, depth: int) -> None:
+        self.manager = quire.KVCacheManager(num_blocks, block_size, caching, depth)
+        self.reference = Reference(num_blocks, block_size, caching, depth)
+        self.kv = np.full((num_blocks, block_size), -1, np.int64)
+        self.live: list = []
+        self.in_flight: dict[int, set[int]] = {}  # ticket -> blocks that its step reads or writes
+
+    def some(self, data: st.DataObject) -> list:
+        return data.draw(st.lists(st.sampled_from(self.live), unique_by=id, max_size=4))
+
+    @precondition(lambda self: len(self.live) < 8)
+    @rule(tokens=TOKENS, salt=SALTS, data=st.data(), computes=st.booleans())
+    def create(
+        self, tokens: list[int], salt: str | None, data: st.DataObject, computes: bool
+    ) -> None:
+        hits = len(self.reference.hits(tokens, salt)) * self.reference.size
+        assert self.manager.match(np.array(tokens, np.int32), salt) == hits
+        seq = self.manager.create(np.array(tokens, np.int32), salt)
+        assert seq.num_cached_tokens == hits
+        self.live.append((seq, self.reference.create(tokens, salt)))
+        if computes:
+            self.step_pairs(data, self.live[-1:], [seq.num_tokens - hits], commits=True)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), commits=st.booleans())
+    def step(self, data: st.DataObject, commits: bool) -> None:
+        pairs = self.some(data)
+        left = [len(ref.tokens) - ref.computed for _, ref in pairs]
+        counts = [data.draw(st.integers(0, n) | st.just(n)) for n in left]
+        self.step_pairs(data, pairs, counts, commits)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def engine_step(self, data: st.DataObject) -> None:
+        """What engines do most: everybody's next tokens, and a commit."""
+        if self.in_flight and len(self.in_flight) == self.reference.depth:
+            self.retire(0)
+        counts = [min(3, len(ref.tokens) - ref.computed) for _, ref in self.live]
+        self.step_pairs(data, list(self.live), counts, commits=True)
+
+    def step_pairs(
+        self, data: st.DataObject, pairs: list, counts: list[int], commits: bool
+    ) -> None:
+        if self.reference.depth and len(self.in_flight) == self.reference.depth:
+            with pytest.raises(ValueError, match="retire"):
+                self.manager.step([seq for seq, _ in pairs], counts)
+            return
+        before = {id(ref): set(seq.block_table.tolist()) for seq, ref in pairs}
+        batch = self.manager.step([seq for seq, _ in pairs], counts)
+        copies = self.reference.step([ref for _, ref in pairs], counts)
+        assert (batch is None) == (copies is None)
+        if batch is None:
+            return
+        assert len(batch.copies) == copies
+        fresh = {b for seq, ref in pairs for b in set(seq.block_table.tolist()) - before[id(ref)]}
+        assert not fresh & set().union(*self.in_flight.values()), "reused under a running step"
+        self.run_model(batch, pairs, counts)
+        if commits:
+            self.commit_pairs(data, pairs)
+
+    def run_model(self, batch: quire.StepBatch, pairs: list, counts: list[int]) -> None:
+        sources, targets = batch.copies[:, 0], batch.copies[:, 1]
+        assert not set(sources) & set(targets) and len(set(targets)) == len(targets)
+        self.kv[targets] = self.kv[sources]
+        touched = set(sources.tolist())
+        size = self.reference.size
+        for i, ((seq, ref), count) in enumerate(zip(pairs, counts, strict=True)):
+            first, end = batch.cu_seqlens_q[i : i + 2]
+            assert end - first == count and batch.seq_lens[i] == ref.computed + count
+            positions = np.arange(ref.computed, ref.computed + count)
+            assert np.array_equal(batch.positions[first:end], positions)
+            row = batch.block_table[i, : -(-(ref.computed + count) // size)]
+            assert np.array_equal(row, seq.block_table[: len(row)])
+            slots = batch.slot_mapping[first:end]
+            assert np.array_equal(slots, row[positions // size] * size + positions % size)
+            self.kv.reshape(-1)[slots] = np.array(ref.tokens)[positions]
+            touched |= set(row.tolist())
+        if self.reference.depth:
+            self.in_flight[batch.ticket] = touched
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        self.commit_pairs(data, self.some(data))
+
+    def commit_pairs(self, data: st.DataObject, pairs: list) -> None:
+        sampled = []
+        for _, ref in pairs:
+            known = ref.computed + ref.planned == len(ref.tokens) or ref.planned == 0
+            room = 30 - len(ref.tokens) if known else 0
+            least = min(1, max(0, room))
+            more = max(least, min(3, room))
+            sampled.append(data.draw(st.lists(st.integers(0, 1), min_size=least, max_size=more)))
+        arrays = [np.array(tokens, np.int32) for tokens in sampled]
+        if all(len(tokens) == 1 for tokens in sampled):
+            arrays = np.array(sampled, np.int32).reshape(-1)
+        elif not any(sampled):
+            arrays = None
+        self.manager.commit([seq for seq, _ in pairs], arrays)
+        self.reference.commit([ref for _, ref in pairs], sampled)
+
+    @precondition(lambda self: 0 < len(self.live) < 8)
+    @rule(pick=PICK)
+    def fork(self, pick: int) -> None:
+        seq, ref = self.live[pick % len(self.live)]
+        self.live.append((self.manager.fork(seq), self.reference.fork(ref)))
+
+    @precondition(lambda self: self.live)
+    @rule(pick=PICK, keep=PICK)
+    def truncate(self, pick: int, keep: int) -> None:
+        seq, ref = self.live[pick % len(self.live)]
+        num_tokens = keep % len(ref.tokens) + 1
+        self.manager.truncate(seq, num_tokens)
+        self.reference.truncate(ref, num_tokens)
+
+    @precondition(lambda self: len(self.live) > 2)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        pairs = self.some(data)
+        self.manager.free([seq for seq, _ in pairs])
+        self.reference.free([ref for _, ref in pairs])
+        self.live = [pair for pair in self.live if pair not in pairs]
+        for seq, _ in pairs:
+            with pytest.raises(ValueError, match="freed"):
+                self.manager.free([seq])
+
+    @precondition(lambda self: self.in_flight)
+    @rule(pick=PICK)
+    def retire(self, pick: int) -> None:
+        ticket = sorted(self.in_flight)[pick % len(self.in_flight)]
+        self.manager.retire(ticket)
+        self.reference.retire(ticket)
+        self.in_flight = {t: blocks for t, blocks in self.in_flight.items() if t > ticket}
+
+    @precondition(lambda self: self.live)
+    @rule(pick=PICK)
+    def misuse(self, pick: int) -> None:
+        seq, ref = self.live[pick % len(self.live)]
+        left = len(ref.tokens) - ref.computed
+        for seqs, counts in (([seq], [left + 1]), ([seq], [-1]), ([seq, seq], [0, 0]), ([seq], [])):
+            with pytest.raises(ValueError):
+                self.manager.step(seqs, counts)
+        for sampled in (np.zeros(2, np.int32), [[0], [0]]):
+            with pytest.raises(ValueError):
+                self.manager.commit([seq], sampled)
+        for num_tokens in (0, -1, len(ref.tokens) + 1):
+            with pytest.raises(ValueError):
+                self.manager.truncate(seq, num_tokens)
+        with pytest.raises(ValueError):
+            self.manager.free([seq, seq])
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "manager"):
+            return
+        manager, reference = self.manager, self.reference
+        manager.validate()
+        used = reference.used_blocks()
+        assert manager.num_used_blocks == len(used)
+        assert manager.num_cached_blocks == len(reference.idle)
+        assert manager.num_free_blocks == reference.free_blocks
+        assert manager.num_used_tokens == sum(block.num_tokens for block in used)
+        for seq, ref in self.live:
+            assert seq.num_computed_tokens == ref.computed
+            assert seq.token_ids.tolist() == ref.tokens
+            blocks = seq.block_table
+            assert len(blocks) == len(ref.blocks)
+            kept = self.kv[blocks].reshape(-1)[: ref.computed]
+            assert kept.tolist() == ref.tokens[: ref.computed]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "manager"):
+            return
+        self.manager.free([seq for seq, _ in self.live])
+        if self.in_flight:
+            self.manager.retire(max(self.in_flight))
+        assert self.manager.num_used_blocks == self.manager.num_used_tokens == 0
+        self.manager.validate()
+
+
+ManagerMachine.TestCase.settings = settings(
+    max_examples=200,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+test_manager_against_reference = ManagerMachine.TestCase
