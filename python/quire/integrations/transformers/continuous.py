@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over the pages of transformers' continuous batching, read where they lie.
+
+The cache of continuous batching hands out row numbers, one for each token: ``page * page_size +
+offset`` in a layer's view of the pool. A step's block tables follow from them once for all layers
+of an allocator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.generation.continuous_batching.cache_allocators import (
+    SlidingAttentionCacheAllocator,
+)
+
+import quire
+
+_STEP = "_quire_step"  # on an allocator: the tables of the running step
+
+
+@dataclass
+class Step:
+    """What all layers of one allocator share in a step.
+
+    block_table: int32 [batch, max_blocks]; None: the keys of the step's own tokens are all there
+    is. seq_lens: int32 [batch].
+    """
+
+    block_table: torch.Tensor | None
+    seq_lens: torch.Tensor
+
+
+def attend_continuous(
+    layer: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: Any,
+    kwargs: dict[str, Any],
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Writes the new k, v [total_q, num_kv_heads, head_dim] and attends to the whole sequences.
+
+    q [total_q, num_heads, head_dim]; cache, kwargs: of transformers' continuous batching.
+    """
+    allocator = cache.layer_to_allocator[layer]
+    read_index = kwargs["read_index"][allocator.index]
+    write_index = kwargs["write_index"][allocator.index]
+    cu_q = kwargs["cu_seq_lens_q"].to(torch.int32)
+    cu_k = kwargs["cu_seq_lens_k"][allocator.layer_type].to(torch.int32)
+    if layer == allocator.layer_indices[0]:
+        setattr(allocator, _STEP, plan_step(allocator, read_index, write_index, cu_q, cu_k))
+    step: Step | None = getattr(allocator, _STEP)
+    if step is None:
+        k, v = allocator.update(k, v, layer, read_index, write_index)
+        table = None
+    else:
+        k_pages, v_pages = allocator._kv_page_views[layer]
+        quire.append_kv(k, v, k_pages, v_pages, write_index.to(torch.int64))
+        table = step.block_table
+    out: Any
+    if step is None or table is None:
+        out = quire.attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
+    else:
+        out = quire.paged_attention(
+            q, k_pages, v_pages, table, step.seq_lens, cu_seqlens_q=cu_q, **options
+        )
+    return out  # type: ignore[no-any-return]
+
+
+def plan_step(
+    allocator: Any,
+    read_index: torch.Tensor,
+    write_index: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+) -> Step | None:
+    """Block tables of a step, or None where the allocator itself must write and gather.
+
+    That is a chunk of a prompt in a ring buffer: it overwrites slots that its first rows still
+    see.
+    """
+    seq_lens = cu_k.diff()
+    is_ring = isinstance(allocator, SlidingAttentionCacheAllocator)
+    page_size = allocator.tokens_per_page
+    if is_ring:
+        is_decode = read_index.numel() > 0 and cu_q.numel() - 1 == int(cu_q[-1])
+        if not is_decode or allocator.sliding_window % page_size:
+            return None
+        return _ring_step(read_index, write_index, cu_k, page_size, allocator.sliding_window)
+    if read_index.numel() == 0:
+        return Step(None, seq_lens)
+    return Step(_pages_of_rows(read_index, cu_k, page_size), seq_lens)
+
+
+def _pages_of_rows(rows: torch.Tensor, cu_k: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Every page_size-th row of a sequence begins a page."""
+    num_pages = (cu_k.diff() + page_size - 1) // page_size
+    column = torch.arange(int(num_pages.max()), dtype=torch.int64)
+    first = cu_k[:-1, None].to(torch.int64) + column * page_size
+    first = torch.where(column < num_pages[:, None], first, 0)
+    return (rows[first] // page_size).to(torch.int32)
+
+
+def _ring_step(
+    rows: torch.Tensor, new_rows: torch.Tensor, cu_k: torch.Tensor, page_size: int, window: int
+) -> Step:
+    """Tables of one new token a sequence in ring buffers: slot = position % window.
+
+    The new token takes the slot of the one that leaves the window, so writing first is safe. In a
+    ring that has wrapped, the page of the new token is the newest up to it and the oldest behind
+    it: it stands at both ends of the table, and the window hides what does not belong to an end.
+    """
+    tables, lengths = [], []
+    for i, new_row in enumerate(new_rows.tolist()):
+        old = rows[int(cu_k[i]) : int(cu_k[i + 1]) - 1]  # without the new token's own entry
+        new_page, offset = divmod(new_row, page_size)
+        if old.numel() < window - 1:  # not wrapped: from slot 0 on
+            pages = old[::page_size] // page_size
+            if old.numel() % page_size == 0:
+                pages = torch.cat([pages, pages.new_tensor([new_page])])
+            lengths.append(old.numel() + 1)
+        else:
+            others = old[page_size - 1 - offset :: page_size] // page_size
+            ends = others.new_tensor([new_page])
+            pages = torch.cat([ends, others[: window // page_size - 1], ends])
+            lengths.append(window + offset + 1)
+        tables.append(pages.to(torch.int32))
+    table = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
+    return Step(table, torch.tensor(lengths, dtype=torch.int32))
