@@ -536,3 +536,19 @@ class Scheduler:
 
             scheduler.validate()
         """
+
+def chain_keys(token_ids: numpy.typing.ArrayLike, block_size: int, salt: str | None = None) -> numpy.typing.NDArray[numpy.uint8]:
+    """
+    The SHA-256 chain keys of the full blocks of int32 [n] tokens: uint8 [n // block_size, 32].
+
+    A key names a block and everything before it, the same in every process and on every
+    machine: key i is SHA256(key i-1 || the block's tokens, int32 little-endian); before
+    the first comes the root key, SHA256(b"quire.chain_key.v1\\n") without a salt and
+    SHA256(b"quire.chain_key.v1\\nsalt=" + salt) with one (UTF-8). Tokens behind the last
+    full block have no key. Raises ValueError for a block_size below 1.
+
+    Example::
+
+        keys = quire.chain_keys(prompt, block_size=16)
+        store.put(keys[0], payload)
+    """
