@@ -21,4 +21,5 @@ NB_MODULE(_core, m) {
   quire::python::bind_attention(m);
   quire::python::bind_kv_cache(m);
   quire::python::bind_chain_key(m);
+  quire::python::bind_kv_store(m);
 }

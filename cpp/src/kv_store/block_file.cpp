@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kv_store/block_file.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
+#include <memory>
 #include <system_error>
 
 #include "kv_store/crc32c.h"
@@ -101,6 +103,16 @@ std::optional<BlockFileName> parse_block_file_name(std::string_view name) {
       result.key.bytes[(i - 16) / 2] |= static_cast<uint8_t>(i % 2 ? value : value << 4);
   }
   return result;
+}
+
+std::vector<BlockFileName> list_block_files(const std::string& folder) {
+  const auto close = [](DIR* stream) { ::closedir(stream); };
+  const std::unique_ptr<DIR, decltype(close)> stream(::opendir(folder.c_str()), close);
+  if (!stream) throw_errno(folder);
+  std::vector<BlockFileName> names;
+  while (const dirent* entry = ::readdir(stream.get()))
+    if (const auto name = parse_block_file_name(entry->d_name)) names.push_back(*name);
+  return names;
 }
 
 void write_synced(const std::string& path, std::span<const std::byte> first,

@@ -13,6 +13,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "quire/chain_key.h"
 
@@ -40,6 +41,9 @@ struct BlockFileName {
 
 std::string block_file_name(const BlockFileName& name);
 std::optional<BlockFileName> parse_block_file_name(std::string_view name);
+
+// Of all block files in a directory, in no order. Throws std::system_error.
+std::vector<BlockFileName> list_block_files(const std::string& folder);
 
 inline constexpr size_t kBlockFileHeader = 64;
 

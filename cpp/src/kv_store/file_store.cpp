@@ -112,12 +112,10 @@ class FileStore final : public KVStore {
 
   // Indexes what is there, the oldest first. Of two files of one key the newer one stays.
   void list_folder() {
-    std::vector<BlockFileName> names;
-    for (const auto& entry : std::filesystem::directory_iterator(folder_))
-      if (const auto name = parse_block_file_name(entry.path().filename().native()))
-        names.push_back(*name);
+    std::vector<BlockFileName> names = list_block_files(folder_);
     std::sort(names.begin(), names.end(),
               [](const BlockFileName& a, const BlockFileName& b) { return a.age < b.age; });
+    index_.reserve(static_cast<int32_t>(std::min<size_t>(names.size(), index_.capacity())));
     for (const BlockFileName& name : names) {
       const int32_t known = index_.find(name.key);
       if (known != StoreIndex::kNone) erase_slot(known);

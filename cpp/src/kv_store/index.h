@@ -28,6 +28,7 @@ class StoreIndex {
   // A slot that holds nothing, or kNone: all are in use, and victim() has to be erased first.
   int32_t take();
   void give_back(int32_t slot) { free_.push_back(slot); }  // one that was taken and not filled
+  void reserve(int32_t count) { slots_.reserve(count); }
   void fill(int32_t slot, const ChainKey& key);
   void erase(int32_t slot);
   int32_t victim() const { return lru_.victim(); }
