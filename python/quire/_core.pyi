@@ -536,3 +536,153 @@ class Scheduler:
 
             scheduler.validate()
         """
+
+def chain_keys(token_ids: numpy.typing.ArrayLike, block_size: int, salt: str | None = None) -> numpy.typing.NDArray[numpy.uint8]:
+    """
+    The SHA-256 chain keys of the full blocks of int32 [n] tokens: uint8 [n // block_size, 32].
+
+    A key names a block and everything before it, the same in every process and on every
+    machine: key i is SHA256(key i-1 || the block's tokens, int32 little-endian); before
+    the first comes the root key, SHA256(b"quire.chain_key.v1\\n") without a salt and
+    SHA256(b"quire.chain_key.v1\\nsalt=" + salt) with one (UTF-8). Tokens behind the last
+    full block have no key. Raises ValueError for a block_size below 1.
+
+    Example::
+
+        keys = quire.chain_keys(prompt, block_size=16)
+        store.put(keys[0], payload)
+    """
+
+class KVTicket:
+    """
+    A request that a KVStore has taken. It keeps the request's buffer alive; dropping it
+    waits until the store needs the buffer no more.
+
+    Example::
+
+        ticket = store.get(key, out)
+        if ticket is not None and ticket.wait() == "done":
+            ...
+    """
+
+    @property
+    def outcome(self) -> str:
+        """"pending", "done", "missing" (get) or "failed" (put)."""
+
+    def wait(self) -> str:
+        """
+        Waits for the outcome and returns it.
+
+        Example::
+
+            ticket.wait()
+        """
+
+class KVStore:
+    """
+    A slower place for the contents of KV blocks, found again by chain key: HostStore,
+    FileStore. All methods may be called from any thread.
+
+    Example::
+
+        store = quire.HostStore(capacity_bytes=8 << 30, block_bytes=block.nbytes)
+        key = quire.chain_keys(prompt, block_size=16)[0]
+        ticket = store.put(key, block)
+    """
+
+    def put(self, key: Any, payload: Any) -> KVTicket | None:
+        """
+        Stores a payload, block_bytes bytes of a contiguous buffer, under a key of 32 bytes.
+
+        None: the queue is full and nothing has changed. The payload must not change while
+        the ticket is pending. A key that is there keeps its block. Raises ValueError for a
+        wrong size, TypeError for what is no contiguous buffer.
+
+        Example::
+
+            ticket = store.put(keys[0], block)
+        """
+
+    def get(self, key: Any, out: Any) -> KVTicket | None:
+        """
+        Fills `out`, block_bytes bytes of a writable contiguous buffer, with a payload.
+
+        None: the queue is full. Unless the outcome is "done", `out` may hold anything.
+        Gets overtake puts that wait.
+
+        Example::
+
+            store.get(keys[0], out).wait()
+        """
+
+    def contains(self, key: Any) -> bool:
+        """
+        Whether a put of this key has completed, and the block is still there.
+
+        Example::
+
+            store.contains(keys[0])
+        """
+
+    def erase(self, key: Any) -> bool:
+        """
+        Gives a block up; False if it was not there. A put that waits is not undone.
+
+        Example::
+
+            store.erase(keys[0])
+        """
+
+    def drain(self) -> None:
+        """
+        Waits until every request taken so far has completed.
+
+        Example::
+
+            store.drain()
+        """
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a payload."""
+
+    def stats(self) -> dict[str, int]:
+        """
+        Counts: num_blocks, capacity_blocks, num_pending now; stored, hits, misses, evicted,
+        not_taken (queue full), failed (puts), dropped (torn or rotten blocks, never
+        delivered), callback_errors since the start.
+
+        Example::
+
+            store.stats()["hits"]
+        """
+
+class HostStore(KVStore):
+    """
+    Blocks in host memory; the least recently used are given up beyond capacity_bytes.
+
+    Up to max_pending gets and as many puts may wait. Raises ValueError unless a block fits.
+
+    Example::
+
+        store = quire.HostStore(capacity_bytes=8 << 30, block_bytes=2 << 20)
+    """
+
+    def __init__(self, capacity_bytes: int, block_bytes: int, max_pending: int = 64) -> None: ...
+
+class FileStore(KVStore):
+    """
+    Blocks in a directory of checksummed files, found again by the next process.
+
+    `identity` says what the bytes mean (model, dtype, layout). A process killed at any
+    moment loses at most the puts that had not completed; torn or rotten files are dropped
+    and counted, never delivered. Raises ValueError for a directory of another block_bytes
+    or identity or one in use, OSError for one that can't be used.
+
+    Example::
+
+        store = quire.FileStore("kv", capacity_bytes=100 << 30,
+                                block_bytes=2 << 20, identity="llama-3-8b bf16")
+    """
+
+    def __init__(self, path: str, capacity_bytes: int, block_bytes: int, identity: str = '', max_pending: int = 64) -> None: ...

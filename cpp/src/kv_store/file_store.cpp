@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+// A directory of block files. The worker alone reads and writes files; erase() only unlinks.
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <system_error>
+
+#include "kv_store/block_file.h"
+#include "kv_store/index.h"
+#include "kv_store/worker.h"
+#include "quire/error.h"
+
+namespace quire {
+namespace {
+
+constexpr char kTemporary[] = "unfinished";  // the file that is being written
+constexpr char kDescription[] = "quire-store";
+
+// What a directory holds, as text; a directory without it is a new one.
+std::string describe(const FileStoreConfig& config) {
+  return concat("quire kv store 1\nblock_bytes ", config.block_bytes, "\nidentity ",
+                config.identity, "\n");
+}
+
+std::string read_text(const std::string& path) {
+  std::ostringstream text;
+  text << std::ifstream(path, std::ios::binary).rdbuf();
+  return text.str();
+}
+
+class FileStore final : public KVStore {
+ public:
+  explicit FileStore(const FileStoreConfig& config)
+      : block_bytes_(static_cast<size_t>(config.block_bytes)),
+        index_(store_capacity("FileStore", config.capacity_bytes, config.block_bytes)),
+        folder_(make_folder(config.path)),
+        lock_file_(folder_ + "lock", O_RDWR | O_CREAT),
+        worker_(
+            config.max_pending, [this](const StoreRequest& r) { return run_put(r); },
+            [this](const StoreRequest& r) { return run_get(r); }) {
+    QUIRE_CHECK_ARG(::flock(lock_file_.fd(), LOCK_EX | LOCK_NB) == 0, "FileStore: path: expected ",
+                    "a directory that no other store has open, got ", config.path);
+    check_description(config);
+    list_folder();
+  }
+
+  std::shared_ptr<KVTicket> put(const ChainKey& key, std::span<const std::byte> payload,
+                                OnDone on_done) override {
+    QUIRE_CHECK_ARG(payload.size() == block_bytes_, "put: payload: expected ", block_bytes_,
+                    " bytes, got ", payload.size());
+    return worker_.put({key, payload, {}, std::move(on_done)});
+  }
+
+  std::shared_ptr<KVTicket> get(const ChainKey& key, std::span<std::byte> out,
+                                OnDone on_done) override {
+    QUIRE_CHECK_ARG(out.size() == block_bytes_, "get: out: expected ", block_bytes_, " bytes, got ",
+                    out.size());
+    return worker_.get({key, {}, out, std::move(on_done)});
+  }
+
+  bool contains(const ChainKey& key) const override {
+    const std::lock_guard lock(mutex_);
+    return index_.find(key) != StoreIndex::kNone;
+  }
+
+  bool erase(const ChainKey& key) override {
+    const std::lock_guard lock(mutex_);
+    const int32_t slot = index_.find(key);
+    if (slot == StoreIndex::kNone) return false;
+    erase_slot(slot);
+    return true;
+  }
+
+  void drain() override { worker_.drain(); }
+  size_t block_bytes() const override { return block_bytes_; }
+
+  KVStoreStats stats() const override {
+    KVStoreStats stats{};
+    {
+      const std::lock_guard lock(mutex_);
+      stats = stats_;
+      stats.num_blocks = index_.size();
+    }
+    stats.capacity_blocks = index_.capacity();
+    worker_.add_stats(stats);
+    return stats;
+  }
+
+ private:
+  static std::string make_folder(const std::string& path) {
+    std::filesystem::create_directories(path);
+    return path + "/";
+  }
+
+  void check_description(const FileStoreConfig& config) {
+    const std::string path = folder_ + kDescription;
+    const std::string expected = describe(config);
+    if (!std::filesystem::exists(path)) {
+      write_synced(folder_ + kTemporary, std::as_bytes(std::span(expected)));
+      std::filesystem::rename(folder_ + kTemporary, path);
+    }
+    const std::string found = read_text(path);
+    QUIRE_CHECK_ARG(found == expected, "FileStore: path: expected a directory with\n", expected,
+                    "got one with\n", found);
+  }
+
+  // Indexes what is there, the oldest first. Of two files of one key the newer one stays.
+  void list_folder() {
+    std::vector<BlockFileName> names = list_block_files(folder_);
+    std::sort(names.begin(), names.end(),
+              [](const BlockFileName& a, const BlockFileName& b) { return a.age < b.age; });
+    index_.reserve(static_cast<int32_t>(std::min<size_t>(names.size(), index_.capacity())));
+    for (const BlockFileName& name : names) {
+      const int32_t known = index_.find(name.key);
+      if (known != StoreIndex::kNone) erase_slot(known);
+      fill(take_slot(), name);
+    }
+    if (!names.empty()) next_age_ = names.back().age + 1;
+    std::error_code ignored;
+    std::filesystem::remove(folder_ + kTemporary, ignored);
+  }
+
+  std::string path_of(int32_t slot) const {
+    return folder_ + block_file_name({ages_[slot], index_.key(slot)});
+  }
+
+  // The functions below want mutex_ held, once the worker runs.
+  void fill(int32_t slot, const BlockFileName& name) {
+    if (static_cast<size_t>(slot) >= ages_.size()) ages_.resize(slot + 1);
+    ages_[slot] = name.age;
+    index_.fill(slot, name.key);
+  }
+
+  void erase_slot(int32_t slot) {
+    ::unlink(path_of(slot).c_str());
+    index_.erase(slot);
+  }
+
+  int32_t take_slot() {
+    int32_t slot = index_.take();
+    if (slot != StoreIndex::kNone) return slot;
+    erase_slot(index_.victim());
+    ++stats_.evicted;
+    return index_.take();
+  }
+
+  KVOutcome run_put(const StoreRequest& request) {
+    int32_t slot;
+    {
+      const std::lock_guard lock(mutex_);
+      slot = index_.find(request.key);
+      if (slot != StoreIndex::kNone) {
+        index_.touch(slot);
+        return KVOutcome::kDone;
+      }
+      slot = take_slot();
+    }
+    const BlockFileName name{next_age_++, request.key};
+    const std::string temporary = folder_ + kTemporary;
+    bool is_written = true;
+    try {
+      write_block_file(temporary, request.key, request.payload);
+      std::filesystem::rename(temporary, folder_ + block_file_name(name));
+    } catch (const std::exception&) {
+      ::unlink(temporary.c_str());
+      is_written = false;
+    }
+    const std::lock_guard lock(mutex_);
+    if (!is_written) {
+      index_.give_back(slot);
+      return KVOutcome::kFailed;
+    }
+    fill(slot, name);
+    ++stats_.stored;
+    return KVOutcome::kDone;
+  }
+
+  KVOutcome run_get(const StoreRequest& request) {
+    std::string path;
+    {
+      const std::lock_guard lock(mutex_);
+      const int32_t slot = index_.find(request.key);
+      if (slot == StoreIndex::kNone) {
+        ++stats_.misses;
+        return KVOutcome::kMissing;
+      }
+      index_.touch(slot);
+      path = path_of(slot);
+    }
+    BlockFileState state = BlockFileState::kBad;
+    try {
+      state = read_block_file(path, request.key, request.out);
+    } catch (const std::system_error&) {  // what can't be read is as good as rotten
+    }
+    const std::lock_guard lock(mutex_);
+    if (state == BlockFileState::kGood) {
+      ++stats_.hits;
+      return KVOutcome::kDone;
+    }
+    ++stats_.misses;
+    // erase() may have been faster; a new file of the key would have another name.
+    const int32_t slot = index_.find(request.key);
+    if (slot != StoreIndex::kNone && path_of(slot) == path) {
+      erase_slot(slot);
+      ++stats_.dropped;
+    }
+    return KVOutcome::kMissing;
+  }
+
+  const size_t block_bytes_;
+  mutable std::mutex mutex_;  // of index_, ages_ and stats_
+  StoreIndex index_;
+  std::vector<uint64_t> ages_;  // by slot
+  KVStoreStats stats_{};
+  uint64_t next_age_ = 0;     // the worker's
+  const std::string folder_;  // with a slash at the end
+  const File lock_file_;      // closed, and so unlocked, when the process ends in any way
+  StoreWorker worker_;        // last: its thread uses all of the above
+};
+
+}  // namespace
+
+std::unique_ptr<KVStore> open_file_store(const FileStoreConfig& config) {
+  return std::make_unique<FileStore>(config);
+}
+
+}  // namespace quire

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kv_store/index.h"
+
+#include "quire/error.h"
+
+namespace quire {
+
+int32_t StoreIndex::take() {
+  if (!free_.empty()) {
+    const int32_t slot = free_.back();
+    free_.pop_back();
+    return slot;
+  }
+  if (static_cast<int32_t>(keys_.size()) == capacity_) return kNone;
+  keys_.emplace_back();
+  return static_cast<int32_t>(keys_.size()) - 1;
+}
+
+void StoreIndex::fill(int32_t slot, const ChainKey& key) {
+  slots_.emplace(key, slot);
+  keys_[slot] = key;
+  lru_.insert(slot);
+}
+
+void StoreIndex::erase(int32_t slot) {
+  slots_.erase(keys_[slot]);
+  lru_.remove(slot);
+  free_.push_back(slot);
+}
+
+int32_t store_capacity(const char* function, int64_t capacity_bytes, int64_t block_bytes) {
+  QUIRE_CHECK_ARG(block_bytes >= 1, function, ": block_bytes: expected 1 or more, got ",
+                  block_bytes);
+  const int64_t capacity = capacity_bytes / block_bytes;
+  QUIRE_CHECK_ARG(capacity >= 1 && capacity < INT32_MAX, function,
+                  ": capacity_bytes: expected room for 1 to 2^31 - 2 blocks of ", block_bytes,
+                  " bytes, got ", capacity_bytes);
+  return static_cast<int32_t>(capacity);
+}
+
+}  // namespace quire

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sha256.h"
+
+#include <bit>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace quire::sha256 {
+namespace {
+
+uint32_t load_big_endian(const uint8_t* p) {
+  return uint32_t{p[0]} << 24 | uint32_t{p[1]} << 16 | uint32_t{p[2]} << 8 | uint32_t{p[3]};
+}
+
+#if defined(__x86_64__)
+bool has_sha_ni() {
+  unsigned eax, ebx, ecx, edx;
+  const bool has_leaf = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0;
+  return has_leaf && (ebx >> 29 & 1) != 0 && __builtin_cpu_supports("sse4.1");
+}
+#endif
+
+Hash choose() {
+#if defined(__x86_64__)
+  if (has_sha_ni()) return hash_sha_ni;
+#endif
+  return hash_portable;
+}
+
+}  // namespace
+
+const uint32_t kRoundConstants[64] = {
+    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+    0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+    0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+    0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+    0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+
+void hash_portable(const uint8_t* data, size_t num_chunks, uint8_t digest[32]) {
+  uint32_t state[8];
+  std::memcpy(state, kInitialState, sizeof state);
+  for (; num_chunks > 0; --num_chunks, data += kChunk) {
+    uint32_t w[64];
+    for (int i = 0; i < 16; ++i) w[i] = load_big_endian(data + 4 * i);
+    for (int i = 16; i < 64; ++i) {
+      const uint32_t a = w[i - 15], b = w[i - 2];
+      w[i] = w[i - 16] + w[i - 7] + (std::rotr(a, 7) ^ std::rotr(a, 18) ^ a >> 3) +
+             (std::rotr(b, 17) ^ std::rotr(b, 19) ^ b >> 10);
+    }
+    uint32_t s[8];
+    std::memcpy(s, state, sizeof s);
+    for (int i = 0; i < 64; ++i) {
+      const uint32_t e = s[4], a = s[0];
+      const uint32_t t1 = s[7] + (std::rotr(e, 6) ^ std::rotr(e, 11) ^ std::rotr(e, 25)) +
+                          ((e & s[5]) ^ (~e & s[6])) + kRoundConstants[i] + w[i];
+      const uint32_t t2 = (std::rotr(a, 2) ^ std::rotr(a, 13) ^ std::rotr(a, 22)) +
+                          ((a & s[1]) ^ (a & s[2]) ^ (s[1] & s[2]));
+      std::memmove(s + 1, s, 7 * sizeof s[0]);
+      s[4] += t1;
+      s[0] = t1 + t2;
+    }
+    for (int i = 0; i < 8; ++i) state[i] += s[i];
+  }
+  for (int i = 0; i < 32; ++i) digest[i] = static_cast<uint8_t>(state[i / 4] >> (24 - i % 4 * 8));
+}
+
+Hash hash() {
+  static const Hash chosen = choose();
+  return chosen;
+}
+
+void pad(std::span<uint8_t> buffer, size_t size) {
+  std::memset(buffer.data() + size, 0, buffer.size() - size);
+  buffer[size] = 0x80;
+  const uint64_t num_bits = uint64_t{size} * 8;
+  for (int i = 0; i < 8; ++i)
+    buffer[buffer.size() - 1 - i] = static_cast<uint8_t>(num_bits >> (8 * i));
+}
+
+}  // namespace quire::sha256
