@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Two intrusive lists over one pair of link arrays: a block is in at most one of them.
+// Intrusive lists over one pair of links a block: it is in at most one of them.
 #include "quire/block_allocator.h"
-
-#include <algorithm>
 
 #include "quire/error.h"
 
@@ -10,106 +8,123 @@ namespace quire {
 
 BlockAllocator::BlockAllocator(int32_t num_blocks, int32_t block_size)
     : num_blocks_(num_blocks), block_size_(block_size), num_free_(num_blocks) {
-  QUIRE_CHECK_ARG(num_blocks >= 1 && num_blocks < INT32_MAX - 1,
-                  "BlockAllocator: num_blocks: expected 1 or more, got ", num_blocks);
+  QUIRE_CHECK_ARG(num_blocks >= 1, "BlockAllocator: num_blocks: expected 1 or more, got ",
+                  num_blocks);
+  QUIRE_CHECK_ARG(num_blocks <= kMaxBlocks, "BlockAllocator: num_blocks: expected at most ",
+                  kMaxBlocks, ", got ", num_blocks);
   QUIRE_CHECK_ARG(block_size >= 1, "BlockAllocator: block_size: expected 1 or more, got ",
                   block_size);
-  const size_t count = static_cast<size_t>(num_blocks);
-  prev_.resize(count + 2);
-  next_.resize(count + 2);
-  refcount_.resize(count);
-  num_tokens_.resize(count);
-  cached_.resize(count);
+  static_assert(sizeof(Entry) == 8);
+  entries_.resize(static_cast<size_t>(num_blocks) + kNumLevels + 1);
+  for (int32_t list = num_blocks; list <= free_list(); ++list)
+    entries_[list].prev = entries_[list].next = static_cast<uint32_t>(list);
   for (int32_t i = 0; i < num_blocks; ++i) {
-    prev_[i] = i - 1;
-    next_[i] = i + 1;
+    entries_[i].prev = static_cast<uint32_t>(i - 1);
+    entries_[i].next = static_cast<uint32_t>(i + 1);
   }
-  prev_[0] = free_list();
-  next_[free_list()] = 0;
-  prev_[free_list()] = num_blocks - 1;
-  prev_[lru_list()] = next_[lru_list()] = lru_list();
+  entries_[0].prev = entries_[num_blocks - 1].next = static_cast<uint32_t>(free_list());
+  entries_[free_list()].next = 0;
+  entries_[free_list()].prev = static_cast<uint32_t>(num_blocks - 1);
 }
 
 void BlockAllocator::insert_after(int32_t position, int32_t block) {
-  prev_[block] = position;
-  next_[block] = next_[position];
-  prev_[next_[position]] = block;
-  next_[position] = block;
+  const int32_t after = next(position);
+  entries_[block].prev = static_cast<uint32_t>(position);
+  entries_[block].next = static_cast<uint32_t>(after);
+  entries_[after].prev = static_cast<uint32_t>(block);
+  entries_[position].next = static_cast<uint32_t>(block);
 }
 
 void BlockAllocator::unlink(int32_t block) {
-  next_[prev_[block]] = next_[block];
-  prev_[next_[block]] = prev_[block];
+  entries_[prev(block)].next = entries_[block].next;
+  entries_[next(block)].prev = entries_[block].prev;
 }
 
-std::optional<size_t> BlockAllocator::allocate(std::span<int32_t> blocks) {
-  if (blocks.size() > static_cast<size_t>(num_available())) return std::nullopt;
-  const size_t num_from_free = std::min(blocks.size(), static_cast<size_t>(num_free_));
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    const int32_t block = next_[i < num_from_free ? free_list() : lru_list()];
-    unlink(block);
-    refcount_[block] = 1;
-    num_tokens_[block] = 0;
-    cached_[block] = 0;
-    blocks[i] = block;
+int32_t BlockAllocator::victim() {
+  while (next(cached_list(lowest_level_)) == cached_list(lowest_level_)) ++lowest_level_;
+  return next(cached_list(lowest_level_));
+}
+
+// The first blocks of the free list leave it all at once.
+void BlockAllocator::take_free(std::span<int32_t> blocks) {
+  int32_t block = next(free_list());
+  for (int32_t& taken : blocks) {
+    taken = block;
+    Entry& entry = entries_[block];
+    block = static_cast<int32_t>(entry.next);
+    entry = {1, 0, kStartLevel, 1};
   }
-  const size_t num_evicted = blocks.size() - num_from_free;
-  num_free_ -= static_cast<int32_t>(num_from_free);
-  num_cached_ -= static_cast<int32_t>(num_evicted);
-  high_water_ = std::max(high_water_, num_used());
-  return num_evicted;
+  entries_[free_list()].next = static_cast<uint32_t>(block);
+  entries_[block].prev = static_cast<uint32_t>(free_list());
+  num_free_ -= static_cast<int32_t>(blocks.size());
 }
 
-void BlockAllocator::share(int32_t block) {
-  if (refcount_[block]++ > 0) return;
+void BlockAllocator::take_cached(int32_t block) {
   unlink(block);
+  entries_[block] = {1, 0, kStartLevel, 1};
   --num_cached_;
-  num_used_tokens_ += num_tokens_[block];
+}
+
+void BlockAllocator::revive(int32_t block) {
+  unlink(block);
+  entries_[block] = {1, 1, entries_[block].level, 1};
+  --num_cached_;
   high_water_ = std::max(high_water_, num_used());
 }
 
-void BlockAllocator::release(int32_t block) {
-  if (--refcount_[block] > 0) return;
-  num_used_tokens_ -= num_tokens_[block];
-  if (cached_[block]) {
-    insert_after(prev_[lru_list()], block);
+void BlockAllocator::make_idle(int32_t block) {
+  Entry& entry = entries_[block];
+  const bool is_cached = entry.next != 0;
+  entry.is_used = 0;
+  if (is_cached) {
+    const int32_t level = static_cast<int32_t>(entry.level);
+    insert_after(prev(cached_list(level)), block);
+    lowest_level_ = std::min(lowest_level_, level);
     ++num_cached_;
   } else {
-    num_tokens_[block] = 0;
     insert_after(free_list(), block);
     ++num_free_;
   }
 }
 
-int32_t BlockAllocator::check_list(int32_t list, bool cached) const {
+void BlockAllocator::set_level(int32_t block, int32_t level) {
+  Entry& entry = entries_[block];
+  entry.level = static_cast<uint32_t>(level);
+  if (entry.is_used) return;
+  unlink(block);
+  insert_after(prev(cached_list(level)), block);
+  lowest_level_ = std::min(lowest_level_, level);
+}
+
+int32_t BlockAllocator::check_list(int32_t list) const {
   int32_t count = 0;
-  for (int32_t last = list, block = next_[list]; block != list;
-       last = block, block = next_[block]) {
+  for (int32_t last = list, block = next(list); block != list; last = block, block = next(block)) {
     QUIRE_INVARIANT(block >= 0 && block < num_blocks_, "list holds ", block);
-    QUIRE_INVARIANT(prev_[block] == last, "block ", block, ": broken links");
-    QUIRE_INVARIANT(refcount_[block] == 0, "block ", block, ": listed and referenced");
-    QUIRE_INVARIANT(is_cached(block) == cached, "block ", block, ": in the wrong list");
-    QUIRE_INVARIANT(cached || num_tokens_[block] == 0, "block ", block, ": free with tokens");
+    QUIRE_INVARIANT(prev(block) == last, "block ", block, ": broken links");
+    QUIRE_INVARIANT(!entries_[block].is_used, "block ", block, ": listed and referenced");
+    QUIRE_INVARIANT(list == free_list() || cached_list(level(block)) == list, "block ", block,
+                    ": in the wrong list");
     QUIRE_INVARIANT(++count <= num_blocks_, "a list runs in circles");
   }
   return count;
 }
 
 void BlockAllocator::validate() const {
-  QUIRE_INVARIANT(check_list(free_list(), false) == num_free_, "num_free is off");
-  QUIRE_INVARIANT(check_list(lru_list(), true) == num_cached_, "num_cached is off");
+  QUIRE_INVARIANT(check_list(free_list()) == num_free_, "num_free is off");
+  int32_t num_cached = 0;
+  for (int32_t level = 0; level < kNumLevels; ++level) {
+    const int32_t count = check_list(cached_list(level));
+    QUIRE_INVARIANT(count == 0 || level >= lowest_level_, "the lowest level is off");
+    num_cached += count;
+  }
+  QUIRE_INVARIANT(num_cached == num_cached_, "num_cached is off");
   int32_t num_referenced = 0;
-  int64_t num_tokens_held = 0;
   for (int32_t block = 0; block < num_blocks_; ++block) {
-    QUIRE_INVARIANT(refcount_[block] >= 0, "block ", block, ": refcount ", refcount_[block]);
-    QUIRE_INVARIANT(num_tokens_[block] >= 0 && num_tokens_[block] <= block_size_, "block ", block,
-                    ": holds ", num_tokens_[block], " tokens");
-    if (refcount_[block] == 0) continue;
+    if (!entries_[block].is_used) continue;
     ++num_referenced;
-    num_tokens_held += num_tokens_[block];
+    QUIRE_INVARIANT(refcount(block) > 0, "block ", block, ": used without references");
   }
   QUIRE_INVARIANT(num_referenced == num_used(), "a block is neither free, used nor cached");
-  QUIRE_INVARIANT(num_tokens_held == num_used_tokens_, "num_used_tokens is off");
   QUIRE_INVARIANT(num_used() <= high_water_ && high_water_ <= num_blocks_, "high_water is off");
 }
 

@@ -78,28 +78,31 @@ int32_t KVCacheManager::num_sequences() const {
 
 // ---- Prefixes
 
-// Calls visit(block) for each cached block of the longest cached prefix of `tokens` that leaves a
-// token to compute. Returns the length of that prefix in tokens.
+// Calls visit(block, num_tokens) for each cached block of the longest cached prefix of `tokens`
+// that leaves a token to compute; the last may be one of which only some leading tokens are equal.
+// Returns the length of that prefix in tokens.
 template <class Visit>
 int64_t KVCacheManager::walk_prefix(int32_t root, std::span<const int32_t> tokens,
                                     Visit visit) const {
   if (!cache_ || root == PrefixCache::kNone) return 0;
-  int32_t parent = root;
+  const int64_t most = static_cast<int64_t>(tokens.size()) - 1;
   int64_t num_cached = 0;
-  while (num_cached + block_size_ < static_cast<int64_t>(tokens.size())) {
-    const int32_t block = cache_->find(parent, &tokens[num_cached]);
-    if (block == PrefixCache::kNone) break;
-    visit(block);
-    parent = block;
-    num_cached += block_size_;
+  for (int32_t parent = root; num_cached < most;) {
+    const int32_t count = static_cast<int32_t>(std::min<int64_t>(most - num_cached, block_size_));
+    const PrefixCache::Match found = cache_->find(parent, &tokens[num_cached], count);
+    if (found.num_tokens == 0) break;
+    visit(found.block, found.num_tokens);
+    num_cached += found.num_tokens;
+    if (found.num_tokens < block_size_) break;
+    parent = found.block;
   }
   return num_cached;
 }
 
 PrefixMatch KVCacheManager::match(int32_t root, std::span<const int32_t> tokens) const {
   PrefixMatch result;
-  result.num_tokens = walk_prefix(root, tokens, [&](int32_t block) {
-    result.num_idle_blocks += allocator_.refcount(block) == 0;
+  result.num_tokens = walk_prefix(root, tokens, [&](int32_t block, int32_t num_tokens) {
+    result.num_idle_blocks += num_tokens == block_size_ && allocator_.refcount(block) == 0;
   });
   return result;
 }
@@ -144,7 +147,7 @@ void KVCacheManager::attach(SequenceId id) {
   Sequence& seq = get(id);
   QUIRE_CHECK_ARG(seq.table.size() == 0, "attach: seq: expected one without blocks, got ",
                   seq.table.size(), " blocks");
-  seq.num_cached = walk_prefix(seq.root, seq.tokens, [&](int32_t block) {
+  seq.num_cached = walk_prefix(seq.root, seq.tokens, [&](int32_t block, int32_t) {
     allocator_.share(block);
     seq.table.append(block);
   });
@@ -158,13 +161,22 @@ void KVCacheManager::attach(SequenceId id) {
 
 void KVCacheManager::detach(SequenceId id) {
   Sequence& seq = get(id);
+  keep_partial_block(seq);
   trim(seq, 0);
   seq.num_computed = seq.num_planned = 0;
 }
 
+// Whether the next token lies in a block that others see too: other holders, or the prefix cache.
+bool KVCacheManager::shares_last_block(const Sequence& seq) const {
+  if (seq.num_computed % block_size_ == 0) return false;
+  const int32_t block = seq.table[static_cast<int32_t>(seq.num_computed / block_size_)];
+  return allocator_.refcount(block) > 1 || allocator_.is_cached(block);
+}
+
 int32_t KVCacheManager::num_missing_blocks(SequenceId id, int64_t num_tokens) const {
   const Sequence& seq = get(id);
-  return std::max(0, seq.table.blocks_for(num_tokens) - seq.table.size());
+  const bool copies = num_tokens > seq.num_computed && shares_last_block(seq);
+  return std::max(0, seq.table.blocks_for(num_tokens) - seq.table.size()) + copies;
 }
 
 // ---- Steps
@@ -191,19 +203,17 @@ KVCacheManager::StepNeed KVCacheManager::check_step(std::span<const int32_t> num
   return need;
 }
 
-// Finds the writes into partial blocks that others see too: other holders, or the prefix cache
-// after a truncate(). A block's last holder may write in place, so references are given up as the
-// copies are found. While steps run, the sources stay referenced until this step is retired.
+// Finds the writes into blocks that others see too. The last holder of a block that is not cached
+// may write in place, so references are given up as the copies are found. While steps run, the
+// sources stay referenced until this step is retired.
 void KVCacheManager::plan_copies(std::span<const int32_t> num_new_tokens) {
   copies_.clear();
   for (size_t i = 0; i < visited_.size(); ++i) {
     Sequence& seq = *visited_[i];
-    if (seq.num_computed % block_size_ == 0 || num_new_tokens[i] == 0) continue;
+    if (num_new_tokens[i] == 0 || !shares_last_block(seq)) continue;
     const int32_t index = static_cast<int32_t>(seq.num_computed / block_size_);
     const int32_t block = seq.table[index];
-    const bool has_others = allocator_.refcount(block) > 1;
-    if (!has_others && !allocator_.is_cached(block)) continue;
-    const bool dropped = has_others && async_depth_ == 0;
+    const bool dropped = allocator_.refcount(block) > 1 && async_depth_ == 0;
     if (dropped) allocator_.release(block);
     copies_.push_back({&seq, index, block, dropped});
   }
@@ -214,29 +224,48 @@ void KVCacheManager::undo_copies() {
     if (copy.dropped) allocator_.share(copy.source);
 }
 
+// When blocks run out, a cached block that one sequence alone holds is given up to it instead of
+// copied. (All idle blocks are evicted by then, so it has no children left.) Returns how many of
+// the missing blocks that saves.
+int64_t KVCacheManager::take_over(int64_t num_short) {
+  int64_t num_saved = 0;
+  for (Copy& copy : copies_) {
+    if (num_saved == num_short) break;
+    copy.in_place = !copy.dropped && allocator_.refcount(copy.source) == 1;
+    num_saved += copy.in_place;
+  }
+  return num_saved;
+}
+
 // Takes the blocks of a whole step into new_blocks_, or none.
 bool KVCacheManager::allocate(int64_t num_blocks) {
   if (num_blocks > allocator_.num_available()) return false;
   new_blocks_.resize(num_blocks);
-  const size_t num_evicted = *allocator_.allocate(new_blocks_);
-  if (cache_)
-    for (size_t i = new_blocks_.size() - num_evicted; i < new_blocks_.size(); ++i)
-      cache_->erase(new_blocks_[i]);
-  evicted_blocks_ += static_cast<int64_t>(num_evicted);
-  return true;
+  return allocator_.allocate(new_blocks_, [this](int32_t victim) { return evict(victim); });
 }
 
-// Moves the copying sequences to the first of new_blocks_; returns how many those were.
-size_t KVCacheManager::apply_copies() {
-  for (size_t i = 0; i < copies_.size(); ++i) {
-    const Copy& copy = copies_[i];
-    const int32_t block = new_blocks_[i];
+// Gives up what a cached block holds, and first what depends on it: returns the block to take.
+int32_t KVCacheManager::evict(int32_t victim) {
+  while (cache_->has_children(victim)) victim = cache_->any_child(victim);
+  cache_->erase(victim);
+  ++evicted_blocks_;
+  return victim;
+}
+
+// Moves the copying sequences to the first of new_blocks_; returns the others.
+std::span<const int32_t> KVCacheManager::apply_copies() {
+  size_t num_taken = 0;
+  for (const Copy& copy : copies_) {
+    if (copy.in_place) {
+      allocator_.unmark_cached(evict(copy.source));
+      continue;
+    }
+    const int32_t block = new_blocks_[num_taken++];
     batch_.add_copy(copy.source, block);
     copy.seq->table.replace(copy.index, block);
-    allocator_.set_num_tokens(block, static_cast<int32_t>(copy.seq->num_computed % block_size_));
     if (!copy.dropped) release(copy.source);
   }
-  return copies_.size();
+  return std::span(new_blocks_).subspan(num_taken);
 }
 
 const StepBatch* KVCacheManager::step(std::span<const SequenceId> seqs,
@@ -244,13 +273,15 @@ const StepBatch* KVCacheManager::step(std::span<const SequenceId> seqs,
   visit("step", seqs);
   const StepNeed need = check_step(num_new_tokens);
   plan_copies(num_new_tokens);
-  if (!allocate(need.num_blocks + static_cast<int64_t>(copies_.size()))) {
+  const int64_t num_blocks = need.num_blocks + static_cast<int64_t>(copies_.size());
+  const int64_t num_short = std::max<int64_t>(0, num_blocks - allocator_.num_available());
+  if (!allocate(num_blocks - take_over(num_short))) {
     undo_copies();
     return nullptr;
   }
   batch_.begin(++last_ticket_, static_cast<int32_t>(seqs.size()), need.max_blocks,
                need.num_new_tokens, static_cast<int64_t>(copies_.size()));
-  std::span<const int32_t> fresh = std::span(new_blocks_).subspan(apply_copies());
+  std::span<const int32_t> fresh = apply_copies();
   for (size_t i = 0; i < visited_.size(); ++i) {
     Sequence& seq = *visited_[i];
     const int64_t end = seq.num_computed + num_new_tokens[i];
@@ -299,14 +330,9 @@ void KVCacheManager::commit(std::span<const SequenceId> seqs, std::span<const in
 // Planned tokens become computed ones.
 void KVCacheManager::advance(Sequence& seq) {
   const int64_t end = seq.num_computed + seq.num_planned;
-  int64_t first = seq.num_computed / block_size_ * block_size_;
-  if (seq.num_planned > 0)
-    for (; first < end; first += block_size_) {
-      const int32_t index = static_cast<int32_t>(first / block_size_);
-      const int32_t count = static_cast<int32_t>(std::min<int64_t>(end - first, block_size_));
-      allocator_.set_num_tokens(seq.table[index], count);
-      if (count == block_size_ && cache_) publish(seq, index);
-    }
+  if (cache_ && seq.num_planned > 0)
+    for (int64_t i = seq.num_computed / block_size_; i < end / block_size_; ++i)
+      publish(seq, static_cast<int32_t>(i));
   seq.num_computed = end;
   seq.num_planned = 0;
 }
@@ -317,7 +343,8 @@ void KVCacheManager::advance(Sequence& seq) {
 void KVCacheManager::publish(Sequence& seq, int32_t index) {
   const int32_t block = seq.table[index];
   const int32_t parent = index == 0 ? seq.root : seq.table[index - 1];
-  const int32_t cached = cache_->insert(parent, &seq.tokens[int64_t{index} * block_size_], block);
+  const int32_t cached =
+      cache_->insert(parent, &seq.tokens[int64_t{index} * block_size_], block_size_, block);
   if (cached == block) {
     allocator_.mark_cached(block);
     return;
@@ -334,6 +361,18 @@ void KVCacheManager::release(int32_t block) {
     deferred_.push_back({last_ticket_, block});
   else
     allocator_.release(block);
+}
+
+// Caches the computed tokens of a last, partial block that nobody else holds. Nobody writes to it
+// any more: it is about to be given back.
+void KVCacheManager::keep_partial_block(Sequence& seq) {
+  const int32_t count = static_cast<int32_t>(seq.num_computed % block_size_);
+  if (!cache_ || count == 0 || shares_last_block(seq)) return;
+  const int32_t index = static_cast<int32_t>(seq.num_computed / block_size_);
+  const int32_t parent = index == 0 ? seq.root : seq.table[index - 1];
+  const int32_t block = seq.table[index];
+  if (cache_->insert(parent, &seq.tokens[int64_t{index} * block_size_], count, block) == block)
+    allocator_.mark_cached(block);
 }
 
 // Gives back all blocks but the first; the last goes first, so that leaves are evicted first.
@@ -364,21 +403,17 @@ void KVCacheManager::truncate(SequenceId id, int64_t num_tokens) {
   QUIRE_CHECK_ARG(num_tokens >= 1 && num_tokens <= seq.num_tokens(),
                   "truncate: num_tokens: expected 1 to ", seq.num_tokens(), ", got ", num_tokens);
   const int64_t end = std::min(seq.num_computed + seq.num_planned, num_tokens);
-  const bool loses_computed = num_tokens < seq.num_computed;
   seq.tokens.resize(num_tokens);
   seq.num_computed = std::min(seq.num_computed, num_tokens);
   seq.num_planned = end - seq.num_computed;
   trim(seq, seq.table.blocks_for(end));
-  if (!loses_computed || seq.num_computed % block_size_ == 0) return;
-  const int32_t last = seq.table[static_cast<int32_t>(seq.num_computed / block_size_)];
-  if (allocator_.refcount(last) == 1 && !allocator_.is_cached(last))
-    allocator_.set_num_tokens(last, static_cast<int32_t>(seq.num_computed % block_size_));
 }
 
 void KVCacheManager::free(std::span<const SequenceId> seqs) {
   visit("free", seqs);
   for (size_t i = 0; i < visited_.size(); ++i) {
     Sequence& seq = *visited_[i];
+    keep_partial_block(seq);
     trim(seq, 0);
     if (cache_) cache_->close_root(seq.root);
     seq = Sequence{};

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// A tree over block ids plus a chained hash table over the same ids.
+// A tree over block ids; the siblings of each level are a treap over the same ids.
 #include "quire/prefix_cache.h"
 
 #include <algorithm>
-#include <bit>
-#include <cstring>
 #include <random>
 #include <utility>
 
+#include "packed_tokens.h"
 #include "quire/error.h"
 
 namespace quire {
@@ -15,25 +14,18 @@ namespace {
 
 constexpr int32_t kUnsaltedRoot = -1;  // never dropped
 
-uint64_t mix(uint64_t hash, uint64_t value) {
-  hash = (hash ^ value) * 0x9e3779b97f4a7c15;  // 2^64 / golden ratio
-  return hash ^ (hash >> 29);
-}
-
 }  // namespace
 
-PrefixCache::PrefixCache(int32_t num_blocks, int32_t block_size) : block_size_(block_size) {
-  std::random_device random;
-  seed_ = (uint64_t{random()} << 32) | random();
-  const size_t count = static_cast<size_t>(num_blocks);
-  parent_.assign(count, kNone);
-  num_children_.assign(count, 0);
-  newest_child_.assign(count, kNone);
-  next_.assign(count, kNone);
-  buckets_.assign(std::bit_ceil(count), kNone);
-  tokens_ = std::make_unique_for_overwrite<int32_t[]>(count * static_cast<size_t>(block_size));
+PrefixCache::PrefixCache(int32_t num_blocks, int32_t block_size)
+    : block_size_(block_size), num_blocks_(num_blocks), row_bytes_(packed_bytes(block_size)) {
+  static_assert(sizeof(Node) == 16);
+  seed_ = std::random_device{}();
+  nodes_.assign(static_cast<size_t>(num_blocks), Node{});
+  rows_ = std::make_unique_for_overwrite<uint8_t[]>(static_cast<size_t>(num_blocks * row_bytes_));
   roots_.emplace_back();
 }
+
+// ---- Roots
 
 int32_t PrefixCache::find_root(Salt salt) const {
   if (!salt) return kUnsaltedRoot;
@@ -64,122 +56,232 @@ void PrefixCache::close_root(int32_t root) {
 
 void PrefixCache::drop_root_if_idle(int32_t root) {
   Root& entry = root_of(root);
-  if (root == kUnsaltedRoot || entry.num_holders > 0 || entry.num_children > 0) return;
+  if (root == kUnsaltedRoot || entry.num_holders > 0 || entry.child != kNil) return;
   roots_by_salt_.erase(*entry.salt);
   entry = Root{};
   idle_roots_.push_back(root);
 }
 
-int32_t PrefixCache::newest_child(int32_t parent) const {
-  return parent < 0 ? root_of(parent).newest_child : newest_child_[parent];
+uint32_t PrefixCache::top_child(int32_t parent) const {
+  if (parent < 0) return root_of(parent).child;
+  return nodes_[parent].is_partial ? kNil : nodes_[parent].child;
 }
 
-void PrefixCache::add_child(int32_t parent, int32_t child) {
-  if (parent < 0) {
-    ++root_of(parent).num_children;
-    root_of(parent).newest_child = child;
+void PrefixCache::set_top_child(int32_t parent, uint32_t child) {
+  if (parent < 0)
+    root_of(parent).child = child;
+  else
+    nodes_[parent].child = child;
+}
+
+int32_t PrefixCache::parent(int32_t block) const {
+  const Node& node = nodes_[block];
+  if (!node.is_cached) return kNone;
+  const int32_t index = static_cast<int32_t>(node.parent);
+  return node.has_root_parent ? -1 - index : index;
+}
+
+// ---- Tokens of a node
+
+int32_t PrefixCache::equal_prefix(uint32_t node, Key key) const {
+  const int32_t count = std::min(key.count, num_tokens(static_cast<int32_t>(node)));
+  if (nodes_[node].is_wide) {
+    const int32_t* row = wide_rows_.at(static_cast<int32_t>(node)).data();
+    return static_cast<int32_t>(std::mismatch(row, row + count, key.tokens).first - row);
+  }
+  return PackedRow(&rows_[node * row_bytes_], block_size_).equal_prefix(key.tokens, count);
+}
+
+int32_t PrefixCache::token(uint32_t node, int32_t i) const {
+  if (nodes_[node].is_wide) return wide_rows_.at(static_cast<int32_t>(node))[i];
+  return PackedRow(&rows_[node * row_bytes_], block_size_)[i];
+}
+
+// Whether a node comes before the key, given how many of their tokens are equal. Of two, one the
+// beginning of the other, the shorter comes first.
+bool PrefixCache::is_before(uint32_t node, Key key, int32_t num_equal) const {
+  if (num_equal == key.count) return false;
+  if (num_equal == num_tokens(static_cast<int32_t>(node))) return true;
+  return token(node, num_equal) < key.tokens[num_equal];
+}
+
+void PrefixCache::store(int32_t block, Key key) {
+  Node& node = nodes_[block];
+  node.is_partial = key.count < block_size_;
+  node.child = node.is_partial ? static_cast<uint32_t>(key.count) : kNil;
+  node.is_wide = !fits_packed(key.tokens, key.count);
+  if (node.is_wide) {
+    wide_rows_[block].assign(key.tokens, key.tokens + key.count);
+    return;
+  }
+  uint8_t* row = &rows_[block * row_bytes_];
+  if (!node.is_partial) return PackedRow::pack(key.tokens, block_size_, row);
+  std::vector<int32_t> padded(key.tokens, key.tokens + key.count);
+  padded.resize(std::min<size_t>(block_size_, key.count + kPackedRun - 1));
+  if (padded.size() < static_cast<size_t>(block_size_))
+    padded.resize(padded.size() / kPackedRun * kPackedRun);  // whole runs
+  PackedRow::pack(padded.data(), static_cast<int32_t>(padded.size()), row);
+}
+
+std::vector<int32_t> PrefixCache::tokens(int32_t block) const {
+  std::vector<int32_t> result(num_tokens(block));
+  for (size_t i = 0; i < result.size(); ++i)
+    result[i] = token(static_cast<uint32_t>(block), static_cast<int32_t>(i));
+  return result;
+}
+
+// ---- Treaps
+
+// Random, and the same each time: a hash of the id.
+uint32_t PrefixCache::priority(uint32_t node) const {
+  uint32_t hash = (node ^ seed_) * 0x9e3779b1u;  // 2^32 / golden ratio
+  hash = (hash ^ hash >> 15) * 0x85ebca77u;
+  return hash ^ hash >> 13;
+}
+
+uint32_t PrefixCache::put(uint32_t node, uint32_t block, Key key) {
+  if (node == kNil || priority(block) > priority(node)) {
+    uint32_t before, behind;
+    split(node, key, &before, &behind);
+    nodes_[block].left = before;
+    nodes_[block].right = behind;
+    return block;
+  }
+  if (is_before(node, key, equal_prefix(node, key)))
+    nodes_[node].right = put(nodes_[node].right, block, key);
+  else
+    nodes_[node].left = put(nodes_[node].left, block, key);
+  return node;
+}
+
+void PrefixCache::split(uint32_t node, Key key, uint32_t* before, uint32_t* behind) {
+  if (node == kNil) {
+    *before = *behind = kNil;
+    return;
+  }
+  uint32_t inner;
+  if (is_before(node, key, equal_prefix(node, key))) {
+    split(nodes_[node].right, key, &inner, behind);
+    nodes_[node].right = inner;
+    *before = node;
   } else {
-    ++num_children_[parent];
-    newest_child_[parent] = child;
+    split(nodes_[node].left, key, before, &inner);
+    nodes_[node].left = inner;
+    *behind = node;
   }
 }
 
-void PrefixCache::remove_child(int32_t parent, int32_t child) {
-  int32_t& newest = parent < 0 ? root_of(parent).newest_child : newest_child_[parent];
-  if (newest == child) newest = kNone;
-  if (parent < 0) {
-    --root_of(parent).num_children;
-    drop_root_if_idle(parent);
-  } else {
-    --num_children_[parent];
+uint32_t PrefixCache::merge(uint32_t before, uint32_t behind) {
+  if (before == kNil) return behind;
+  if (behind == kNil) return before;
+  if (priority(before) > priority(behind)) {
+    nodes_[before].right = merge(nodes_[before].right, behind);
+    return before;
   }
+  nodes_[behind].left = merge(before, nodes_[behind].left);
+  return behind;
 }
 
-int32_t& PrefixCache::bucket_of(int32_t parent, const int32_t* tokens) {
-  return const_cast<int32_t&>(std::as_const(*this).bucket_of(parent, tokens));
+uint32_t PrefixCache::take_out(uint32_t node, uint32_t block, Key key) {
+  if (node == block) return merge(nodes_[node].left, nodes_[node].right);
+  if (is_before(node, key, equal_prefix(node, key)))
+    nodes_[node].right = take_out(nodes_[node].right, block, key);
+  else
+    nodes_[node].left = take_out(nodes_[node].left, block, key);
+  return node;
 }
 
-const int32_t& PrefixCache::bucket_of(int32_t parent, const int32_t* tokens) const {
-  uint64_t hash = mix(seed_, static_cast<uint32_t>(parent));
-  int32_t i = 0;
-  for (; i + 1 < block_size_; i += 2) {
-    uint64_t pair;
-    std::memcpy(&pair, &tokens[i], sizeof(pair));
-    hash = mix(hash, pair);
+// ---- The tree
+
+PrefixCache::Match PrefixCache::find(int32_t parent, const int32_t* tokens, int32_t count) const {
+  const Key key{tokens, count};
+  Match before, behind;  // the neighbours of the key in the order of siblings
+  for (uint32_t node = top_child(parent); node != kNil;) {
+    const Match match{static_cast<int32_t>(node), equal_prefix(node, key)};
+    if (match.num_tokens == block_size_) return match;
+    if (is_before(node, key, match.num_tokens)) {
+      before = match;
+      node = nodes_[node].right;
+    } else {
+      behind = match;
+      node = nodes_[node].left;
+    }
   }
-  if (i < block_size_) hash = mix(hash, static_cast<uint32_t>(tokens[i]));
-  return buckets_[(hash ^ (hash >> 32)) & (buckets_.size() - 1)];
+  const Match best = before.num_tokens >= behind.num_tokens ? before : behind;
+  return best.num_tokens == 0 ? Match{} : best;
 }
 
-bool PrefixCache::holds(int32_t block, int32_t parent, const int32_t* tokens) const {
-  return parent_[block] == parent &&
-         std::memcmp(this->tokens(block), tokens, sizeof(int32_t) * block_size_) == 0;
-}
-
-int32_t PrefixCache::find_from(int32_t first, int32_t parent, const int32_t* tokens) const {
-  while (first != kNone && !holds(first, parent, tokens)) first = next_[first];
-  return first;
-}
-
-int32_t PrefixCache::find(int32_t parent, const int32_t* tokens) const {
-  const int32_t newest = newest_child(parent);
-  if (newest != kNone && holds(newest, parent, tokens)) return newest;
-  return find_from(bucket_of(parent, tokens), parent, tokens);
-}
-
-int32_t PrefixCache::insert(int32_t parent, const int32_t* tokens, int32_t block) {
-  int32_t& bucket = bucket_of(parent, tokens);
-  const int32_t found = find_from(bucket, parent, tokens);
-  if (found != kNone) return found;
-  std::copy_n(tokens, block_size_, &tokens_[int64_t{block} * block_size_]);
-  parent_[block] = parent;
-  num_children_[block] = 0;
-  newest_child_[block] = kNone;
-  next_[block] = bucket;
-  bucket = block;
-  add_child(parent, block);
+int32_t PrefixCache::insert(int32_t parent, const int32_t* tokens, int32_t count, int32_t block) {
+  const uint32_t top = top_child(parent);
+  const Key key{tokens, count};
+  if (top != kNil) {
+    const Match found = find(parent, tokens, count);
+    if (found.num_tokens == count) return found.block;
+  }
+  Node& node = nodes_[block];
+  node.is_cached = 1;
+  node.has_root_parent = parent < 0;
+  node.parent = static_cast<uint32_t>(parent < 0 ? -1 - parent : parent);
+  store(block, key);
+  set_top_child(parent, put(top, static_cast<uint32_t>(block), key));
   ++size_;
   return block;
 }
 
 void PrefixCache::erase(int32_t block) {
   QUIRE_INVARIANT(contains(block), "block ", block, ": evicted, but not cached");
-  QUIRE_INVARIANT(num_children_[block] == 0, "block ", block, ": evicted before its children");
-  const int32_t parent = parent_[block];
-  int32_t* link = &bucket_of(parent, tokens(block));
-  while (*link != block) link = &next_[*link];
-  *link = next_[block];
-  parent_[block] = kNone;
+  QUIRE_INVARIANT(!has_children(block), "block ", block, ": evicted before its children");
+  const int32_t parent = this->parent(block);
+  const uint32_t node = static_cast<uint32_t>(block), top = top_child(parent);
+  if (top == node) {
+    set_top_child(parent, merge(nodes_[node].left, nodes_[node].right));
+  } else {
+    const std::vector<int32_t> own = tokens(block);
+    set_top_child(parent, take_out(top, node, {own.data(), static_cast<int32_t>(own.size())}));
+  }
+  if (nodes_[node].is_wide) wide_rows_.erase(block);
+  nodes_[node] = Node{};
   --size_;
-  remove_child(parent, block);
+  if (parent < 0) drop_root_if_idle(parent);
+}
+
+int64_t PrefixCache::num_bytes() const {
+  return static_cast<int64_t>(nodes_.size() * sizeof(Node)) + num_blocks_ * row_bytes_;
+}
+
+// ---- validate()
+
+// Counts the nodes of a treap; each must be found, and outrank its own two.
+void PrefixCache::check_treap(uint32_t top, int32_t parent, int32_t* count) const {
+  if (top == kNil) return;
+  const int32_t block = static_cast<int32_t>(top);
+  QUIRE_INVARIANT(contains(block), "block ", block, ": a child that is not cached");
+  QUIRE_INVARIANT(this->parent(block) == parent, "block ", block, ": child of another");
+  QUIRE_INVARIANT(++*count <= size_, "a treap runs in circles");
+  const std::vector<int32_t> own = tokens(block);
+  const Match found = find(parent, own.data(), static_cast<int32_t>(own.size()));
+  QUIRE_INVARIANT(found.num_tokens == static_cast<int32_t>(own.size()), "block ", block,
+                  ": not found");
+  QUIRE_INVARIANT(found.block == block || nodes_[top].is_partial, "block ", block, ": twice");
+  QUIRE_INVARIANT((nodes_[top].is_wide != 0) == (wide_rows_.count(block) != 0), "block ", block,
+                  ": tokens in the wrong place");
+  for (const uint32_t below : {uint32_t{nodes_[top].left}, uint32_t{nodes_[top].right}}) {
+    QUIRE_INVARIANT(below == kNil || priority(below) <= priority(top), "block ", block,
+                    ": outranked");
+    check_treap(below, parent, count);
+  }
 }
 
 void PrefixCache::validate() const {
-  std::vector<int32_t> num_children(parent_.size(), 0);
-  std::vector<int64_t> num_root_children(roots_.size(), 0);
-  int32_t num_cached = 0;
-  for (size_t i = 0; i < parent_.size(); ++i) {
-    const int32_t block = static_cast<int32_t>(i);
-    const int32_t parent = parent_[block];
-    if (parent == kNone) continue;
-    ++num_cached;
-    QUIRE_INVARIANT(parent < 0 || contains(parent), "block ", block, ": parent ", parent,
-                    " is not cached");
-    if (parent < 0)
-      ++num_root_children[-1 - parent];
-    else
-      ++num_children[parent];
-    QUIRE_INVARIANT(find(parent, tokens(block)) == block, "block ", block, ": not found");
-    const int32_t newest = newest_child_[block];
-    QUIRE_INVARIANT(newest == kNone || parent_[newest] == block, "block ", block, ": lost child");
-  }
-  QUIRE_INVARIANT(num_cached == size_, "size is off");
-  for (size_t i = 0; i < parent_.size(); ++i)
-    QUIRE_INVARIANT(parent_[i] == kNone || num_children[i] == num_children_[i], "block ", i,
-                    ": num_children is off");
+  int32_t num_reached = 0, num_cached = 0;
   for (size_t i = 0; i < roots_.size(); ++i)
-    QUIRE_INVARIANT(num_root_children[i] == roots_[i].num_children, "root ", i,
-                    ": num_children is off");
+    check_treap(roots_[i].child, -1 - static_cast<int32_t>(i), &num_reached);
+  for (int32_t block = 0; block < num_blocks_; ++block) {
+    if (!contains(block)) continue;
+    ++num_cached;
+    check_treap(top_child(block), block, &num_reached);
+  }
+  QUIRE_INVARIANT(num_cached == size_ && num_reached == size_, "size is off");
   QUIRE_INVARIANT(roots_by_salt_.size() + idle_roots_.size() + 1 == roots_.size(),
                   "a root is neither in use nor idle");
 }

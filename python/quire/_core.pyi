@@ -297,7 +297,9 @@ class KVCacheManager:
 
     @property
     def num_used_tokens(self) -> int:
-        """Tokens whose KV lies in used blocks, shared blocks counted once."""
+        """
+        Computed tokens of live sequences, those in shared blocks counted once.
+        """
 
     def create(self, token_ids: numpy.typing.ArrayLike, salt: str | None = None) -> Sequence:
         """

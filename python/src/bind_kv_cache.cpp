@@ -217,9 +217,8 @@ nb::class_<PyManager> bind_manager(nb::module_& m) {
           [](const PyManager& p) { return p.manager.allocator().num_cached(); },
           "Blocks that no sequence holds, kept for their contents until they are needed.")
       .def_prop_ro(
-          "num_used_tokens",
-          [](const PyManager& p) { return p.manager.allocator().num_used_tokens(); },
-          "Tokens whose KV lies in used blocks, shared blocks counted once.");
+          "num_used_tokens", [](const PyManager& p) { return p.manager.stats().used_tokens; },
+          "Computed tokens of live sequences, those in shared blocks counted once.");
 }
 
 void bind_sequence_methods(nb::class_<PyManager>& manager) {

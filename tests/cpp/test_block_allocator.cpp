@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pool: order of allocation, revival out of the middle of a list, exact token counts.
+// The pool: order of allocation, revival out of the middle of a list, levels.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
@@ -14,9 +14,13 @@ using Ids = std::vector<int32_t>;
 
 namespace {
 
+int32_t oldest(int32_t victim) { return victim; }
+
+bool fill(BlockAllocator& pool, std::span<int32_t> blocks) { return pool.allocate(blocks, oldest); }
+
 Ids take(BlockAllocator& pool, size_t count) {
   Ids blocks(count);
-  REQUIRE(pool.allocate(blocks));
+  REQUIRE(fill(pool, blocks));
   return blocks;
 }
 
@@ -26,12 +30,12 @@ TEST_CASE("a fresh pool hands out its blocks in order and refuses what it can't 
   BlockAllocator pool(4, 16);
   CHECK(take(pool, 3) == Ids{0, 1, 2});
   Ids two(2, -1);
-  CHECK_FALSE(pool.allocate(two));
+  CHECK_FALSE(fill(pool, two));
   CHECK(two == Ids{-1, -1});
   CHECK(pool.num_free() == 1);
   CHECK(take(pool, 1) == Ids{3});
   CHECK(pool.num_used() == 4);
-  CHECK(pool.allocate({}) == 0);
+  CHECK(fill(pool, {}));
   pool.validate();
 }
 
@@ -41,6 +45,12 @@ TEST_CASE("bad sizes are refused by name") {
                        quire::InvalidArgument);
   CHECK_THROWS_WITH_AS(BlockAllocator(1, 0),
                        "BlockAllocator: block_size: expected 1 or more, got 0",
+                       quire::InvalidArgument);
+}
+
+TEST_CASE("more blocks than 28 bits can name are refused") {
+  CHECK_THROWS_WITH_AS(BlockAllocator(BlockAllocator::kMaxBlocks + 1, 16),
+                       "BlockAllocator: num_blocks: expected at most 268435328, got 268435329",
                        quire::InvalidArgument);
 }
 
@@ -60,10 +70,10 @@ TEST_CASE("cached blocks are taken last, the least recently used first") {
   CHECK(pool.num_cached() == 3);
   CHECK(pool.num_free() == 1);
   Ids blocks(3);
-  CHECK(pool.allocate(blocks) == 2);
+  CHECK(fill(pool, blocks));
   CHECK(blocks == Ids{3, 2, 0});
   CHECK_FALSE(pool.is_cached(2));
-  CHECK(pool.is_cached(1));
+  CHECK(pool.num_cached() == 1);
   pool.validate();
 }
 
@@ -76,36 +86,51 @@ TEST_CASE("a cached block revives out of the middle of the LRU list") {
   CHECK(pool.refcount(1) == 1);
   pool.validate();
   Ids blocks(3);
-  CHECK_FALSE(pool.allocate(blocks));
+  CHECK(pool.is_cached(1));
+  CHECK_FALSE(fill(pool, blocks));
   pool.release(1);  // now the most recently used
-  CHECK(pool.allocate(blocks) == 3);
+  CHECK(fill(pool, blocks));
   CHECK(blocks == Ids{0, 2, 1});
 }
 
-TEST_CASE("tokens are counted once however many share a block") {
-  BlockAllocator pool(4, 16);
-  take(pool, 2);
-  pool.set_num_tokens(0, 16);
-  pool.set_num_tokens(1, 5);
-  CHECK(pool.num_used_tokens() == 21);
-  pool.share(0);
-  CHECK(pool.num_used_tokens() == 21);
-  pool.mark_cached(0);
-  pool.release(0);
-  pool.release(0);
-  CHECK(pool.num_used_tokens() == 5);  // a cached block is not used
-  pool.share(0);
-  CHECK(pool.num_used_tokens() == 21);
-  pool.release(1);
-  CHECK(pool.num_used_tokens() == 16);
-  CHECK(pool.high_water() == 2);
+TEST_CASE("lower levels are taken first, each in its own order") {
+  BlockAllocator pool(5, 16);
+  take(pool, 5);
+  for (int32_t block : {0, 1, 2, 3, 4}) pool.mark_cached(block);
+  pool.set_level(0, 90);
+  pool.set_level(2, 10);
+  for (int32_t block : {0, 1, 2, 3}) pool.release(block);
+  pool.set_level(3, 10);  // of an idle block: behind those of its new level
+  pool.release(4);
+  CHECK(pool.level(4) == BlockAllocator::kStartLevel);
+  pool.validate();
+  CHECK(take(pool, 5) == Ids{1, 4, 2, 3, 0});
+  CHECK(pool.level(0) == BlockAllocator::kStartLevel);  // a new life
+  pool.validate();
+}
+
+TEST_CASE("the caller may take another cached block than the oldest") {
+  BlockAllocator pool(3, 16);
+  take(pool, 3);
+  for (int32_t block : {0, 1, 2}) pool.mark_cached(block);
+  for (int32_t block : {0, 1, 2}) pool.release(block);
+  Ids blocks(2);
+  Ids chosen{1, 2};
+  CHECK(pool.allocate(blocks, [&](int32_t victim) {
+    CHECK(victim == 0);
+    const int32_t block = chosen.back();
+    chosen.pop_back();
+    return block;
+  }));
+  CHECK(blocks == Ids{2, 1});
+  CHECK(pool.num_cached() == 1);
   pool.validate();
 }
 
 TEST_CASE("five and a half million blocks") {
   BlockAllocator pool(5'500'000, 16);
   Ids blocks(5'500'000);
-  REQUIRE(pool.allocate(blocks));
+  REQUIRE(fill(pool, blocks));
   for (int32_t block : blocks) pool.release(block);
   CHECK(pool.num_free() == 5'500'000);
   pool.validate();
@@ -119,7 +144,7 @@ TEST_CASE("random traffic keeps the pool consistent") {
     const uint32_t choice = random() % 5;
     if (choice == 0) {
       Ids blocks(random() % 4);
-      if (pool.allocate(blocks)) held.insert(held.end(), blocks.begin(), blocks.end());
+      if (fill(pool, blocks)) held.insert(held.end(), blocks.begin(), blocks.end());
     } else if (!held.empty()) {
       const size_t i = random() % held.size();
       const int32_t block = held[i];
@@ -127,7 +152,7 @@ TEST_CASE("random traffic keeps the pool consistent") {
         pool.share(block);
         held.push_back(block);
       } else if (choice == 2 && !pool.is_cached(block)) {
-        pool.set_num_tokens(block, static_cast<int32_t>(random() % 5));
+        pool.set_level(block, static_cast<int32_t>(random() % 3));
         pool.mark_cached(block);
       } else {
         pool.release(block);
@@ -138,6 +163,5 @@ TEST_CASE("random traffic keeps the pool consistent") {
   }
   for (int32_t block : held) pool.release(block);
   CHECK(pool.num_used() == 0);
-  CHECK(pool.num_used_tokens() == 0);
   pool.validate();
 }

@@ -110,19 +110,20 @@ TEST_CASE("prefix caching: share, free, revive, evict in order") {
 
   engine.free(a);
   engine.free(b);
-  CHECK(engine.manager.allocator().num_cached() == 3);
+  CHECK(engine.manager.allocator().num_cached() == 5);  // the partial ones too
 
-  // The cached prefix is revived; then the block freed last is taken.
+  // The cached prefix is revived, all but its last token; the partial block is copied.
   const SequenceId c = engine.manager.create(second);
-  CHECK(engine.blocks(c) == Ids{0, 1, 2});
-  engine.run(c);
+  CHECK(engine.manager.num_cached_tokens(c) == 54);
   CHECK(engine.blocks(c) == Ids{0, 1, 2, 4});
-  engine.free(c);
+  engine.run(c);
+  CHECK(engine.blocks(c) == Ids{0, 1, 2, 5});
+  engine.free(c);  // nothing new in block 5: it is free
 
   // A miss that needs everything: free blocks first, then the cached ones, tail first.
   const SequenceId d = engine.start(range(1000, 160));
-  CHECK(engine.blocks(d) == Ids{4, 3, 5, 6, 7, 8, 9, 2, 1, 0});
-  CHECK(engine.manager.stats().evicted_blocks == 3);
+  CHECK(engine.blocks(d) == Ids{5, 6, 7, 8, 9, 3, 4, 2, 1, 0});
+  CHECK(engine.manager.stats().evicted_blocks == 5);
   CHECK(engine.manager.match(second).num_tokens == 0);
 }
 
@@ -139,13 +140,85 @@ TEST_CASE("decode fills a block, which then can be shared") {
 TEST_CASE("a prompt that is cached whole leaves its last token to compute") {
   Engine engine(8, 4);
   engine.free(engine.start(range(0, 8)));
-  CHECK(engine.manager.match(range(0, 8)).num_tokens == 4);
-  CHECK(engine.manager.match(range(0, 8)).num_idle_blocks == 1);
+  CHECK(engine.manager.match(range(0, 8)).num_tokens == 7);
+  CHECK(engine.manager.match(range(0, 8)).num_idle_blocks == 1);  // of whole ones
   CHECK(engine.manager.match(range(0, 9)).num_tokens == 8);
   const SequenceId seq = engine.start(range(0, 8));
-  CHECK(engine.manager.num_cached_tokens(seq) == 4);
+  CHECK(engine.manager.num_cached_tokens(seq) == 7);
+  CHECK(engine.manager.batch().copies().size() == 2);
   CHECK(engine.manager.stats().prefix_query_tokens == 16);
-  CHECK(engine.manager.stats().prefix_hit_tokens == 4);
+  CHECK(engine.manager.stats().prefix_hit_tokens == 7);
+}
+
+TEST_CASE("a prompt that diverges inside a cached block copies what is equal") {
+  for (int32_t depth : {0, 2})
+    for (int32_t equal = 1; equal <= 12; ++equal) {
+      Engine engine(12, 4, true, depth);
+      const SequenceId first = engine.start(range(0, 12));
+      Ids prompt = range(0, equal);
+      prompt.resize(14, 999);
+      CHECK(engine.manager.match(prompt).num_tokens == equal);
+      const SequenceId second = engine.manager.create(prompt);
+      CHECK(engine.manager.num_cached_tokens(second) == equal);
+      CHECK(engine.blocks(second).size() == size_t(equal + 3) / 4);
+      engine.run(second);
+      CHECK(engine.manager.batch().copies().size() == (equal % 4 == 0 ? 0 : 2));
+      engine.check(first);
+      if (depth > 0) engine.manager.retire(2);
+      engine.free(first);
+      engine.check(second);
+      engine.free(second);
+      CHECK(engine.manager.allocator().num_used() == 0);
+    }
+}
+
+TEST_CASE("the source of a copy can't be evicted before the copy") {
+  Engine engine(4, 4);
+  engine.free(engine.start(range(0, 4)));
+  const SequenceId second = engine.manager.create(Ids{0, 1, 2, 77, 78});
+  const SequenceId third = engine.manager.create(range(100, 16));
+  CHECK_FALSE(engine.step({third}, {16}));
+  CHECK(engine.step({third}, {4}));
+  CHECK(engine.manager.stats().evicted_blocks == 0);
+  engine.commit({third});
+  engine.run(second);
+  CHECK(engine.manager.match(range(0, 5)).num_tokens == 4);  // released, and still cached
+}
+
+TEST_CASE("when blocks run out, a cached block is written in place instead of copied") {
+  Engine engine(3, 4);
+  engine.free(engine.start(range(0, 8)));
+  Ids prompt = range(0, 6);
+  prompt.resize(12, 50);
+  const SequenceId seq = engine.start(prompt);  // needs all three blocks
+  CHECK(engine.manager.num_cached_tokens(seq) == 6);
+  CHECK(engine.manager.batch().copies().size() == 0);
+  CHECK(engine.manager.stats().evicted_blocks == 1);
+  CHECK(engine.manager.match(range(0, 8)).num_tokens == 6);
+  engine.free(seq);
+}
+
+TEST_CASE("a conversation goes on where it ended, in the middle of a block") {
+  Engine engine(8, 4);
+  Ids text = range(0, 6);
+  for (int32_t turn = 0; turn < 4; ++turn) {
+    const SequenceId seq = engine.start(text);
+    CHECK(engine.manager.num_cached_tokens(seq) == (turn == 0 ? 0 : int64_t(text.size()) - 3));
+    engine.free(seq);
+    for (int32_t i = 0; i < 3; ++i) text.push_back(100 * turn + i);
+  }
+}
+
+TEST_CASE("used tokens: of all holders of a block the one that has computed most counts") {
+  Engine engine(8, 4);
+  const SequenceId parent = engine.start(range(0, 7));
+  const SequenceId child = engine.manager.fork(parent);
+  CHECK(engine.manager.stats().used_tokens == 7);
+  engine.manager.truncate(child, 5);
+  CHECK(engine.manager.stats().used_tokens == 7);
+  engine.free(parent);
+  CHECK(engine.manager.stats().used_tokens == 5);
+  CHECK(engine.manager.stats().waste_tokens == 3);
 }
 
 TEST_CASE("hits are not evicted by the step of their own sequence; failure changes nothing") {
@@ -395,5 +468,5 @@ TEST_CASE("one block may hold a whole sequence") {
   CHECK_FALSE(engine.step({engine.manager.create(range(0, 5))}, {5}));
   engine.free(a);
   engine.free(b);
-  CHECK(engine.manager.allocator().num_free() == 2);
+  CHECK(engine.manager.allocator().num_used() == 0);
 }

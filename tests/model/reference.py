@@ -19,7 +19,6 @@ class Block:
 
     refs: int = 1
     key: Key | None = None  # None: not cached
-    num_tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -77,23 +76,55 @@ class Reference:
         else:
             key, _ = self.idle.popitem(last=False)
             del self.cache[key]
-            longer = [k for k in self.cache if k[0] == key[0] and k[1][: len(key[1])] == key[1]]
-            assert not longer, "a parent was evicted before its child"
+            assert not self.children(key), "a parent was evicted before its child"
         return Block()
 
-    def hits(self, tokens: list[int], salt: str | None) -> list[Block]:
-        found = []
-        for end in range(self.size, len(tokens), self.size):
-            block = self.cache.get((salt, tuple(tokens[:end])))
-            if block is None:
-                break
-            found.append(block)
-        return found
+    def children(self, key: Key) -> list[Key]:
+        """Cached blocks right behind a prefix, in the order of their tokens."""
+        salt, prefix = key
+        if len(prefix) % self.size:
+            return []
+        ends = range(len(prefix) + 1, len(prefix) + self.size + 1)
+        found = [k for k in self.cache if k[0] == salt and len(k[1]) in ends]
+        return sorted(k for k in found if k[1][: len(prefix)] == prefix)
+
+    def hits(self, tokens: list[int], salt: str | None) -> tuple[list[Block], int]:
+        """Blocks of the cached prefix that leaves a token to compute, and its tokens."""
+        found, usable = [], tuple(tokens[:-1])
+        while self.caching:
+            done = len(found) * self.size
+            best = self.best_child(usable[:done], usable[done : done + self.size], salt)
+            if best is None:
+                return found, done
+            found.append(self.cache[best[0]])
+            if best[1] < self.size:
+                return found, done + best[1]
+        return found, 0
+
+    def best_child(
+        self, prefix: tuple[int, ...], wanted: tuple[int, ...], salt: str | None
+    ) -> tuple[Key, int] | None:
+        """The child that begins with most of the wanted tokens, and how many those are.
+
+        Of several the last one in order that comes before them, or else the first one behind.
+        """
+
+        def num_equal(key: Key) -> int:
+            own = key[1][len(prefix) :]
+            equal = [a == b for a, b in zip(own, wanted, strict=False)] + [False]
+            return equal.index(False)
+
+        children = self.children((salt, prefix))
+        before = [key for key in children if key[1][len(prefix) :] < wanted][-1:]
+        behind = [key for key in children if key[1][len(prefix) :] >= wanted][:1]
+        best = max(before + behind, key=num_equal, default=None)  # the first of equal ones
+        return None if best is None or num_equal(best) == 0 else (best, num_equal(best))
 
     def create(self, tokens: list[int], salt: str | None) -> Sequence:
         seq = Sequence(list(tokens), salt)
-        seq.blocks = [self.take(block) for block in self.hits(tokens, salt)]
-        seq.computed = seq.cached = len(seq.blocks) * self.size
+        blocks, seq.cached = self.hits(tokens, salt)
+        seq.blocks = [self.take(block) for block in blocks]
+        seq.computed = seq.cached
         self.sequences.append(seq)
         return seq
 
@@ -109,38 +140,45 @@ class Reference:
                 gives_up = block.refs > 1 and not self.depth
                 block.refs -= gives_up
                 copying.append((seq, gives_up))
-        if needed + len(copying) > self.free_blocks + len(self.idle):
+        short = needed + len(copying) - self.free_blocks - len(self.idle)
+        last = [seq.blocks[seq.computed // self.size] for seq, gave_up in copying if not gave_up]
+        in_place = [block for block in last if block.refs == 1][: max(0, short)]
+        if len(in_place) < short:
             for seq, gave_up in copying:
                 seq.blocks[seq.computed // self.size].refs += gave_up
             return None
         self.issued += 1
-        fresh = [self.allocate() for _ in range(needed + len(copying))]
+        fresh = [self.allocate() for _ in range(needed + len(copying) - len(in_place))]
+        copies = 0
         for seq, gave_up in copying:
             index = seq.computed // self.size
-            source, seq.blocks[index] = seq.blocks[index], fresh.pop()
-            seq.blocks[index].num_tokens = seq.computed % self.size
+            source = seq.blocks[index]
+            if source in in_place and not gave_up:
+                assert not self.children(source.key)
+                del self.cache[source.key]
+                source.key = None
+                continue
+            seq.blocks[index] = fresh.pop()
+            copies += 1
             if not gave_up:
                 self.give_back(source)
         for seq, count in zip(seqs, counts, strict=True):
             while len(seq.blocks) * self.size < seq.computed + count:
                 seq.blocks.append(fresh.pop())
             seq.planned = count
-        return len(copying)
+        return copies
 
     def commit(self, seqs: list[Sequence], sampled: list[list[int]]) -> None:
         for seq, tokens in zip(seqs, sampled, strict=True):
             end = seq.computed + seq.planned
-            for index in range(seq.computed // self.size, -(-end // self.size)):
-                if seq.planned:
-                    self.fill(seq, index, min(end - index * self.size, self.size))
+            for index in range(seq.computed // self.size, end // self.size):
+                if seq.planned and self.caching:
+                    self.publish(seq, index)
             seq.computed, seq.planned = end, 0
             seq.tokens += tokens
 
-    def fill(self, seq: Sequence, index: int, num_tokens: int) -> None:
+    def publish(self, seq: Sequence, index: int) -> None:
         block = seq.blocks[index]
-        block.num_tokens = num_tokens
-        if num_tokens < self.size or not self.caching:
-            return
         key = (seq.salt, tuple(seq.tokens[: (index + 1) * self.size]))
         if key in self.cache:
             seq.blocks[index] = self.take(self.cache[key])
@@ -158,15 +196,10 @@ class Reference:
 
     def truncate(self, seq: Sequence, num_tokens: int) -> None:
         end = min(seq.computed + seq.planned, num_tokens)
-        shrinks = num_tokens < seq.computed
         del seq.tokens[num_tokens:]
         seq.computed = min(seq.computed, num_tokens)
         seq.planned = end - seq.computed
         self.trim(seq, -(-end // self.size))
-        if shrinks and seq.computed % self.size:
-            last = seq.blocks[seq.computed // self.size]
-            if last.refs == 1 and last.key is None:
-                last.num_tokens = seq.computed % self.size
 
     def trim(self, seq: Sequence, num_blocks: int) -> None:
         while len(seq.blocks) > num_blocks:
@@ -174,8 +207,30 @@ class Reference:
 
     def free(self, seqs: list[Sequence]) -> None:
         for seq in seqs:
+            self.keep_partial_block(seq)
             self.trim(seq, 0)
             self.sequences.remove(seq)
+
+    def keep_partial_block(self, seq: Sequence) -> None:
+        index, count = divmod(seq.computed, self.size)
+        if not self.caching or not count:
+            return
+        block, tokens = seq.blocks[index], tuple(seq.tokens[: seq.computed])
+        known = [
+            k for k in self.children((seq.salt, tokens[:-count])) if k[1][: len(tokens)] == tokens
+        ]
+        if block.refs == 1 and block.key is None and not known:
+            block.key = (seq.salt, tokens)
+            self.cache[block.key] = block
+
+    def used_tokens(self) -> int:
+        """Computed tokens of live sequences; of all holders of a block the longest counts."""
+        held: dict[int, int] = {}
+        for seq in self.sequences:
+            for index, block in enumerate(seq.blocks):
+                count = min(max(seq.computed - index * self.size, 0), self.size)
+                held[id(block)] = max(held.get(id(block), 0), count)
+        return sum(held.values())
 
     def retire(self, ticket: int) -> None:
         self.retired = ticket

@@ -50,7 +50,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def create(
         self, tokens: list[int], salt: str | None, data: st.DataObject, computes: bool
     ) -> None:
-        hits = len(self.reference.hits(tokens, salt)) * self.reference.size
+        hits = self.reference.hits(tokens, salt)[1]
         assert self.manager.match(np.array(tokens, np.int32), salt) == hits
         seq = self.manager.create(np.array(tokens, np.int32), salt)
         assert seq.num_cached_tokens == hits
@@ -196,7 +196,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert manager.num_used_blocks == len(used)
         assert manager.num_cached_blocks == len(reference.idle)
         assert manager.num_free_blocks == reference.free_blocks
-        assert manager.num_used_tokens == sum(block.num_tokens for block in used)
+        assert manager.num_used_tokens == reference.used_tokens()
         for seq, ref in self.live:
             assert seq.num_computed_tokens == ref.computed
             assert seq.token_ids.tolist() == ref.tokens

@@ -89,9 +89,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert 0 < len(batch.token_ids) <= self.budget
         assert len(batch.request_ids) <= self.max_seqs
         assert np.array_equal(np.diff(batch.cu_seqlens_q), batch.num_new_tokens)
-        assert (batch.num_new_tokens > 0).all() and len(batch.copies) == 0
-        self.kv[batch.slot_mapping] = batch.token_ids
+        assert (batch.num_new_tokens > 0).all()
         size = self.manager.block_size
+        blocks = self.kv.reshape(-1, size)
+        blocks[batch.copies[:, 1]] = blocks[batch.copies[:, 0]]
+        self.kv[batch.slot_mapping] = batch.token_ids
         sampled = []
         for row, request in enumerate(batch.request_ids):
             known, length = self.tokens[request], batch.seq_lens[row]

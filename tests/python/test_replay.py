@@ -139,19 +139,18 @@ def test_unlimited_memory_finds_every_id_that_was_seen():
     replay = Replay(trace, policy, Limits(64, 1), TokenSource(trace))
     replay.run(None, lambda _: None)
     assert replay.found_ids == round(ids_seen_before(trace) * len(trace.hash_ids))
-    assert replay.countable_ids == ((trace.input_lengths - 1) // 16).sum()
+    assert replay.countable_ids == len(trace.hash_ids)
 
 
 def test_the_last_token_and_partial_blocks_count_honestly():
-    # 512-token ids over 16-token blocks. The second request repeats the first; of its last id,
-    # 188 tokens long, only 176 lie in full blocks before the last token.
+    # 512-token ids over 16-token blocks. The second request repeats the first, the fourth the
+    # third: all but the last token is found, also in the middle of a block.
     trace = make_trace([[1, 2], [1, 2], [3], [3]], [700, 700, 16, 16], 512)
     policy = make_policies(trace, GEOMETRY, 16, None, 1)[2]
     replay = Replay(trace, policy, Limits(2048, 1), TokenSource(trace))
     replay.run(None, lambda _: None)
-    assert replay.cached_tokens == 688
-    # A prompt of one block never finds it: its only token block holds the last token.
-    assert (replay.found_ids, replay.countable_ids) == (2, 4)
+    assert replay.cached_tokens == 699 + 15
+    assert (replay.found_ids, replay.countable_ids) == (3, 6)
 
 
 @pytest.mark.parametrize(

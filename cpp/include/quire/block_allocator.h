@@ -4,11 +4,12 @@
 // Every block is in exactly one state:
 //   free    no references, no contents worth keeping; in the free list
 //   used    one reference or more
-//   cached  no references, but its contents may be wanted again; in the LRU list
+//   cached  no references, but its contents may be wanted again; in the list of its level, in the
+//           order in which they were given up. The lowest level is evicted first.
 // It knows ids and counts only; what a block holds is the prefix cache's affair.
 #pragma once
 
-#include <cstddef>
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -16,35 +17,59 @@
 
 namespace quire {
 
-// Structure of arrays, 17 bytes a block. Every operation on a block is O(1).
+// 8 bytes a block. Every operation on a block is O(1).
 class BlockAllocator {
  public:
+  static constexpr int32_t kNumLevels = 127;  // 0 ... 126
+  static constexpr int32_t kMaxBlocks = (1 << 28) - kNumLevels - 1;
+
   BlockAllocator(int32_t num_blocks, int32_t block_size);
 
-  // Fills `blocks` with ids that hold one reference each, or changes nothing and returns nullopt.
-  // Free blocks are taken first, the last freed first; then cached ones, the least recently used
-  // first. The result k says that the last k of `blocks` were cached until now.
-  std::optional<size_t> allocate(std::span<int32_t> blocks);
-
-  // One reference more. A cached block leaves the LRU list, wherever in it it lies.
-  void share(int32_t block);
-
-  // One reference less. The last one sends the block to the end of the LRU list if its contents
-  // are worth keeping, else to the free list.
-  void release(int32_t block);
-
-  // The contents of a used block are worth keeping until allocate() takes the block.
-  void mark_cached(int32_t block) { cached_[block] = 1; }
-
-  // How many tokens a used block holds, 0 ... block_size.
-  void set_num_tokens(int32_t block, int32_t count) {
-    num_used_tokens_ += count - num_tokens_[block];
-    num_tokens_[block] = count;
+  // Fills `blocks` with ids that hold one reference each, or changes nothing and returns false.
+  // Free blocks are taken first, the last freed first; then cached ones. For each of those
+  // evict(victim) names the block to take, the victim or another cached one, and forgets what it
+  // holds.
+  template <class Evict>
+  bool allocate(std::span<int32_t> blocks, Evict evict) {
+    if (blocks.size() > static_cast<size_t>(num_available())) return false;
+    const size_t num_from_free = std::min(blocks.size(), static_cast<size_t>(num_free_));
+    take_free(blocks.first(num_from_free));
+    for (int32_t& block : blocks.subspan(num_from_free)) take_cached(block = evict(victim()));
+    high_water_ = std::max(high_water_, num_used());
+    return true;
   }
 
-  int32_t refcount(int32_t block) const { return refcount_[block]; }
-  bool is_cached(int32_t block) const { return cached_[block] != 0; }
-  int32_t num_tokens(int32_t block) const { return num_tokens_[block]; }
+  // One reference more. A cached block leaves its list, wherever in it it lies.
+  void share(int32_t block) {
+    Entry& entry = entries_[block];
+    if (entry.is_used)
+      ++entry.prev;
+    else
+      revive(block);
+  }
+
+  // One reference less. The last one sends the block to the end of its level's list if its
+  // contents are worth keeping, else to the free list.
+  void release(int32_t block) {
+    Entry& entry = entries_[block];
+    if (--entry.prev == 0) make_idle(block);
+  }
+
+  // Whether the contents of a used block are worth keeping once nobody holds it.
+  void mark_cached(int32_t block) { entries_[block].next = 1; }
+  void unmark_cached(int32_t block) { entries_[block].next = 0; }
+
+  // A used or cached block's level; allocated blocks start at kStartLevel.
+  static constexpr int32_t kStartLevel = 1;
+  int32_t level(int32_t block) const { return static_cast<int32_t>(entries_[block].level); }
+  void set_level(int32_t block, int32_t level);
+
+  int32_t refcount(int32_t block) const {
+    return entries_[block].is_used ? static_cast<int32_t>(entries_[block].prev) : 0;
+  }
+  bool is_cached(int32_t block) const {  // of a used block
+    return entries_[block].is_used && entries_[block].next != 0;
+  }
 
   int32_t num_blocks() const { return num_blocks_; }
   int32_t block_size() const { return block_size_; }
@@ -52,30 +77,40 @@ class BlockAllocator {
   int32_t num_cached() const { return num_cached_; }
   int32_t num_used() const { return num_blocks_ - num_free_ - num_cached_; }
   int32_t num_available() const { return num_free_ + num_cached_; }  // what allocate() can give
-  int32_t high_water() const { return high_water_; }            // most blocks ever used at once
-  int64_t num_used_tokens() const { return num_used_tokens_; }  // in used blocks, each once
+  int32_t high_water() const { return high_water_; }  // most blocks ever used at once
+  int64_t num_bytes() const { return static_cast<int64_t>(entries_.size() * sizeof(Entry)); }
 
   // Walks everything; throws InvariantError.
   void validate() const;
 
  private:
-  // Both lists are circular through a sentinel that lies behind the blocks.
-  int32_t free_list() const { return num_blocks_; }
-  int32_t lru_list() const { return num_blocks_ + 1; }
+  // An idle block's neighbours in its list; a used one's references (prev) and whether it is
+  // worth keeping (next).
+  struct Entry {
+    uint64_t prev : 28, next : 28, level : 7, is_used : 1;
+  };
+
+  // Lists are circular through sentinels that lie behind the blocks.
+  int32_t cached_list(int32_t level) const { return num_blocks_ + level; }
+  int32_t free_list() const { return num_blocks_ + kNumLevels; }
+  int32_t next(int32_t block) const { return static_cast<int32_t>(entries_[block].next); }
+  int32_t prev(int32_t block) const { return static_cast<int32_t>(entries_[block].prev); }
   void insert_after(int32_t position, int32_t block);
   void unlink(int32_t block);
-  int32_t check_list(int32_t list, bool cached) const;
+  int32_t victim();  // the first cached block of the lowest level that has any
+  void take_free(std::span<int32_t> blocks);
+  void take_cached(int32_t block);
+  void revive(int32_t block);
+  void make_idle(int32_t block);
+  int32_t check_list(int32_t list) const;
 
   int32_t num_blocks_;
   int32_t block_size_;
   int32_t num_free_;
   int32_t num_cached_ = 0;
   int32_t high_water_ = 0;
-  int64_t num_used_tokens_ = 0;
-  std::vector<int32_t> prev_, next_;  // [num_blocks + 2]
-  std::vector<int32_t> refcount_;
-  std::vector<int32_t> num_tokens_;
-  std::vector<uint8_t> cached_;
+  int32_t lowest_level_ = kNumLevels;  // no cached block is of a lower one
+  std::vector<Entry> entries_;         // [num_blocks + kNumLevels + 1]
 };
 
 }  // namespace quire

@@ -9,7 +9,12 @@
 // A sequence has three marks: num_computed_tokens <= planned <= num_tokens. step() plans known
 // tokens, commit() makes planned ones computed and appends the sampled ones. With prefix caching
 // every full block of computed tokens is in the prefix cache, so that a sequence's leading blocks
-// are a path of its tree; a block that another sequence computed first replaces the own one.
+// are a path of its tree; a block that another sequence computed first replaces the own one. What
+// a sequence leaves behind in a last, partial block is cached when it ends.
+//
+// A sequence may begin in the middle of a cached block, or go on in the middle of a block that
+// others hold (after fork() or truncate()). Its first write there goes to a copy:
+// StepBatch::copies.
 //
 // Every function either does all it says or throws InvalidArgument and changes nothing.
 #pragma once
@@ -35,8 +40,9 @@ struct SequenceId {
   int64_t serial = 0;  // unique in the process
 };
 
-// A prefix that create() would find. The idle blocks of it are in nobody's use: they count as
-// available until someone takes the prefix.
+// A prefix that create() would find. It may end inside a block, whose leading tokens are copied.
+// The idle ones of its whole blocks are in nobody's use: they count as available until someone
+// takes the prefix.
 struct PrefixMatch {
   int64_t num_tokens = 0;
   int32_t num_idle_blocks = 0;
@@ -48,8 +54,8 @@ struct KVCacheStats {
   int32_t free_blocks, used_blocks, cached_blocks;
   int32_t high_water_blocks;    // most blocks ever used at once
   int64_t deferred_refs;        // references that wait for retire(); their blocks count as used
-  int64_t used_tokens;          // in used blocks, shared blocks once
-  int64_t waste_tokens;         // room in used blocks that holds nothing
+  int64_t used_tokens;          // computed tokens of live sequences, in shared blocks once
+  int64_t waste_tokens;         // room in used blocks beyond those
   int64_t prefix_query_tokens;  // asked of the prefix cache by create(),
   int64_t prefix_hit_tokens;    // and found in it
   int64_t evicted_blocks;       // cached blocks whose contents were given up
@@ -99,7 +105,8 @@ class KVCacheManager {
   PrefixMatch match(SequenceId seq) const;
   // How many leading tokens of the two could lie in the same blocks.
   int64_t shareable_tokens(SequenceId a, SequenceId b) const;
-  // New blocks that a sequence needs to hold its first num_tokens tokens; copies apart.
+  // New blocks that a sequence needs to compute its first num_tokens tokens, a copy of its last
+  // block included where it shares that.
   int32_t num_missing_blocks(SequenceId seq, int64_t num_tokens) const;
 
   std::span<const int32_t> tokens(SequenceId seq) const { return get(seq).tokens; }
@@ -137,7 +144,8 @@ class KVCacheManager {
     Sequence* seq;
     int32_t index;  // into its table
     int32_t source;
-    bool dropped;  // the reference on the source is given up already
+    bool dropped;           // the reference on the source is given up already
+    bool in_place = false;  // no copy: the source leaves the prefix cache instead
   };
   struct Deferred {
     int64_t ticket;
@@ -152,6 +160,7 @@ class KVCacheManager {
 
   template <class Visit>
   int64_t walk_prefix(int32_t root, std::span<const int32_t> tokens, Visit visit) const;
+  bool shares_last_block(const Sequence& seq) const;
   PrefixMatch match(int32_t root, std::span<const int32_t> tokens) const;
 
   struct StepNeed {
@@ -162,13 +171,17 @@ class KVCacheManager {
   StepNeed check_step(std::span<const int32_t> num_new_tokens);
   void plan_copies(std::span<const int32_t> num_new_tokens);
   void undo_copies();
+  int64_t take_over(int64_t num_short);
   bool allocate(int64_t num_blocks);
-  size_t apply_copies();
+  int32_t evict(int32_t victim);
+  std::span<const int32_t> apply_copies();
 
   void advance(Sequence& seq);
   void publish(Sequence& seq, int32_t index);
+  void keep_partial_block(Sequence& seq);
   void trim(Sequence& seq, int32_t num_blocks);
   void release(int32_t block);
+  int64_t count_used_tokens() const;
   void validate_sequence(const Sequence& seq) const;
 
   BlockAllocator allocator_;

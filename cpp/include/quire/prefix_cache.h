@@ -3,8 +3,12 @@
 //
 // A tree whose nodes are the cached blocks themselves: node = block id, so there is nothing to
 // allocate. A block stands for its own tokens after its parent's, up to the root of a namespace.
-// Children are found by a hash and then compared token by token: a collision costs time, never
-// correctness. Per block 16 bytes of links, 4 to 8 of hash table, and 4 bytes a token.
+// It holds block_size tokens, or fewer; then it has no children. Tokens are compared one by one:
+// there is no hash and no collision.
+//
+// The children of a node are a treap (a search tree that random priorities keep shallow) in the
+// order of their tokens. Tokens that share the longest beginning with given ones lie next to them
+// in that order, so one descent finds the best child among any number of siblings.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +23,8 @@ namespace quire {
 
 using Salt = std::optional<std::string_view>;  // sequences of different salts share nothing
 
+// 16 bytes a block and 2.5 bytes a token. A block with a token id outside 0 ... 2^20 - 1 keeps its
+// tokens once more, in full, in a map beside.
 class PrefixCache {
  public:
   static constexpr int32_t kNone = INT32_MIN;  // no block, no root
@@ -32,51 +38,86 @@ class PrefixCache {
   void close_root(int32_t root);
   int32_t find_root(Salt salt) const;
 
-  // The child of `parent` (a cached block or a root) that holds these block_size tokens, or kNone.
-  int32_t find(int32_t parent, const int32_t* tokens) const;
+  // The child of `parent` (a cached block or a root) that begins with most of `count` tokens
+  // (at most block_size), and how many those are. No block where not even one is equal. Of
+  // several the nearest in the order of tokens, the one before it first.
+  struct Match {
+    int32_t block = kNone;
+    int32_t num_tokens = 0;
+  };
+  Match find(int32_t parent, const int32_t* tokens, int32_t count) const;
 
-  // Caches `block`, which holds these block_size tokens, under `parent`. Returns `block`, or the
-  // block that holds them there already; then nothing changes.
-  int32_t insert(int32_t parent, const int32_t* tokens, int32_t block);
+  // Caches `block`, which holds these tokens, under `parent`. Returns `block`, or a child that
+  // begins with all of them already; then nothing changes.
+  int32_t insert(int32_t parent, const int32_t* tokens, int32_t count, int32_t block);
 
   // Forgets a block. It must have no children: they would be left without their prefix.
   void erase(int32_t block);
 
-  bool contains(int32_t block) const { return parent_[block] != kNone; }
-  int32_t parent(int32_t block) const { return parent_[block]; }  // kNone: not cached
-  const int32_t* tokens(int32_t block) const { return &tokens_[int64_t{block} * block_size_]; }
+  bool contains(int32_t block) const { return nodes_[block].is_cached; }
+  int32_t parent(int32_t block) const;  // kNone: not cached
+  bool has_children(int32_t block) const { return any_child(block) != kNone; }
+  int32_t any_child(int32_t block) const {
+    return nodes_[block].is_partial || nodes_[block].child == kNil
+               ? kNone
+               : static_cast<int32_t>(nodes_[block].child);
+  }
+  // What a cached block holds.
+  int32_t num_tokens(int32_t block) const {
+    return nodes_[block].is_partial ? static_cast<int32_t>(nodes_[block].child) : block_size_;
+  }
+  std::vector<int32_t> tokens(int32_t block) const;
+
   int32_t size() const { return size_; }
+  int64_t num_bytes() const;  // of the arrays whose size depends on num_blocks
 
   // Walks everything; throws InvariantError.
   void validate() const;
 
  private:
+  static constexpr uint32_t kNil = (1u << 28) - 1;
+
+  struct Node {
+    uint32_t left : 28, is_cached : 1, is_wide : 1, is_partial : 1, has_root_parent : 1;
+    uint32_t right : 28, : 4;
+    uint32_t child : 28, : 4;   // the top of the children's treap; of a partial block its tokens
+    uint32_t parent : 28, : 4;  // a block, or the number of a root
+  };
   struct Root {
     std::optional<std::string> salt;
     int64_t num_holders = 0;  // by open_root()
-    int64_t num_children = 0;
-    int32_t newest_child = kNone;
+    uint32_t child = kNil;
   };
+  struct Key {
+    const int32_t* tokens;
+    int32_t count;
+  };
+
   Root& root_of(int32_t root) { return roots_[-1 - root]; }
   const Root& root_of(int32_t root) const { return roots_[-1 - root]; }
-  int32_t newest_child(int32_t parent) const;
-  void add_child(int32_t parent, int32_t child);
-  void remove_child(int32_t parent, int32_t child);
   void drop_root_if_idle(int32_t root);
-  int32_t& bucket_of(int32_t parent, const int32_t* tokens);
-  const int32_t& bucket_of(int32_t parent, const int32_t* tokens) const;
-  int32_t find_from(int32_t first, int32_t parent, const int32_t* tokens) const;
-  bool holds(int32_t block, int32_t parent, const int32_t* tokens) const;
+  uint32_t top_child(int32_t parent) const;
+  void set_top_child(int32_t parent, uint32_t child);
+
+  int32_t equal_prefix(uint32_t node, Key key) const;
+  bool is_before(uint32_t node, Key key, int32_t num_equal) const;
+  int32_t token(uint32_t node, int32_t i) const;
+  void store(int32_t block, Key key);
+  uint32_t priority(uint32_t node) const;
+  uint32_t put(uint32_t node, uint32_t block, Key key);
+  void split(uint32_t node, Key key, uint32_t* before, uint32_t* behind);
+  uint32_t merge(uint32_t before, uint32_t behind);
+  uint32_t take_out(uint32_t node, uint32_t block, Key key);
+  void check_treap(uint32_t top, int32_t parent, int32_t* count) const;
 
   int32_t block_size_;
+  int32_t num_blocks_;
   int32_t size_ = 0;
-  uint64_t seed_;                      // so that nobody can choose tokens that collide
-  std::vector<int32_t> parent_;        // kNone: not cached
-  std::vector<int32_t> num_children_;  // eviction goes from the leaves
-  std::vector<int32_t> newest_child_;  // tried first: most blocks have one child
-  std::vector<int32_t> next_;          // in the same bucket
-  std::vector<int32_t> buckets_;       // [power of two] the first block of each
-  std::unique_ptr<int32_t[]> tokens_;  // [num_blocks, block_size], touched only where cached
+  int64_t row_bytes_;
+  uint32_t seed_;  // so that nobody can choose an order that makes the treaps deep
+  std::vector<Node> nodes_;
+  std::unique_ptr<uint8_t[]> rows_;  // [num_blocks, row_bytes], touched only where cached
+  std::unordered_map<int32_t, std::vector<int32_t>> wide_rows_;
   std::vector<Root> roots_;
   std::vector<int32_t> idle_roots_;
   std::unordered_map<std::string, int32_t> roots_by_salt_;

@@ -168,11 +168,11 @@ class Replay:
     ) -> tuple[int, int]:
         """How many ids of the requests were found cached, of how many that can be.
 
-        Only full blocks are ever cached, and the last token is always computed. So an id counts
-        where a part of it can be cached at all, and is found when all of that part was.
+        The last token is always computed. So an id counts where a part of it can be cached at all,
+        and is found when all of that part was.
         """
         size = self.trace.hash_block_size
-        most = (lengths - 1) // self.policy.block_size * self.policy.block_size
+        most = lengths - 1
         ids = np.diff(self.trace.hash_begin)[requests]
         countable = np.minimum(ids, -(-most // size))
         found = np.minimum(np.where(cached >= most, countable, cached // size), countable)

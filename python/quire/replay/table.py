@@ -119,7 +119,7 @@ def notes(comparison: Comparison) -> list[str]:
         countable = comparison.outcomes[-1].countable_ids
         lines.append(
             f"[3] hash ids found whole at first admission; {countable:,} ids count: those with a"
-            " full block before the prompt's last token, which is always computed"
+            " token before the prompt's last one, which is always computed"
         )
     if comparison.settings.attention:
         lines.append(

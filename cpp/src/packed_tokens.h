@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tokens at 20 bits each, as the prefix cache keeps them: ids of every vocabulary up to 2^20.
+//
+// Per 16 tokens 40 bytes: their low 16 bits, then their high 4 bits, token j and token j + 8 in one
+// byte. What remains of a row (r < 16 tokens) is laid out alike with r and (r + 1) / 2.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace quire {
+
+constexpr int32_t kPackedRun = 16;  // tokens
+constexpr int32_t kPackedRunBytes = 40;
+
+inline int64_t packed_bytes(int32_t num_tokens) {
+  const int32_t rest = num_tokens % kPackedRun;
+  return int64_t{num_tokens / kPackedRun} * kPackedRunBytes + 2 * rest + (rest + 1) / 2;
+}
+
+inline bool fits_packed(const int32_t* tokens, int32_t num_tokens) {
+  uint32_t all = 0;
+  for (int32_t i = 0; i < num_tokens; ++i) all |= static_cast<uint32_t>(tokens[i]);
+  return all < (1u << 20);
+}
+
+// One run of `count` tokens; `row` is where it lies.
+inline void pack_run(const int32_t* tokens, int32_t count, uint8_t* row) {
+  const int32_t half = (count + 1) / 2;
+  uint8_t* high = row + 2 * count;
+  std::memset(high, 0, half);
+  for (int32_t i = 0; i < count; ++i) {
+    const uint16_t low = static_cast<uint16_t>(tokens[i]);
+    std::memcpy(row + 2 * i, &low, 2);
+    high[i % half] |= static_cast<uint8_t>((tokens[i] >> 16 & 15) << (i < half ? 0 : 4));
+  }
+}
+
+inline int32_t unpack_one(const uint8_t* row, int32_t count, int32_t i) {
+  const int32_t half = (count + 1) / 2;
+  uint16_t low;
+  std::memcpy(&low, row + 2 * i, 2);
+  return low | (row[2 * count + i % half] >> (i < half ? 0 : 4) & 15) << 16;
+}
+
+// How many of the 16 tokens of a run equal `tokens`, up to the first that does not.
+inline int32_t equal_run(const uint8_t* row, const int32_t* tokens) {
+#if defined(__SSE2__)
+  const auto load = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
+  const auto low = [](__m128i t) { return _mm_srai_epi32(_mm_slli_epi32(t, 16), 16); };
+  const auto high = [](__m128i t) { return _mm_srli_epi32(t, 16); };
+  const __m128i a = load(tokens), b = load(tokens + 4), c = load(tokens + 8), d = load(tokens + 12);
+  const __m128i low_equal =
+      _mm_packs_epi16(_mm_cmpeq_epi16(load(row), _mm_packs_epi32(low(a), low(b))),
+                      _mm_cmpeq_epi16(load(row + 16), _mm_packs_epi32(low(c), low(d))));
+  // Anything above 20 bits saturates to a value that no packed token has.
+  const __m128i bytes =
+      _mm_packus_epi16(_mm_packs_epi32(high(a), high(b)), _mm_packs_epi32(high(c), high(d)));
+  const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + 32));
+  const __m128i nibble = _mm_set1_epi8(15);
+  const __m128i first = _mm_and_si128(packed, nibble);
+  const __m128i second = _mm_and_si128(_mm_srli_epi16(packed, 4), nibble);
+  const __m128i high_equal = _mm_cmpeq_epi8(bytes, _mm_unpacklo_epi64(first, second));
+  const int equal = _mm_movemask_epi8(_mm_and_si128(low_equal, high_equal));
+  return equal == 0xffff ? kPackedRun : __builtin_ctz(~equal);
+#else
+  uint32_t differs = 0;  // a loop without an exit, for the vectoriser
+  for (int32_t i = 0; i < kPackedRun; ++i)
+    differs |= static_cast<uint32_t>(unpack_one(row, kPackedRun, i) ^ tokens[i]);
+  if (differs == 0) return kPackedRun;
+  int32_t i = 0;
+  while (unpack_one(row, kPackedRun, i) == tokens[i]) ++i;
+  return i;
+#endif
+}
+
+// A row of `size` tokens, packed run by run.
+class PackedRow {
+ public:
+  PackedRow(const uint8_t* row, int32_t size) : row_(row), size_(size) {}
+
+  int32_t operator[](int32_t i) const {
+    const int32_t run = i / kPackedRun * kPackedRun;
+    return unpack_one(at(run), run_size(run), i - run);
+  }
+
+  // How many of the first `count` tokens equal `tokens`, up to the first that does not.
+  int32_t equal_prefix(const int32_t* tokens, int32_t count) const {
+    int32_t i = 0;
+    for (; i + kPackedRun <= count; i += kPackedRun) {
+      const int32_t equal = equal_run(at(i), tokens + i);
+      if (equal < kPackedRun) return i + equal;
+    }
+    while (i < count && (*this)[i] == tokens[i]) ++i;
+    return i;
+  }
+
+  static void pack(const int32_t* tokens, int32_t size, uint8_t* row) {
+    for (int32_t run = 0; run < size; run += kPackedRun)
+      pack_run(tokens + run, size - run < kPackedRun ? size - run : kPackedRun,
+               row + run / kPackedRun * kPackedRunBytes);
+  }
+
+ private:
+  const uint8_t* at(int32_t run) const {
+    return row_ + int64_t{run / kPackedRun} * kPackedRunBytes;
+  }
+  int32_t run_size(int32_t run) const {
+    return size_ - run < kPackedRun ? size_ - run : kPackedRun;
+  }
+
+  const uint8_t* row_;
+  int32_t size_;
+};
+
+}  // namespace quire
