@@ -21,17 +21,18 @@ const Backend& backend_for(const char* function, Device device) {
 }
 
 void check_float(const std::string& argument, const TensorView& tensor) {
-  QUIRE_CHECK_ARG(tensor.dtype == DType::kFloat32 || tensor.dtype == DType::kFloat16 ||
-                      tensor.dtype == DType::kBFloat16,
-                  argument, ": expected float32, float16 or bfloat16, got ", describe(tensor));
+  QUIRE_CHECK_ARG(is_float(tensor.dtype), argument, ": expected float32, float16 or bfloat16, got ",
+                  describe(tensor));
 }
 
-// [num_blocks, block_size, num_kv_heads, head_dim] of any float type.
+// [num_blocks, block_size, num_kv_heads, head_dim] of any float type or a quantised one.
 void check_cache(const std::string& argument, const TensorView& cache) {
   QUIRE_CHECK_ARG(cache.ndim == 4 && cache.shape[1] >= 1, argument,
                   ": expected [num_blocks, block_size, num_kv_heads, head_dim], got ",
                   describe(cache));
-  check_float(argument, cache);
+  QUIRE_CHECK_ARG(is_float(cache.dtype) || is_quantised(cache.dtype), argument,
+                  ": expected float32, float16, bfloat16, float8_e4m3, float8_e5m2 or int8, got ",
+                  describe(cache));
   check_tensor(argument, cache, {{""}, {""}, {""}, {""}}, cache.dtype, cache.device);
 }
 
@@ -47,6 +48,23 @@ void check_caches(const std::string& function, const TensorView& k_cache,
                 {"num_kv_heads", k_cache.shape[2]},
                 {"head_dim"}},
                k_cache.dtype, k_cache.device);
+}
+
+// Scales a token and head are written.
+void check_append_scale(const std::string& argument, const TensorView& scale,
+                        const TensorView& cache) {
+  check_scale(argument, scale, cache);
+  if (scale.ndim == 3) check_writable(argument, scale);
+}
+
+// Two scales that are written may not be one.
+void check_append_scales(const KvScales& scales, const TensorView& k_cache,
+                         const TensorView& v_cache) {
+  check_append_scale("append_kv: k_scale", scales.k, k_cache);
+  check_append_scale("append_kv: v_scale", scales.v, v_cache);
+  QUIRE_CHECK_ARG(
+      scales.v.ndim != 3 || scales.v.num_elements() == 0 || scales.v.data != scales.k.data,
+      "append_kv: v_scale: expected other memory than k_scale, got the same");
 }
 
 // x [num_tokens, heads, head_dim] is what the rope turns.
@@ -108,18 +126,22 @@ bool lie_apart(const TensorView& a, const TensorView& b) {
 }  // namespace
 
 void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
-               const TensorView& v_cache, const TensorView& slot_mapping, const Rope* rope) {
+               const TensorView& v_cache, const TensorView& slot_mapping, const Rope* rope,
+               const KvScales& scales) {
   check_caches("append_kv", k_cache, v_cache);
+  const bool quantises = is_quantised(k_cache.dtype);
+  if (quantises) check_float("append_kv: k", k);
+  const DType dtype = quantises ? k.dtype : k_cache.dtype;
   QUIRE_CHECK_ARG(k.ndim == 3, "append_kv: k: expected [num_tokens, ", k_cache.shape[2], ", ",
-                  k_cache.shape[3], "] ", name_of(k_cache.dtype), ", got ", describe(k));
+                  k_cache.shape[3], "] ", name_of(dtype), ", got ", describe(k));
   const int64_t num_tokens = k.shape[0], num_kv_heads = k_cache.shape[2];
   check_tensor("append_kv: k", k,
-               {{"num_tokens"}, {"heads", num_kv_heads}, {"head_dim", k_cache.shape[3]}},
-               k_cache.dtype, k_cache.device);
+               {{"num_tokens"}, {"heads", num_kv_heads}, {"head_dim", k_cache.shape[3]}}, dtype,
+               k_cache.device);
   check_tensor(
       "append_kv: v", v,
-      {{"num_tokens", num_tokens}, {"heads", num_kv_heads}, {"head_dim", v_cache.shape[3]}},
-      v_cache.dtype, k_cache.device);
+      {{"num_tokens", num_tokens}, {"heads", num_kv_heads}, {"head_dim", v_cache.shape[3]}}, dtype,
+      k_cache.device);
   check_tensor("append_kv: slot_mapping", slot_mapping, {{"num_tokens", num_tokens}},
                DType::kInt64);
   const int64_t num_slots = k_cache.shape[0] * k_cache.shape[1];
@@ -129,7 +151,9 @@ void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cac
                     "]: expected -1 (skip) or a slot in [0, ", num_slots, "), got ", slot);
   }
   if (rope) check_rope("append_kv", *rope, k);
-  backend_for("append_kv", k_cache.device).append_kv(k, v, k_cache, v_cache, slot_mapping, rope);
+  check_append_scales(scales, k_cache, v_cache);
+  backend_for("append_kv", k_cache.device)
+      .append_kv(k, v, k_cache, v_cache, slot_mapping, rope, scales);
 }
 
 void apply_rope(const TensorView& x, const Rope& rope, const TensorView& out) {

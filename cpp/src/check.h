@@ -25,6 +25,12 @@ void check_tensor(const std::string& argument, const TensorView& tensor,
 void check_output(const std::string& argument, const TensorView& tensor,
                   const std::vector<Extent>& shape, DType dtype, Device device = {});
 
+// The last clause of that, on its own.
+void check_writable(const std::string& argument, const TensorView& tensor);
+
+// A scale of a cache [num_blocks, block_size, num_kv_heads, dim] (kv_scales.h).
+void check_scale(const std::string& argument, const TensorView& scale, const TensorView& cache);
+
 // A tensor that kernels read by index alone: no gaps between its elements.
 void check_contiguous(const std::string& argument, const TensorView& tensor);
 

@@ -56,6 +56,10 @@ void check_tensor(const std::string& argument, const TensorView& tensor,
 void check_output(const std::string& argument, const TensorView& tensor,
                   const std::vector<Extent>& shape, DType dtype, Device device) {
   check_tensor(argument, tensor, shape, dtype, device);
+  check_writable(argument, tensor);
+}
+
+void check_writable(const std::string& argument, const TensorView& tensor) {
   if (tensor.num_elements() == 0) return;
   QUIRE_CHECK_ARG(!tensor.read_only, argument, ": expected writable memory, got a read-only view");
   for (int i = 0; i < tensor.ndim; ++i)

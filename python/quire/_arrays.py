@@ -12,15 +12,23 @@ Tensor = Any  # NumPy array, torch tensor, or any object with __dlpack__
 
 
 def numpy_dtype(name: str, argument: str) -> np.dtype[Any]:
-    """NumPy's type for "float32", "float16" or "bfloat16" (of ml_dtypes)."""
-    if name in ("float32", "float16"):
+    """NumPy's type for a float dtype or a quantised one; some are of ml_dtypes."""
+    if name in ("float32", "float16", "int8"):
         return np.dtype(name)
-    if name == "bfloat16":
+    of_ml_dtypes = {
+        "bfloat16": "bfloat16",
+        "float8_e4m3": "float8_e4m3fn",
+        "float8_e5m2": "float8_e5m2",
+    }
+    if name in of_ml_dtypes:
         import ml_dtypes
 
-        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-        return bfloat16
-    raise ValueError(f'{argument}: expected "float32", "float16" or "bfloat16", got {name!r}')
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, of_ml_dtypes[name]))
+        return found
+    raise ValueError(
+        f'{argument}: expected "float32", "float16", "bfloat16", "float8_e4m3", "float8_e5m2" or '
+        f'"int8", got {name!r}'
+    )
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:

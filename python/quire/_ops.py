@@ -18,14 +18,6 @@ def _refuse_stream(function: str, stream: object) -> None:
         raise ValueError(f"{function}: stream: expected None for tensors on the CPU")
 
 
-def _refuse_scales(function: str, k_scale: float, v_scale: float) -> None:
-    if k_scale != 1.0 or v_scale != 1.0:
-        raise NotImplementedError(
-            f"{function}: k_scale, v_scale: only quantised caches have scales, and no kernel "
-            f"takes those yet; expected 1.0, got {k_scale} and {v_scale}"
-        )
-
-
 def _is_tree(function: str, mask: Tensor | None, mask_kind: str) -> bool:
     if mask_kind not in ("full", "tree"):
         raise ValueError(f'{function}: mask_kind: expected "full" or "tree", got {mask_kind!r}')
@@ -154,8 +146,8 @@ def paged_attention(
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
     mask_kind: str = "full",
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: float | Tensor = 1.0,
+    v_scale: float | Tensor = 1.0,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     return_lse: bool = False,
@@ -167,7 +159,8 @@ def paged_attention(
     head_dim]`` and v_cache likewise, of any strides with the last dimension contiguous, so NHD and
     HND caches and pools shared by all layers are all views; block_table int32
     ``[batch, max_blocks]``; seq_lens int32 ``[batch]`` counts the new tokens too. The new tokens'
-    keys must be in the cache already (`append_kv`).
+    keys must be in the cache already (`append_kv`). Caches are of q's dtype or quantised:
+    float8_e4m3 (ml_dtypes' and torch's float8_e4m3fn), float8_e5m2 or int8, with scales.
 
     Args:
         q: queries; the last ``q_len`` tokens of each sequence.
@@ -185,8 +178,10 @@ def paged_attention(
         sinks: see `attention`.
         mask: see `attention`; ``[total_q, bytes]``.
         mask_kind: see `attention`.
-        k_scale: of a quantised cache; 1.0.
-        v_scale: of a quantised cache; 1.0.
+        k_scale: what the elements of a quantised k_cache are multiplied by: a number > 0, or
+            float32 ``[num_kv_heads]``, or float32 ``[num_blocks, block_size, num_kv_heads]``, one
+            a token and head, of any strides (tokens next to each other are read fastest).
+        v_scale: likewise of v_cache.
         out: where to write, ``[total_q, num_heads, head_dim_v]``.
         lse: float32 ``[num_heads, total_q]``, natural log.
         return_lse: also return `lse`.
@@ -212,7 +207,6 @@ def paged_attention(
     Flash-Decoding (2023), in fixed chunks.
     """
     _refuse_stream("paged_attention", stream)
-    _refuse_scales("paged_attention", k_scale, v_scale)
     shape = shape_of(q, "paged_attention: q")
     v_shape = shape_of(v_cache, "paged_attention: v_cache")
     if len(shape) != 3 or not v_shape:
@@ -239,6 +233,8 @@ def paged_attention(
         sinks,
         mask,
         is_tree,
+        k_scale,
+        v_scale,
     )
     return (out, lse) if return_lse else out
 
@@ -279,8 +275,8 @@ def append_kv(
     slot_mapping: Tensor,
     *,
     rope: Rope | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: float | Tensor = 1.0,
+    v_scale: float | Tensor = 1.0,
     stream: object = None,
 ) -> None:
     """Write new tokens' keys and values into their slots of the paged cache.
@@ -289,11 +285,27 @@ def append_kv(
     one dtype; slot_mapping int64 ``[num_tokens]``: ``block * block_size + offset``, and -1 skips
     a token. `rope` turns the keys on their way, in float32 and rounded once; v stays as it is.
 
+    A quantised cache takes k and v of any float dtype, each element divided by its scale in
+    float32, rounded to nearest even and bounded by the largest finite one (448, 57344, 127). NaN
+    stays NaN in float8 and becomes 0 in int8.
+
+    Args:
+        k: new keys.
+        v: new values.
+        k_cache: where the keys go.
+        v_cache: where the values go.
+        slot_mapping: where each token goes.
+        rope: see `Rope`; None leaves the keys as they are.
+        k_scale: as for `paged_attention`. A number or one a head is used as given; one a token
+            and head is written: the largest magnitude of the token's head over the largest
+            finite element.
+        v_scale: likewise.
+        stream: CUDA stream; None on the CPU.
+
     Raises:
         ValueError: an argument is wrong (a slot or position out of range too); nothing has been
             written.
         TypeError: `rope` is no `Rope`, or an argument is no tensor.
-        NotImplementedError: scales other than 1.0.
 
     Example::
 
@@ -301,10 +313,9 @@ def append_kv(
         quire.append_kv(k, v, cache.k(layer), cache.v(layer), batch.slot_mapping, rope=rope)
     """
     _refuse_stream("append_kv", stream)
-    _refuse_scales("append_kv", k_scale, v_scale)
     if rope is not None:
         _check_rope("append_kv", rope)
-    _core.append_kv(k, v, k_cache, v_cache, slot_mapping, rope)
+    _core.append_kv(k, v, k_cache, v_cache, slot_mapping, rope, k_scale, v_scale)
 
 
 def apply_rope(x: Tensor, rope: Rope, *, out: Tensor | None = None) -> Tensor:
@@ -331,7 +342,8 @@ def apply_rope(x: Tensor, rope: Rope, *, out: Tensor | None = None) -> Tensor:
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, src_dst: Tensor) -> None:
     """Copy whole blocks inside a cache: src_dst int32 ``[n, 2]``.
 
-    No block may be both source and destination, or a destination twice.
+    No block may be both source and destination, or a destination twice. Scales a token and head
+    are copied as caches of their own: ``copy_blocks(k_scale[..., None], v_scale[..., None], ...)``.
 
     Raises:
         ValueError: an argument is wrong; nothing has been copied.

@@ -15,12 +15,19 @@ namespace {
 
 using Window = std::pair<int, int>;
 
-DType parse_dtype(const std::string& name, const char* argument) {
+DType parse_dtype(const std::string& name) {
   for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
     if (name == name_of(dtype)) return dtype;
-  throw InvalidArgument(concat("Attention: ", argument,
-                               ": expected \"float32\", \"float16\" or \"bfloat16\", got \"", name,
-                               "\""));
+  throw InvalidArgument(concat(
+      "Attention: dtype: expected \"float32\", \"float16\" or \"bfloat16\", got \"", name, "\""));
+}
+
+DType parse_kv_dtype(const std::string& name, DType dtype) {
+  for (DType kv : {dtype, DType::kFloat8E4M3, DType::kFloat8E5M2, DType::kInt8})
+    if (name == name_of(kv)) return kv;
+  throw InvalidArgument(concat("Attention: kv_dtype: expected None, \"", name_of(dtype),
+                               "\" (dtype), \"float8_e4m3\", \"float8_e5m2\" or \"int8\", got \"",
+                               name, "\""));
 }
 
 Device parse_device(const std::string& name) {
@@ -42,12 +49,16 @@ float parse_scale(std::optional<float> scale) {
 // Returns `out`, made in q's framework where the caller gave none.
 nb::object run_attention(const Attention& attention, const AttentionPlan& plan, nb::handle q,
                          nb::handle k_cache, nb::handle v_cache, nb::object out, nb::handle lse,
-                         nb::handle sinks, nb::handle alibi_slopes, nb::handle stream) {
+                         nb::handle sinks, nb::handle alibi_slopes, nb::handle k_scale,
+                         nb::handle v_scale, nb::handle stream) {
   TensorArgs args;
   AttentionTensors t;
+  float numbers[2];
   t.q = args.input(q, "paged_attention: q");
   t.k = args.input(k_cache, "paged_attention: k_cache");
   t.v = args.input(v_cache, "paged_attention: v_cache");
+  t.scales.k = args.scale(k_scale, "paged_attention: k_scale", numbers[0]);
+  t.scales.v = args.scale(v_scale, "paged_attention: v_scale", numbers[1]);
   if (out.is_none()) out = nb::module_::import_("quire._arrays").attr("empty_like")(q);
   t.out = args.output(out, "paged_attention: out");
   if (!lse.is_none()) t.lse = args.output(lse, "paged_attention: lse");
@@ -108,7 +119,9 @@ void bind_plan_once_run_often(nb::module_& m) {
       m, "Attention",
       "Attention of one model over a paged cache: plan once a step, run once a layer.\n\n"
       "Picks the kernel when built. `window` is (left, right), inclusive, -1 = open; `scale` None\n"
-      "is 1/sqrt(head_dim); `softcap` 0 is none; `kv_dtype` None is `dtype`. Thread-safe.\n\n"
+      "is 1/sqrt(head_dim); `softcap` 0 is none; `kv_dtype` None is `dtype`, else "
+      "\"float8_e4m3\",\n"
+      "\"float8_e5m2\" or \"int8\" for a quantised cache. Thread-safe.\n\n"
       "Raises ValueError for a wrong argument, NotImplementedError (with the text of explain())\n"
       "where no kernel fits.\n\n"
       "Example::\n\n"
@@ -125,8 +138,8 @@ void bind_plan_once_run_often(nb::module_& m) {
             desc.num_heads = num_heads;
             desc.num_kv_heads = num_kv_heads;
             desc.head_dim = head_dim;
-            desc.dtype = parse_dtype(dtype, "dtype");
-            desc.kv_dtype = kv_dtype ? parse_dtype(*kv_dtype, "kv_dtype") : desc.dtype;
+            desc.dtype = parse_dtype(dtype);
+            desc.kv_dtype = kv_dtype ? parse_kv_dtype(*kv_dtype, desc.dtype) : desc.dtype;
             QUIRE_CHECK_ARG(block_size >= 1, "Attention: block_size: expected at least 1, got ",
                             block_size);
             desc.block_size = block_size;
@@ -152,11 +165,12 @@ void bind_plan_once_run_often(nb::module_& m) {
       .def("run", &run_attention, nb::arg("plan"), nb::arg("q"), nb::arg("k_cache"),
            nb::arg("v_cache"), nb::arg("out") = nb::none(), nb::arg("lse") = nb::none(),
            nb::arg("sinks") = nb::none(), nb::arg("alibi_slopes") = nb::none(),
-           nb::arg("stream") = nb::none(),
+           nb::arg("k_scale") = 1.0, nb::arg("v_scale") = 1.0, nb::arg("stream") = nb::none(),
            "Runs a plan on one layer's tensors and returns out.\n\n"
            "q, out [total_q, num_heads, head_dim]; k_cache, v_cache [num_blocks, block_size,\n"
            "num_kv_heads, head_dim], any strides with the last dimension contiguous; lse float32\n"
-           "[num_heads, total_q], written if given; sinks, alibi_slopes float32 [num_heads].\n\n"
+           "[num_heads, total_q], written if given; sinks, alibi_slopes float32 [num_heads];\n"
+           "k_scale, v_scale of a quantised cache, as for paged_attention().\n\n"
            "Raises ValueError, before any work, naming the wrong tensor.\n\n"
            "Example::\n\n    attn.run(plan, q, cache.k(layer), cache.v(layer), out=out)")
       .def("workspace_size", &Attention::workspace_size, nb::arg("plan"),
@@ -198,9 +212,13 @@ void one_shot_paged_attention(nb::handle q, nb::handle k_cache, nb::handle v_cac
                               nb::handle block_table, nb::handle seq_lens, nb::handle out,
                               nb::handle lse, nb::handle cu_seqlens_q, bool causal, Window window,
                               std::optional<float> scale, float softcap, nb::handle alibi_slopes,
-                              nb::handle sinks, nb::handle mask, bool mask_is_tree) {
+                              nb::handle sinks, nb::handle mask, bool mask_is_tree,
+                              nb::handle k_scale, nb::handle v_scale) {
   TensorArgs args;
   AttentionTensors t;
+  float numbers[2];
+  t.scales.k = args.scale(k_scale, "paged_attention: k_scale", numbers[0]);
+  t.scales.v = args.scale(v_scale, "paged_attention: v_scale", numbers[1]);
   t.q = args.input(q, "paged_attention: q");
   t.k = args.input(k_cache, "paged_attention: k_cache");
   t.v = args.input(v_cache, "paged_attention: v_cache");
@@ -237,12 +255,14 @@ void bind_attention(nb::module_& m) {
         nb::arg("v_cache"), nb::arg("block_table"), nb::arg("seq_lens"), nb::arg("out"),
         nb::arg("lse").none(), nb::arg("cu_seqlens_q").none(), nb::arg("causal"), nb::arg("window"),
         nb::arg("scale").none(), nb::arg("softcap"), nb::arg("alibi_slopes").none(),
-        nb::arg("sinks").none(), nb::arg("mask").none(), nb::arg("mask_is_tree"));
+        nb::arg("sinks").none(), nb::arg("mask").none(), nb::arg("mask_is_tree"),
+        nb::arg("k_scale"), nb::arg("v_scale"));
   m.def(
       "append_kv",
       [](nb::handle k, nb::handle v, nb::handle k_cache, nb::handle v_cache, nb::handle slots,
-         nb::handle rope) {
+         nb::handle rope, nb::handle k_scale, nb::handle v_scale) {
         TensorArgs args;
+        float numbers[2];
         const TensorView k_view = args.input(k, "append_kv: k");
         const TensorView v_view = args.input(v, "append_kv: v");
         const TensorView k_cache_view = args.output(k_cache, "append_kv: k_cache");
@@ -251,11 +271,14 @@ void bind_attention(nb::module_& m) {
         std::optional<Rope> turn;
         if (!rope.is_none())
           turn = read_rope(args, rope, "append_kv: rope.cos_sin", "append_kv: rope.positions");
+        const KvScales scales = {args.scale(k_scale, "append_kv: k_scale", numbers[0]),
+                                 args.scale(v_scale, "append_kv: v_scale", numbers[1])};
         nb::gil_scoped_release release;
-        append_kv(k_view, v_view, k_cache_view, v_cache_view, slot_view, turn ? &*turn : nullptr);
+        append_kv(k_view, v_view, k_cache_view, v_cache_view, slot_view, turn ? &*turn : nullptr,
+                  scales);
       },
       nb::arg("k"), nb::arg("v"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("slot_mapping"),
-      nb::arg("rope").none());
+      nb::arg("rope").none(), nb::arg("k_scale"), nb::arg("v_scale"));
   m.def(
       "apply_rope",
       [](nb::handle x, nb::handle rope, nb::handle out) {

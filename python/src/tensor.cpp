@@ -31,6 +31,9 @@ bool parse_format(const char* format, Py_ssize_t itemsize, DType& dtype) {
     case 'B':
       dtype = DType::kUInt8;
       return true;
+    case 'b':
+      dtype = DType::kInt8;
+      return true;
     default:
       return false;
   }
@@ -44,9 +47,15 @@ bool parse_dlpack(nb::dlpack::dtype type, DType& dtype) {
     DType dtype;
   };
   static constexpr Row kRows[] = {
-      {Code::Float, 32, DType::kFloat32},   {Code::Float, 16, DType::kFloat16},
-      {Code::Bfloat, 16, DType::kBFloat16}, {Code::Int, 32, DType::kInt32},
-      {Code::Int, 64, DType::kInt64},       {Code::UInt, 8, DType::kUInt8},
+      {Code::Float, 32, DType::kFloat32},
+      {Code::Float, 16, DType::kFloat16},
+      {Code::Bfloat, 16, DType::kBFloat16},
+      {Code::Int, 32, DType::kInt32},
+      {Code::Int, 64, DType::kInt64},
+      {Code::UInt, 8, DType::kUInt8},
+      {Code::Int, 8, DType::kInt8},
+      {Code::Float8_E4M3FN, 8, DType::kFloat8E4M3},
+      {Code::Float8_E5M2, 8, DType::kFloat8E5M2},
   };
   for (const Row& row : kRows)
     if (type.code == static_cast<uint8_t>(row.code) && type.bits == row.bits && type.lanes == 1) {
@@ -55,6 +64,23 @@ bool parse_dlpack(nb::dlpack::dtype type, DType& dtype) {
     }
   return false;
 }
+
+// A type of ml_dtypes by its name; false for all others.
+bool parse_ml_dtype(const std::string& name, DType& dtype) {
+  if (name == "bfloat16")
+    dtype = DType::kBFloat16;
+  else if (name == "float8_e4m3fn")
+    dtype = DType::kFloat8E4M3;
+  else if (name == "float8_e5m2")
+    dtype = DType::kFloat8E5M2;
+  else
+    return false;
+  return true;
+}
+
+constexpr const char* kExpectedDtypes =
+    ": expected float32, float16, bfloat16, float8_e4m3, float8_e5m2, int8, int32, int64 or uint8, "
+    "got ";
 
 std::string python_type(nb::handle object) { return nb::cast<std::string>(nb::inst_name(object)); }
 
@@ -76,28 +102,23 @@ TensorArgs::~TensorArgs() {
 
 TensorView TensorArgs::from_numpy(nb::handle object, const char* name) {
   Py_buffer buffer;
-  bool is_bfloat16 = false;
+  TensorView view;
+  bool is_ml_dtype = false;
   if (PyObject_GetBuffer(object.ptr(), &buffer, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
     PyErr_Clear();
-    // NumPy exports no buffer of ml_dtypes' types: take the same memory as uint16. Asking for the
-    // dtype takes longer than all the rest, so only here.
-    is_bfloat16 = dtype_of(object) == "bfloat16";
-    const nb::object array = is_bfloat16 ? object.attr("view")("uint16") : nb::borrow(object);
+    // NumPy exports no buffer of ml_dtypes' types: take the same memory as integers. Asking for
+    // the dtype takes longer than all the rest, so only here.
+    is_ml_dtype = parse_ml_dtype(dtype_of(object), view.dtype);
+    const char* integers = view.dtype == DType::kBFloat16 ? "uint16" : "uint8";
+    const nb::object array = is_ml_dtype ? object.attr("view")(integers) : nb::borrow(object);
     if (PyObject_GetBuffer(array.ptr(), &buffer, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
       PyErr_Clear();
-      throw InvalidArgument(
-          concat(name, ": expected float32, float16, bfloat16, int32, int64 or uint8, got ",
-                 dtype_of(object)));
+      throw InvalidArgument(concat(name, kExpectedDtypes, dtype_of(object)));
     }
   }
   buffers_.push_back(buffer);
-  TensorView view;
-  if (is_bfloat16)
-    view.dtype = DType::kBFloat16;
-  else
-    QUIRE_CHECK_ARG(parse_format(buffer.format, buffer.itemsize, view.dtype), name,
-                    ": expected float32, float16, bfloat16, int32, int64 or uint8, got ",
-                    dtype_of(object));
+  QUIRE_CHECK_ARG(is_ml_dtype || parse_format(buffer.format, buffer.itemsize, view.dtype), name,
+                  kExpectedDtypes, dtype_of(object));
   QUIRE_CHECK_ARG(buffer.ndim <= TensorView::kMaxDims, name, ": expected at most ",
                   TensorView::kMaxDims, " dimensions, got ", buffer.ndim);
   view.data = buffer.buf;
@@ -121,9 +142,7 @@ TensorView TensorArgs::from_dlpack(nb::handle object, const char* name) {
                   " could not be exported through DLPack");
   TensorView view;
   view.read_only = false;
-  QUIRE_CHECK_ARG(parse_dlpack(array.dtype(), view.dtype), name,
-                  ": expected float32, float16, bfloat16, int32, int64 or uint8, got ",
-                  dtype_of(object));
+  QUIRE_CHECK_ARG(parse_dlpack(array.dtype(), view.dtype), name, kExpectedDtypes, dtype_of(object));
   QUIRE_CHECK_ARG(array.ndim() <= TensorView::kMaxDims, name, ": expected at most ",
                   TensorView::kMaxDims, " dimensions, got ", array.ndim());
   view.device = {
@@ -154,6 +173,19 @@ TensorView TensorArgs::output(nb::handle object, const char* name) {
 
 TensorView TensorArgs::optional_input(nb::handle object, const char* name) {
   return object.is_none() ? TensorView{} : input(object, name);
+}
+
+TensorView TensorArgs::scale(nb::handle object, const char* name, float& number) {
+  const bool is_int = PyLong_CheckExact(object.ptr());
+  if (!is_int && !PyFloat_Check(object.ptr())) {
+    TensorView view = input(object, name);
+    if (view.ndim == 0) view.ndim = 1, view.shape[0] = view.strides[0] = 1;
+    return view;
+  }
+  number =
+      static_cast<float>(is_int ? PyLong_AsDouble(object.ptr()) : PyFloat_AsDouble(object.ptr()));
+  PyErr_Clear();  // an int beyond all floats is -1 then: refused for its sign
+  return {&number, DType::kFloat32, {1}};
 }
 
 Int32Arg::Int32Arg(nb::handle object, const char* name) {

@@ -27,6 +27,8 @@ class TensorArgs {
   TensorView input(nb::handle object, const char* name);
   TensorView output(nb::handle object, const char* name);          // refuses read-only memory
   TensorView optional_input(nb::handle object, const char* name);  // None: an empty view
+  // A number, kept in `number`, or an array; see kv_scales.h.
+  TensorView scale(nb::handle object, const char* name, float& number);
 
  private:
   TensorView from_numpy(nb::handle object, const char* name);

@@ -155,6 +155,7 @@ class Problem {
     p.dtype = desc_.dtype == DType::kFloat32   ? ElementType::kFloat32
               : desc_.dtype == DType::kFloat16 ? ElementType::kFloat16
                                                : ElementType::kBFloat16;
+    p.kv_dtype = p.dtype;
     p.scale = desc_.scale;
     p.softcap = desc_.softcap;
     p.window_left = desc_.window_left;

@@ -202,7 +202,8 @@ TEST_CASE("one-shot calls and cache operations") {
   const QuireTensor copy_view = quire_tensor(copies, QUIRE_INT32, 2, one_two);
   const QuireTensor table = quire_tensor(block_ids, QUIRE_INT32, 2, ones);
   const QuireTensor seq_lens = quire_tensor(lengths, QUIRE_INT32, 1, ones);
-  REQUIRE(quire_append_kv(&new_kv, &new_kv, &k_view, &v_view, &slot_view) == QUIRE_OK);
+  REQUIRE(quire_append_kv(&new_kv, &new_kv, &k_view, &v_view, &slot_view, nullptr, nullptr) ==
+          QUIRE_OK);
   REQUIRE(quire_copy_blocks(&k_view, &v_view, &copy_view) == QUIRE_OK);
   QuireAttentionTensors paged = QUIRE_ATTENTION_TENSORS_INIT;
   paged.q = &q_rows;
@@ -220,8 +221,8 @@ TEST_CASE("one-shot calls and cache operations") {
   REQUIRE(quire_merge_states(&outs_view, &lses_view, &out_rows, nullptr) == QUIRE_OK);
   CHECK(out == std::vector<float>(8, 2));
   slots[1] = 99;
-  CHECK(error_of(quire_append_kv(&new_kv, &new_kv, &k_view, &v_view, &slot_view)).find("99") !=
-        std::string::npos);
+  CHECK(error_of(quire_append_kv(&new_kv, &new_kv, &k_view, &v_view, &slot_view, nullptr, nullptr))
+            .find("99") != std::string::npos);
 }
 
 TEST_CASE("manager: the life of a sequence leaks nothing") {

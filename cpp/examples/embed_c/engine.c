@@ -60,7 +60,7 @@ static void run_layer(const QuireAttention* attention, const QuireAttentionPlan*
   const QuireTensor slots =
       quire_tensor((void*)batch->slot_mapping, QUIRE_INT64, 1, &batch->total_q);
 
-  CHECK(quire_append_kv(&k_rows, &v_rows, &k_blocks, &v_blocks, &slots));
+  CHECK(quire_append_kv(&k_rows, &v_rows, &k_blocks, &v_blocks, &slots, NULL, NULL));
   QuireAttentionTensors tensors = QUIRE_ATTENTION_TENSORS_INIT;
   tensors.q = &q_rows;
   tensors.k = &k_blocks;

@@ -14,6 +14,7 @@
 #include "quire/device.h"
 #include "quire/dtype.h"
 #include "quire/kernel_params.h"
+#include "quire/kv_scales.h"
 #include "quire/tensor.h"
 
 namespace quire {
@@ -27,7 +28,7 @@ struct AttentionDesc {
   int head_dim = 0;
   int head_dim_v = 0;  // 0: head_dim
   DType dtype = DType::kBFloat16;
-  DType kv_dtype = DType::kBFloat16;
+  DType kv_dtype = DType::kBFloat16;  // dtype, or paged: float8_e4m3, float8_e5m2, int8
   int block_size = 0;  // tokens a block of the paged cache; 0: k and v are ragged or dense
   bool causal = true;  // aligned bottom right
   int window_left = -1;
@@ -82,6 +83,7 @@ struct AttentionTensors {
   TensorView sinks;         // float32 [num_heads]
   TensorView mask;          // uint8 [total_q, bytes]
   bool mask_is_tree = false;
+  KvScales scales;  // of a quantised cache
 };
 
 // Three pure functions: no device is touched, so any machine's decisions can be tested anywhere.

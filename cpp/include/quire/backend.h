@@ -37,7 +37,7 @@ class Backend {
   virtual void run(const AttentionPlan& plan, const AttentionParams& params) const = 0;
   virtual void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
                          const TensorView& v_cache, const TensorView& slot_mapping,
-                         const Rope* rope) const = 0;
+                         const Rope* rope, const KvScales& scales) const = 0;
   virtual void apply_rope(const TensorView& x, const Rope& rope, const TensorView& out) const = 0;
   virtual void copy_blocks(const TensorView& k_cache, const TensorView& v_cache,
                            const TensorView& src_dst) const = 0;

@@ -3,6 +3,7 @@
 // [num_blocks, block_size, num_kv_heads, head_dim] with any strides, the last dimension contiguous.
 #pragma once
 
+#include "quire/kv_scales.h"
 #include "quire/tensor.h"
 
 namespace quire {
@@ -19,16 +20,21 @@ struct Rope {
 // Writes token t of k, v [num_tokens, num_kv_heads, head_dim] into slot slot_mapping[t] =
 // block * block_size + offset of the caches; slot -1 is skipped. A rope that is given turns the
 // keys on their way, in float32, rounded once.
+//
+// A quantised cache takes k and v of any float type, each divided by its scale, rounded to nearest
+// even and bounded by the largest finite element (int8: 127), in float32. Scales a token and head
+// are not read but written: the largest |element| of the row over the largest finite element.
 void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
                const TensorView& v_cache, const TensorView& slot_mapping,
-               const Rope* rope = nullptr);
+               const Rope* rope = nullptr, const KvScales& scales = {});
 
 // x, out [num_tokens, heads, head_dim]: queries, turned as append_kv turns keys. `out` is x itself
 // or lies apart.
 void apply_rope(const TensorView& x, const Rope& rope, const TensorView& out);
 
-// Copies whole blocks inside the caches: src_dst int32 [n, 2]. No destination may be a source or
-// another's destination.
+// Copies whole blocks inside the caches: src_dst int32 [n, 2]. Scales a token and head are float32
+// caches [num_blocks, block_size, num_kv_heads, 1] to this function. No destination may be a source
+// or another's destination.
 void copy_blocks(const TensorView& k_cache, const TensorView& v_cache, const TensorView& src_dst);
 
 // Copies block src_dst[i, 0] of the cache src to block src_dst[i, 1] of dst: another pool with

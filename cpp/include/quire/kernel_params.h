@@ -49,7 +49,24 @@ struct MergeItem {
   int32_t num_items;  // work items to wait for
 };
 
-enum class ElementType : uint8_t { kFloat32, kFloat16, kBFloat16 };
+enum class ElementType : uint8_t {
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+  kFloat8E4M3,  // k and v only, like the rest
+  kFloat8E5M2,
+  kInt8
+};
+
+// What the elements of a quantised k or v are multiplied by. The scale of a row of a block, for a
+// kv head, is values[block * stride_block + row * stride_row + head * stride_head]; values null:
+// `value` for all.
+struct KvScale {
+  const float* values;
+  int64_t stride_block, stride_row, stride_head;
+  float value;
+  bool is_per_token;  // else both block and row make no difference: their strides are 0
+};
 
 // Strides are in elements. Of every tensor the last dimension is contiguous. A `_stride_seq` is
 // added once per sequence index: it is how dense batches lie, and 0 for ragged and paged ones.
@@ -59,7 +76,8 @@ struct AttentionParams {
   int32_t num_kv_heads;
   int32_t head_dim;
   int32_t head_dim_v;
-  ElementType dtype;     // q, out, k and v
+  ElementType dtype;     // q and out
+  ElementType kv_dtype;  // k and v: dtype, or a quantised one
   float scale;           // on q.k
   float softcap;         // 0: none; s: s * tanh(x / s) after the scale, before the mask
   int32_t window_left;   // keys further left than this of the query's own are hidden; -1: open
@@ -84,7 +102,8 @@ struct AttentionParams {
   const float* sinks;         // [num_heads] or null: one more logit in the denominator
   const uint8_t* mask;        // bits, little endian, row r at mask + r * mask_stride_row; or null
   int64_t mask_stride_seq, mask_stride_row;  // bytes
-  bool mask_is_tree;  // bits are for the last q_len keys (all before are seen), else for all
+  bool mask_is_tree;         // bits are for the last q_len keys (all before are seen), else for all
+  KvScale k_scale, v_scale;  // of a quantised kv_dtype
 };
 
 }  // namespace quire

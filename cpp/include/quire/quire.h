@@ -52,7 +52,10 @@ typedef enum QuireDType {
   QUIRE_BFLOAT16 = 2,
   QUIRE_INT32 = 3,
   QUIRE_INT64 = 4,
-  QUIRE_UINT8 = 5
+  QUIRE_UINT8 = 5,
+  QUIRE_FLOAT8_E4M3 = 6, /* e4m3fn */
+  QUIRE_FLOAT8_E5M2 = 7,
+  QUIRE_INT8 = 8
 } QuireDType;
 
 typedef enum QuireDeviceType { QUIRE_CPU = 0, QUIRE_CUDA = 1 } QuireDeviceType;
@@ -123,10 +126,12 @@ typedef struct QuireAttentionTensors {
   const QuireTensor* sinks;        /* float32 [num_heads] */
   const QuireTensor* mask;         /* uint8 [total_q, bytes] */
   int32_t mask_is_tree;
-  int32_t reserved; /* 0 */
+  int32_t reserved;           /* 0 */
+  const QuireTensor* k_scale; /* of a quantised cache (kv_scales.h); NULL: 1 */
+  const QuireTensor* v_scale;
 } QuireAttentionTensors;
 #define QUIRE_ATTENTION_TENSORS_INIT \
-  {sizeof(QuireAttentionTensors), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0}
+  {sizeof(QuireAttentionTensors), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0, NULL, NULL}
 
 QuireStatus quire_attention_new(const QuireAttentionDesc* desc, QuireAttention** attention);
 void quire_attention_delete(QuireAttention* attention);
@@ -164,7 +169,8 @@ QuireStatus quire_paged_attention(const QuireAttentionTensors* tensors,
 /* ---- Cache operations (cache_ops.h) */
 
 QuireStatus quire_append_kv(const QuireTensor* k, const QuireTensor* v, const QuireTensor* k_cache,
-                            const QuireTensor* v_cache, const QuireTensor* slot_mapping);
+                            const QuireTensor* v_cache, const QuireTensor* slot_mapping,
+                            const QuireTensor* k_scale, const QuireTensor* v_scale); /* or NULL */
 QuireStatus quire_copy_blocks(const QuireTensor* k_cache, const QuireTensor* v_cache,
                               const QuireTensor* src_dst);
 QuireStatus quire_merge_states(const QuireTensor* outs, const QuireTensor* lses,

@@ -13,9 +13,20 @@ namespace quire {
 namespace {
 
 ElementType element_type(DType dtype) {
-  return dtype == DType::kFloat32   ? ElementType::kFloat32
-         : dtype == DType::kFloat16 ? ElementType::kFloat16
-                                    : ElementType::kBFloat16;
+  switch (dtype) {
+    case DType::kFloat32:
+      return ElementType::kFloat32;
+    case DType::kFloat16:
+      return ElementType::kFloat16;
+    case DType::kFloat8E4M3:
+      return ElementType::kFloat8E4M3;
+    case DType::kFloat8E5M2:
+      return ElementType::kFloat8E5M2;
+    case DType::kInt8:
+      return ElementType::kInt8;
+    default:
+      return ElementType::kBFloat16;
+  }
 }
 
 // Stride of dimension `index`, counted from the last one; 0 where the tensor has none.
@@ -53,6 +64,7 @@ AttentionParams make_params(const AttentionDesc& desc, const AttentionPlan& plan
   p.head_dim = desc.head_dim;
   p.head_dim_v = desc.head_dim_v ? desc.head_dim_v : desc.head_dim;
   p.dtype = element_type(desc.dtype);
+  p.kv_dtype = element_type(desc.kv_dtype);
   p.scale = desc.scale != 0 ? desc.scale : 1.0f / std::sqrt(static_cast<float>(desc.head_dim));
   p.softcap = desc.softcap;
   p.window_left = desc.window_left;
@@ -70,6 +82,8 @@ AttentionParams make_params(const AttentionDesc& desc, const AttentionPlan& plan
   p.sinks = t.sinks.as<float>();
   p.mask = t.mask.as<uint8_t>();
   p.mask_is_tree = t.mask_is_tree;
+  p.k_scale = kernel_scale(t.scales.k);
+  p.v_scale = kernel_scale(t.scales.v);
   set_strides(desc, t, p);
   return p;
 }

@@ -10,10 +10,6 @@
 namespace quire {
 namespace {
 
-bool is_float(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
-}
-
 bool is_paged(const AttentionDesc& desc) { return desc.block_size > 0; }
 
 const char* function_name(const AttentionDesc& desc) {
@@ -158,6 +154,8 @@ void validate(const AttentionDesc& desc, const AttentionPlan& plan,
     QUIRE_CHECK_ARG(plan.max_block_id < tensors.k.shape[0], function,
                     ": block_table: expected block ids in [0, ", tensors.k.shape[0], "), got ",
                     plan.max_block_id);
+    check_scale(function + ": k_scale", tensors.scales.k, tensors.k);
+    check_scale(function + ": v_scale", tensors.scales.v, tensors.v);
   } else {
     check_tensor(function + ": k", tensors.k,
                  with_rows(plan, {"total_k", plan.total_k}, desc.num_kv_heads, desc.head_dim),

@@ -65,7 +65,9 @@ AttentionTensors as_tensors(const std::string& function, const QuireAttentionTen
           .alibi_slopes = optional(": alibi_slopes", given.alibi_slopes),
           .sinks = optional(": sinks", given.sinks),
           .mask = optional(": mask", given.mask),
-          .mask_is_tree = given.mask_is_tree != 0};
+          .mask_is_tree = given.mask_is_tree != 0,
+          .scales = {.k = optional(": k_scale", given.k_scale),
+                     .v = optional(": v_scale", given.v_scale)}};
 }
 
 AttentionOptions as_options(const char* argument, const QuireAttentionOptions* options) {
@@ -157,12 +159,15 @@ QuireStatus quire_paged_attention(const QuireAttentionTensors* tensors,
 }
 
 QuireStatus quire_append_kv(const QuireTensor* k, const QuireTensor* v, const QuireTensor* k_cache,
-                            const QuireTensor* v_cache, const QuireTensor* slot_mapping) {
+                            const QuireTensor* v_cache, const QuireTensor* slot_mapping,
+                            const QuireTensor* k_scale, const QuireTensor* v_scale) {
   return guard([&] {
     quire::append_kv(as_view("quire_append_kv: k", k), as_view("quire_append_kv: v", v),
                      as_view("quire_append_kv: k_cache", k_cache),
                      as_view("quire_append_kv: v_cache", v_cache),
-                     as_view("quire_append_kv: slot_mapping", slot_mapping));
+                     as_view("quire_append_kv: slot_mapping", slot_mapping), nullptr,
+                     {.k = as_optional_view("quire_append_kv: k_scale", k_scale),
+                      .v = as_optional_view("quire_append_kv: v_scale", v_scale)});
   });
 }
 

@@ -50,7 +50,7 @@ QuireStatus current_exception_status() noexcept {
 }
 
 DType as_dtype(const char* argument, int32_t dtype) {
-  QUIRE_CHECK_ARG(dtype >= QUIRE_FLOAT32 && dtype <= QUIRE_UINT8, argument,
+  QUIRE_CHECK_ARG(dtype >= QUIRE_FLOAT32 && dtype <= QUIRE_INT8, argument,
                   ": expected a QuireDType, got ", dtype);
   return static_cast<DType>(dtype);
 }

@@ -7,6 +7,8 @@
 // clang-format off: each builds on those before
 #include "cpu/vector_math.h"
 #include "cpu/task.h"
+#include "cpu/query.h"
+#include "cpu/scales.h"
 #include "cpu/softmax.h"
 #include "cpu/words.h"
 #include "cpu/decode.h"
@@ -23,7 +25,7 @@ inline void store_partial(const Run& run, const Task& task, const State& state, 
   }
 }
 
-template <class T, class Kernel>
+template <class Kernel>
 void attend_with(const Run& run, const Task& task) {
   const int rows = Kernel::padded_rows(task.rows);
   const int stride = (task.p.head_dim_v + 2 * kWidth - 1) / (2 * kWidth) * (2 * kWidth);
@@ -42,18 +44,22 @@ void attend_with(const Run& run, const Task& task) {
     state.clear(rows);
   }
   if (item.partial >= 0) return;
-  for (int r = 0; r < task.rows; ++r) finish_row<T>(task, r, state.seen[r], state.row(r));
+  with_query_type(task.p, [&]<class T>() {
+    for (int r = 0; r < task.rows; ++r) finish_row<T>(task, r, state.seen[r], state.row(r));
+  });
 }
 
+// T is the type of k and v.
 template <class T>
 void attend_as(const Run& run, const WorkItem& item) {
   const Task task(run.params, item);
   if (int64_t{task.sequence.q_len} * task.group <= kDecodeRows)
-    attend_with<T, Decode<T>>(run, task);
+    attend_with<Decode<T>>(run, task);
   else
-    attend_with<T, Prefill<T>>(run, task);
+    attend_with<Prefill<T>>(run, task);
 }
 
+// T is the type of out.
 template <class T>
 void merge_as(const Run& run, const MergeItem& merge) {
   const WorkItem item{merge.sequence, merge.kv_head, merge.q_begin, merge.q_end, 0, 0, -1, -1};
@@ -71,23 +77,23 @@ void merge_as(const Run& run, const MergeItem& merge) {
   }
 }
 
-// f.operator()<T>() for the element type of the run.
-template <class F>
-void with_element(const Run& run, F f) {
-  switch (run.params.dtype) {
+inline void attend(const Run& run, const WorkItem& item) {
+  switch (run.params.kv_dtype) {
     case ElementType::kFloat32:
-      return f.template operator()<float>();
+      return attend_as<float>(run, item);
     case ElementType::kFloat16:
-      return f.template operator()<Float16>();
+      return attend_as<Float16>(run, item);
     case ElementType::kBFloat16:
-      return f.template operator()<BFloat16>();
+      return attend_as<BFloat16>(run, item);
+    case ElementType::kFloat8E4M3:
+      return attend_as<Float8E4M3>(run, item);
+    case ElementType::kFloat8E5M2:
+      return attend_as<Float8E5M2>(run, item);
+    case ElementType::kInt8:
+      return attend_as<Int8>(run, item);
   }
 }
 
-inline void attend(const Run& run, const WorkItem& item) {
-  with_element(run, [&]<class T>() { attend_as<T>(run, item); });
-}
-
 inline void merge(const Run& run, const MergeItem& item) {
-  with_element(run, [&]<class T>() { merge_as<T>(run, item); });
+  with_query_type(run.params, [&]<class T>() { merge_as<T>(run, item); });
 }

@@ -20,6 +20,8 @@ namespace {
 
 constexpr int kMaxHeadDim = 512;
 constexpr const char* kFeatures = "dense ragged paged causal window softcap alibi sinks mask lse";
+constexpr const char* kQuantisedFeatures =
+    "paged causal window softcap alibi sinks mask lse scales";
 
 // Why a tier can't take a description where `isa` is in use, which `tier` is better than or not.
 std::string reason_against(const Tier& tier, bool is_better, const AttentionDesc& desc,
@@ -31,9 +33,11 @@ std::string reason_against(const Tier& tier, bool is_better, const AttentionDesc
   const int head_dim = std::max(desc.head_dim, desc.head_dim_v);
   if (head_dim > kMaxHeadDim)
     return concat("head_dim ", head_dim, " is not implemented: at most ", kMaxHeadDim);
-  if (desc.kv_dtype != desc.dtype)
+  if (desc.kv_dtype != desc.dtype && !is_quantised(desc.kv_dtype))
     return concat("kv_dtype: ", name_of(desc.kv_dtype), " KV under ", name_of(desc.dtype),
                   " is not implemented");
+  if (desc.kv_dtype != desc.dtype && desc.block_size == 0)
+    return concat("kv_dtype: ", name_of(desc.kv_dtype), " KV is implemented for paged caches only");
   return "";
 }
 
@@ -104,8 +108,13 @@ class CpuBackend final : public Backend {
   }
 
   void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
-                 const TensorView& v_cache, const TensorView& slot_mapping,
-                 const Rope* rope) const override {
+                 const TensorView& v_cache, const TensorView& slot_mapping, const Rope* rope,
+                 const KvScales& scales) const override {
+    if (is_quantised(k_cache.dtype)) {
+      quantise_rows(k, k_cache, slot_mapping, rope, scales.k);
+      quantise_rows(v, v_cache, slot_mapping, nullptr, scales.v);
+      return;
+    }
     if (rope)
       scatter_rotated_rows(k, k_cache, slot_mapping, *rope);
     else
@@ -137,8 +146,9 @@ class CpuBackend final : public Backend {
     std::vector<Capability> rows;
     for (const Tier& tier : tiers())
       for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
-        rows.push_back({"cpu", tier.kernels->isa, name_of(dtype), name_of(dtype), 1, kMaxHeadDim,
-                        kFeatures, tier.is_supported});
+        for (DType kv : {dtype, DType::kFloat8E4M3, DType::kFloat8E5M2, DType::kInt8})
+          rows.push_back({"cpu", tier.kernels->isa, name_of(dtype), name_of(kv), 1, kMaxHeadDim,
+                          is_quantised(kv) ? kQuantisedFeatures : kFeatures, tier.is_supported});
     return rows;
   }
 };

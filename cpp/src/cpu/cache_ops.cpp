@@ -3,9 +3,11 @@
 #include "cpu/cache_ops.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/element.h"
 #include "cpu/scratch.h"
@@ -36,8 +38,8 @@ int64_t slot_offset(const TensorView& cache, int64_t slot) {
 
 // Turns the `half` pairs from[i * kStep] and from[i * kStep + apart]. `to` may be `from`: a run of
 // pairs is read before it is written, which also lets both loops be vectorised.
-template <class T, int64_t kStep>
-void rotate_pairs(const T* from, const float* cos, const float* sin, int64_t half, T* to) {
+template <class T, class U, int64_t kStep>
+void rotate_pairs(const T* from, const float* cos, const float* sin, int64_t half, U* to) {
   constexpr int64_t kRun = 64;
   const int64_t apart = kStep == 2 ? 1 : half;
   float x[kRun], y[kRun];
@@ -55,17 +57,27 @@ void rotate_pairs(const T* from, const float* cos, const float* sin, int64_t hal
   }
 }
 
+// A head of token t; `to` may be `from`.
+template <class T, class U>
+void rotate_head(const T* from, const Rope& rope, int64_t t, int64_t dim, U* to) {
+  const int64_t rotary_dim = rope.cos_sin.shape[1], half = rotary_dim / 2;
+  const int32_t position = rope.positions.as<int32_t>()[t * rope.positions.strides[0]];
+  const float* cos = rope.cos_sin.as<float>() + position * rope.cos_sin.strides[0];
+  const auto rotate = rope.interleaved ? rotate_pairs<T, U, 2> : rotate_pairs<T, U, 1>;
+  rotate(from, cos, cos + half, half, to);
+  if constexpr (std::is_same_v<T, U>) {
+    if (to != from) std::copy(from + rotary_dim, from + dim, to + rotary_dim);
+  } else {
+    for (int64_t d = rotary_dim; d < dim; ++d) to[d] = to_float(from[d]);
+  }
+}
+
 // All heads of token t, `to_stride` elements apart where they are written.
 template <class T>
 void rotate_token(const TensorView& rows, const Rope& rope, int64_t t, T* to, int64_t to_stride) {
-  const int64_t dim = rows.shape[2], rotary_dim = rope.cos_sin.shape[1], half = rotary_dim / 2;
-  const int32_t position = rope.positions.as<int32_t>()[t * rope.positions.strides[0]];
-  const float* cos = rope.cos_sin.as<float>() + position * rope.cos_sin.strides[0];
-  const auto rotate = rope.interleaved ? rotate_pairs<T, 2> : rotate_pairs<T, 1>;
   for (int64_t head = 0; head < rows.shape[1]; ++head, to += to_stride) {
     const T* from = rows.as<T>() + t * rows.strides[0] + head * rows.strides[1];
-    rotate(from, cos, cos + half, half, to);
-    if (to != from) std::copy(from + rotary_dim, from + dim, to + rotary_dim);
+    rotate_head(from, rope, t, rows.shape[2], to);
   }
 }
 
@@ -75,6 +87,59 @@ void for_dtype(DType dtype, F f) {
   if (dtype == DType::kFloat32) return f.template operator()<float>();
   if (dtype == DType::kFloat16) return f.template operator()<Float16>();
   f.template operator()<BFloat16>();
+}
+
+// The same for the element type of a quantised cache.
+template <class F>
+void for_quantised(DType dtype, F f) {
+  if (dtype == DType::kFloat8E4M3) return f.template operator()<Float8E4M3>();
+  if (dtype == DType::kFloat8E5M2) return f.template operator()<Float8E5M2>();
+  f.template operator()<Int8>();
+}
+
+// The scale that makes the largest of a row's magnitudes `largest`. NaN does not count, infinity is
+// taken for the largest float; a row of zeros gets a normal number too.
+float scale_of_row(const float* row, int64_t dim, float largest) {
+  constexpr int32_t kInfinity = 0x7f800000;
+  int32_t top = 0;  // floats without their signs are ordered like integers
+  for (int64_t d = 0; d < dim; ++d) {
+    const int32_t magnitude = std::bit_cast<int32_t>(row[d]) & 0x7fffffff;
+    const int32_t counted = magnitude > kInfinity ? 0 : magnitude;
+    top = counted > top ? counted : top;
+  }
+  const float finite = std::bit_cast<float>(std::min(top, kInfinity - 1));
+  return std::max(finite / largest, std::numeric_limits<float>::min());
+}
+
+template <class Q>
+void quantise_row(const float* row, int64_t dim, float scale, Q* to) {
+  for (int64_t d = 0; d < dim; ++d) from_float(row[d] / scale, to[d]);
+}
+
+// Where the scale of a slot and head lies.
+const float* scale_of_slot(const KvScale& scale, int64_t slot, int64_t block_size, int64_t head) {
+  if (!scale.values) return &scale.value;
+  return scale.values + slot / block_size * scale.stride_block +
+         slot % block_size * scale.stride_row + head * scale.stride_head;
+}
+
+// All heads of token t to a slot of a quantised cache.
+template <class T, class Q>
+void quantise_token(const TensorView& rows, const TensorView& cache, int64_t t, int64_t slot,
+                    const Rope* rope, const KvScale& scale) {
+  const int64_t dim = rows.shape[2];
+  float* row = thread_scratch(dim);
+  for (int64_t head = 0; head < rows.shape[1]; ++head) {
+    const T* from = rows.as<T>() + t * rows.strides[0] + head * rows.strides[1];
+    if (rope)
+      rotate_head(from, *rope, t, dim, row);
+    else
+      for (int64_t d = 0; d < dim; ++d) row[d] = to_float(from[d]);
+    const float* given = scale_of_slot(scale, slot, cache.shape[1], head);
+    if (scale.is_per_token) *const_cast<float*>(given) = scale_of_row(row, dim, Q::kLargest);
+    quantise_row(row, dim, *given,
+                 cache.as<Q>() + slot_offset(cache, slot) + head * cache.strides[2]);
+  }
 }
 
 template <class T>
@@ -132,6 +197,20 @@ void scatter_rotated_rows(const TensorView& rows, const TensorView& cache,
                T* to = cache.as<T>() + slot_offset(cache, slot);
                rotate_token<T>(rows, rope, t, to, cache.strides[2]);
              });
+  });
+}
+
+void quantise_rows(const TensorView& rows, const TensorView& cache, const TensorView& slot_mapping,
+                   const Rope* rope, const TensorView& scale) {
+  const KvScale kernel = kernel_scale(scale);
+  for_dtype(rows.dtype, [&]<class T>() {
+    for_quantised(cache.dtype, [&]<class Q>() {
+      for_each(rows.shape[0], kElementsAPiece / std::max<int64_t>(1, rows.shape[1] * rows.shape[2]),
+               [&](int64_t t) {
+                 const int64_t slot = slot_mapping.as<int64_t>()[t * slot_mapping.strides[0]];
+                 if (slot >= 0) quantise_token<T, Q>(rows, cache, t, slot, rope, kernel);
+               });
+    });
   });
 }
 

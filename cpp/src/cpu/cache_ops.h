@@ -14,6 +14,11 @@ void scatter_rows(const TensorView& rows, const TensorView& cache, const TensorV
 void scatter_rotated_rows(const TensorView& rows, const TensorView& cache,
                           const TensorView& slot_mapping, const Rope& rope);
 
+// Row t of `rows`, turned by `rope` unless it is null, -> slot slot_mapping[t] of a quantised
+// cache: divided by the scale, which is written first where it is one a token, rounded and bounded.
+void quantise_rows(const TensorView& rows, const TensorView& cache, const TensorView& slot_mapping,
+                   const Rope* rope, const TensorView& scale);
+
 // Row t of `rows` -> row t of `out`, which may be `rows`, turned by `rope`.
 void rotate_rows(const TensorView& rows, const Rope& rope, const TensorView& out);
 

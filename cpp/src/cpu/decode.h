@@ -21,21 +21,27 @@ QUIRE_INLINE void dot_tile(const float* q, int q_stride, const T* const* keys, i
   Vec acc[(kSums + 3) / 4 * 4];
 #pragma GCC unroll 16
   for (Vec& a : acc) a = zero();
-  const auto step = [&](int d, auto load_key) {
-    Vec k[kTileKeys];
+  // C vectors from d on.
+  const auto step = [&]<int C>(int d, auto load_key) {
+    Vec k[kTileKeys][C];
 #pragma GCC unroll 4
-    for (int t = 0; t < kTileKeys; ++t) k[t] = load_key(keys[t] + d);
+    for (int t = 0; t < kTileKeys; ++t) load_key(keys[t] + d, k[t]);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec x = load(q + r * q_stride + d);
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) {
+        const Vec x = load(q + r * q_stride + d + c * kWidth);
 #pragma GCC unroll 4
-      for (int t = 0; t < kTileKeys; ++t)
-        acc[r * kTileKeys + t] = fma(x, k[t], acc[r * kTileKeys + t]);
-    }
+        for (int t = 0; t < kTileKeys; ++t)
+          acc[r * kTileKeys + t] = fma(x, k[t][c], acc[r * kTileKeys + t]);
+      }
   };
   int d = 0;
-  for (; d + kWidth <= dim; d += kWidth) step(d, [](const T* p) { return load(p); });
-  if (d < dim) step(d, [n = dim - d](const T* p) { return load(p, n); });
+  for (; d + 2 * kWidth <= dim; d += 2 * kWidth)
+    step.template operator()<2>(d, [](const T* p, Vec* v) { load2(p, v); });
+  for (; d < dim; d += kWidth)
+    step.template operator()<1>(
+        d, [n = dim - d](const T* p, Vec* v) { *v = n < kWidth ? load(p, n) : load(p); });
   float sums[(kSums + 3) / 4 * 4];
 #pragma GCC unroll 4
   for (int i = 0; i < kSums; i += 4) sums4(acc + i, sums + i);
@@ -54,8 +60,7 @@ QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const T* c
     for (int c = 0; c < C; ++c) acc[r][c] = load(state.row(r) + d + c * kWidth);
   for (int t = 0; t < count; ++t) {
     Vec v[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) v[c] = load_value(rows[t] + d + c * kWidth);
+    load_value(rows[t] + d, v);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec w = set(weights[r * weight_stride + t]);
@@ -72,15 +77,19 @@ QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const T* c
 template <int R, class T>
 QUIRE_INLINE void weigh_rows(const float* weights, int weight_stride, const T* const* rows,
                              int count, int dim, const State& state) {
-  const auto whole = [](const T* p) { return load(p); };
+  const auto whole = [](const T* p, Vec* v) {
+#pragma GCC unroll 2
+    for (int c = 0; c < kTileColumns; c += 2) load2(p + c * kWidth, v + c);
+  };
   int d = 0;
   for (; d + kTileColumns * kWidth <= dim; d += kTileColumns * kWidth)
     weigh_tile<R, kTileColumns>(weights, weight_stride, rows, count, d, state, whole);
   for (; d + kWidth <= dim; d += kWidth)
-    weigh_tile<R, 1>(weights, weight_stride, rows, count, d, state, whole);
+    weigh_tile<R, 1>(weights, weight_stride, rows, count, d, state,
+                     [](const T* p, Vec* v) { *v = load(p); });
   if (d < dim)
     weigh_tile<R, 1>(weights, weight_stride, rows, count, d, state,
-                     [n = dim - d](const T* p) { return load(p, n); });
+                     [n = dim - d](const T* p, Vec* v) { *v = load(p, n); });
 }
 
 // f.operator()<R>() for the R = min(count, kTileRows) next rows.
@@ -114,13 +123,12 @@ class Decode {
         chunk_{chunk_seen_, s_ + task.rows * kScores, static_cast<int>(padded(task.p.head_dim_v))},
         first_key_(task.first_key(0)),
         end_key_(std::min<int64_t>(task.end_key(task.rows - 1), task.item.kv_end)),
+        v_scale_(item_scale<T>(task, task.p.v_scale)),
         ahead_(static_cast<int>(std::clamp<size_t>(kBytesAhead / (task.p.head_dim * sizeof(T)),
                                                    kTileKeys, kMaxAhead))) {
     std::fill_n(q_, task.rows * q_stride_, 0.0f);
-    const float scale = task.q_scale();
-    for (int r = 0; r < task.rows; ++r)
-      for (int d = 0; d < task.p.head_dim; ++d)
-        q_[r * q_stride_ + d] = to_float(task.q_row<T>(r)[d]) * scale;
+    const float scale = task.q_scale() * item_scale<T>(task, task.p.k_scale);
+    for (int r = 0; r < task.rows; ++r) load_query(task, r, scale, q_ + r * q_stride_);
   }
 
   // Adds the chunk of keys [begin, end) to the state.
@@ -130,6 +138,7 @@ class Decode {
     const int offset = static_cast<int>(first - begin), count = static_cast<int>(last - first);
     find_rows(first, last);
     score(offset, count);
+    scale_keys(task_.p.k_scale, first, last, offset);
     chunk_.clear(task_.rows);
     Fold folds[kDecodeRows];
     const int s_begin = offset / kWidth * kWidth;
@@ -137,9 +146,12 @@ class Decode {
     for (int r = 0; r < task_.rows; ++r)
       folds[r] =
           fold(state.seen[r], softmax_row(task_, r, begin, s_ + r * kScores, s_begin, s_end));
+    scale_keys(task_.p.v_scale, first, last, offset);
     weigh(offset, count);
-    for (int r = 0; r < task_.rows; ++r)
+    for (int r = 0; r < task_.rows; ++r) {
+      if (kIsQuantised<T>) folds[r].take *= v_scale_;
       fold_values(state.row(r), chunk_.row(r), task_.p.head_dim_v, folds[r]);
+    }
   }
 
  private:
@@ -179,6 +191,20 @@ class Decode {
     }
   }
 
+  // Multiplies s_[offset ...) of all rows, logits or weights of keys [first, last), by the scales
+  // of their tokens' k or v.
+  void scale_keys(const KvScale& scale, int64_t first, int64_t last, int offset) {
+    if (!kIsQuantised<T> || !scale.is_per_token) return;
+    float scales[kKvChunk + 16];  // a vector may end beyond the last key
+    const int count = static_cast<int>(last - first);
+    std::fill_n(scales, count + 16, 1.0f);
+    multiply_token_scales(task_, scale, first, last, scales);
+    for (int r = 0; r < task_.rows; ++r) {
+      float* s = s_ + r * kScores + offset;
+      for (int j = 0; j < count; j += kWidth) store(s + j, mul(load(s + j), load(scales + j)));
+    }
+  }
+
   void weigh(int offset, int count) {
     for (int t = 0; t < count; t += kWeighKeys) {
       const T* const* rows = rows_ + count + t;
@@ -199,6 +225,7 @@ class Decode {
   Seen chunk_seen_[kDecodeRows];
   State chunk_;
   int64_t first_key_, end_key_;                           // seen by any row
+  float v_scale_;                                         // of all values, apart from the tokens'
   int ahead_;                                             // keys from use to prefetch
   const T* rows_[2 * kKvChunk + kMaxAhead + kWeighKeys];  // in order of use
 };

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// 16-bit floating-point elements in portable C++. Kernels convert whole vectors (simd_*.h); this is
+// Elements narrower than a float in portable C++. Kernels convert whole vectors (simd_*.h); this is
 // for single elements, and for the tier that has no vector instructions to rely on.
 #pragma once
 
 #include <bit>
 #include <cstdint>
+#include <limits>
 
 namespace quire::cpu {
 
@@ -13,6 +14,20 @@ struct Float16 {
 };
 struct BFloat16 {
   uint16_t bits;
+};
+
+// Elements of quantised caches. Writing bounds by the largest finite one; NaN stays NaN.
+struct Float8E4M3 {  // sign, 4 bits of exponent, 3 of fraction; all ones is NaN, nothing infinite
+  uint8_t bits;
+  static constexpr float kLargest = 448;
+};
+struct Float8E5M2 {  // the upper half of a Float16
+  uint8_t bits;
+  static constexpr float kLargest = 57344;
+};
+struct Int8 {  // -127 ... 127; NaN becomes 0
+  int8_t value;
+  static constexpr float kLargest = 127;
 };
 
 inline float to_float(float x) { return x; }
@@ -28,6 +43,32 @@ inline float to_float(Float16 x) {
   const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
   return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | sign);
 }
+
+// A float of 1 + exponent + kFraction bits, finite: nothing here makes or takes a subnormal float,
+// which would be slow, and 0 to a thread that flushes them.
+template <int kFraction, int kBias>
+inline float widen_float8(uint32_t bits) {
+  const uint32_t magnitude = bits & 0x7f;
+  const float subnormal =
+      static_cast<float>(magnitude) * std::bit_cast<float>(uint32_t{128 - kBias - kFraction} << 23);
+  const float normal =
+      std::bit_cast<float>((magnitude << (23 - kFraction)) + (uint32_t{127 - kBias} << 23));
+  const float value = magnitude >> kFraction ? normal : subnormal;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | (bits & 0x80) << 24);
+}
+
+inline float to_float(Float8E4M3 x) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  return (x.bits & 0x7f) == 0x7f ? kNaN : widen_float8<3, 7>(x.bits);
+}
+
+inline float to_float(Float8E5M2 x) {
+  if ((x.bits & 0x7c) == 0x7c)  // infinity, NaN
+    return std::bit_cast<float>((x.bits & 0x80u) << 24 | 0x7f800000u | (x.bits & 3u) << 21);
+  return widen_float8<2, 15>(x.bits);
+}
+
+inline float to_float(Int8 x) { return x.value; }
 
 inline void from_float(float x, float& out) { out = x; }
 
@@ -54,6 +95,41 @@ inline void from_float(float x, Float16& out) {
   else
     half = (magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13;
   out.bits = static_cast<uint16_t>(sign | half);
+}
+
+// Rounds to nearest even and bounds; NaN becomes `nan`. Without branches, so that loops are
+// vectorised.
+template <int kFraction, int kBias>
+inline uint8_t narrow_float8(float x, float largest, uint32_t nan) {
+  constexpr int kDropped = 23 - kFraction;
+  // Adding this leaves a float's last bit with the value of a subnormal's, where it rounds.
+  constexpr uint32_t kShifter = uint32_t{151 - kBias - kFraction} << 23;
+  const uint32_t sign = std::bit_cast<uint32_t>(x) >> 24 & 0x80;
+  const float magnitude = std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0x7fffffffu);
+  const float bounded = magnitude < largest ? magnitude : largest;
+  const uint32_t bits = std::bit_cast<uint32_t>(bounded);
+  const uint32_t half = (1u << (kDropped - 1)) - 1 + (bits >> kDropped & 1);
+  const uint32_t normal = (bits - (uint32_t{127 - kBias} << 23) + half) >> kDropped;
+  const uint32_t subnormal =
+      std::bit_cast<uint32_t>(bounded + std::bit_cast<float>(kShifter)) - kShifter;
+  const uint32_t finite = bits >= (uint32_t{128 - kBias} << 23) ? normal : subnormal;
+  return static_cast<uint8_t>(sign | (magnitude == magnitude ? finite : nan));
+}
+
+inline void from_float(float x, Float8E4M3& out) {
+  out.bits = narrow_float8<3, 7>(x, Float8E4M3::kLargest, 0x7f);
+}
+
+inline void from_float(float x, Float8E5M2& out) {
+  out.bits = narrow_float8<2, 15>(x, Float8E5M2::kLargest, 0x7e);
+}
+
+inline void from_float(float x, Int8& out) {
+  constexpr float kShifter = 0x1.8p23f;  // leaves no room for a fraction
+  const float low = x > -Int8::kLargest ? x : -Int8::kLargest;
+  const float bounded = low < Int8::kLargest ? low : Int8::kLargest;
+  const uint32_t bits = std::bit_cast<uint32_t>(bounded + kShifter);
+  out.value = static_cast<int8_t>(x == x ? bits & 0xff : 0);
 }
 
 }  // namespace quire::cpu

@@ -66,7 +66,7 @@ class Prefill {
         v_(k_ + static_cast<size_t>(kKvChunk) * depth_),
         first_key_(task.first_key(0)),
         end_key_(task.end_key(task.rows - 1)) {
-    for (int r = 0; r < task.rows; ++r) pack_query(task.q_row<T>(r), q_row(r));
+    for (int r = 0; r < task.rows; ++r) pack_query(r);
     std::fill(q_row(task.rows), q_row(padded_rows(task.rows)), 0.0f);
   }
 
@@ -97,31 +97,44 @@ class Prefill {
 
   float* q_row(int r) const { return q_ + static_cast<int64_t>(r) * depth_; }
 
-  void pack_query(const T* from, float* to) const {
-    const Vec scale = set(task_.q_scale());
-    for (int w = 0; w < depth_; w += kWidth) {
-      Vec x = W::load_words(from + w * W::kElements, task_.p.head_dim - w * W::kElements);
-      if (!W::kScalesLogits) x = mul(x, scale);
-      if (w + kWidth <= depth_)
-        store(to + w, x);
-      else
-        store(to + w, x, depth_ - w);
+  void pack_query(int r) const {
+    float* to = q_row(r);
+    if constexpr (W::kScalesLogits) {
+      const T* from = task_.q_row<T>(r);
+      for (int w = 0; w < depth_; w += kWidth)
+        store(to + w, W::load_words(from + w * W::kElements, task_.p.head_dim - w * W::kElements),
+              std::min(kWidth, depth_ - w));
+    } else {
+      load_query(task_, r, task_.q_scale(), to);
     }
   }
 
-  // Keys [first, last) of the chunk; others in the same panels become zeros, unread.
+  // Keys [first, last) of the chunk; others in the same panels become zeros, unread. Quantised ones
+  // are packed times their scales: that is done once for all rows of q.
   void pack(int64_t chunk_begin, int first, int last) {
     static constexpr T kZeros[512] = {};
     const T* rows[kKvChunk + kWidth];
+    float scales[kKvChunk + kWidth];
     std::fill(rows, rows + kKvChunk + kWidth, kZeros);
     task_.k_rows(chunk_begin + first, chunk_begin + last, rows + first);
-    for (int key = first / kPanel * kPanel; key < last; key += kWidth) pack_keys(rows + key, key);
+    find_scales(task_.p.k_scale, chunk_begin, first, last, scales);
+    for (int key = first / kPanel * kPanel; key < last; key += kWidth)
+      pack_keys(rows + key, scales + key, key);
     task_.v_rows(chunk_begin + first, chunk_begin + last, rows + first);
+    find_scales(task_.p.v_scale, chunk_begin, first, last, scales);
     for (int key = first / W::kElements * W::kElements; key < last; key += W::kElements)
-      pack_values(rows + key, key);
+      pack_values(rows + key, scales[key], key);
   }
 
-  void pack_keys(const T* const* rows, int key) {
+  // scales[i] of key chunk_begin + i, [first, last); anything finite for the others.
+  void find_scales(const KvScale& scale, int64_t chunk_begin, int first, int last,
+                   float* scales) const {
+    std::fill_n(scales, kKvChunk + kWidth, item_scale<T>(task_, scale));
+    if (kIsQuantised<T> && scale.is_per_token)
+      multiply_token_scales(task_, scale, chunk_begin + first, chunk_begin + last, scales + first);
+  }
+
+  void pack_keys(const T* const* rows, const float* scales, int key) {
     float* to = k_ + static_cast<int64_t>(key / kPanel) * depth_ * kPanel + key % kPanel;
     for (int w = 0; w < depth_; w += kWidth) {
       const int d = w * W::kElements;
@@ -130,6 +143,7 @@ class Prefill {
       for (int i = 0; i < kWidth; ++i) {
         prefetch(rows[i + kWidth] + d);
         x[i] = W::load_words(rows[i] + d, task_.p.head_dim - d);
+        if (kIsQuantised<T>) x[i] = mul(x[i], set(scales[i]));
       }
       transpose(x);
 #pragma GCC unroll 16
@@ -138,13 +152,15 @@ class Prefill {
     }
   }
 
-  void pack_values(const T* const* rows, int key) {
+  void pack_values(const T* const* rows, float scale, int key) {
     const int dim = task_.p.head_dim_v, padded_dim = static_cast<int>(value_panels(task_)) * kPanel;
     constexpr int kDepth = kKvChunk / W::kElements;  // words of a panel's column
     for (int d = 0; d < padded_dim; d += kWidth) {
       const int64_t row = static_cast<int64_t>(d / kPanel) * kDepth + key / W::kElements;
       for (int i = 0; i < W::kElements; ++i) prefetch(rows[kWidth + i] + d);
-      store(v_ + row * kPanel + d % kPanel, d < dim ? W::load_columns(rows, d, dim - d) : zero());
+      Vec x = d < dim ? W::load_columns(rows, d, dim - d) : zero();
+      if (kIsQuantised<T>) x = mul(x, set(scale));
+      store(v_ + row * kPanel + d % kPanel, x);
     }
   }
 

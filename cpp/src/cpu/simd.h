@@ -4,8 +4,11 @@
 //
 //   Vec kWidth kRegisters     that many floats; that many of them fit the register file
 //   zero() set(x) iota()      all 0; all x; 0, 1, 2, ...
-//   load(p) load(p, n)        from float, Float16 or BFloat16; the first n elements, then 0
-//   store(p, v) store(p, v, n)  likewise, rounding to nearest even
+//   load(p) load(p, n)        from any element (element.h); the first n elements, then 0
+//   load2(p, v)               two vectors, of 2 * kWidth elements
+//   kLoadUnit<T>              elements are what load() gives times this; 1, or a power of two that
+//                             is cheaper to multiply into a scale
+//   store(p, v) store(p, v, n)  to float, Float16, BFloat16, rounding to nearest even
 //   fma(a, b, c) add sub mul div max   a * b + c ...; max returns b if either is NaN
 //   round(x)                  to the nearest integer
 //   scale2(x, n)              x * 2^n for integral n in [-127, 127]; 0 for n = -127

@@ -35,15 +35,57 @@ QUIRE_INLINE __m256i narrow(Vec a, BFloat16) {  // as from_float()
       _mm512_mask_or_epi32(_mm512_srli_epi32(sum, 16), nan, high, _mm512_set1_epi32(0x40)));
 }
 
+// Bytes, sign-extended, as float16: e5m2 is its upper half; e4m3 keeps its fraction and exponent,
+// also of subnormals, as a float16 that is 2^8 too small, and its NaN has to be made one.
+QUIRE_INLINE __m512i halves(__m512i bytes, Float8E5M2) { return _mm512_slli_epi16(bytes, 8); }
+QUIRE_INLINE __m512i halves(__m512i bytes, Float8E4M3) {
+  const __m512i kept = _mm512_set1_epi32(static_cast<int>(0xbfffbfff));
+  const __m512i nans = _mm512_set1_epi32(0x3f803f80);
+  const __m512i placed = _mm512_and_si512(_mm512_slli_epi16(bytes, 7), kept);
+  const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(placed, nans), nans);
+  return _mm512_mask_blend_epi16(nan, placed, _mm512_set1_epi16(0x7e00));
+}
+template <class T>
+constexpr float kLoadUnit = 1;
+template <>
+inline constexpr float kLoadUnit<Float8E4M3> = 256;
+
+QUIRE_INLINE Vec widen(__m128i bytes, Int8) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+template <class T>
+QUIRE_INLINE Vec widen(__m128i bytes, T) {
+  const __m512i wide = halves(_mm512_castsi256_si512(_mm256_cvtepi8_epi16(bytes)), T{});
+  return widen(_mm512_castsi512_si256(wide), Float16{});
+}
+
 QUIRE_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 QUIRE_INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
 template <class T>
 QUIRE_INLINE Vec load(const T* p) {
-  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
+  if constexpr (sizeof(T) == 1)
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
+  else
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
 }
 template <class T>
 QUIRE_INLINE Vec load(const T* p, int n) {
-  return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T{});
+  if constexpr (sizeof(T) == 1)
+    return widen(_mm_maskz_loadu_epi8(first_lanes(n), p), T{});
+  else
+    return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T{});
+}
+template <class T>
+QUIRE_INLINE void load2(const T* p, Vec* v) {
+  if constexpr (sizeof(T) == 1 && !std::is_same_v<T, Int8>) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m512i wide = halves(_mm512_cvtepi8_epi16(bytes), T{});
+    v[0] = widen(_mm512_castsi512_si256(wide), Float16{});
+    v[1] = widen(_mm512_extracti64x4_epi64(wide, 1), Float16{});
+  } else {
+    v[0] = load(p);
+    v[1] = load(p + kWidth);
+  }
 }
 QUIRE_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 QUIRE_INLINE void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }

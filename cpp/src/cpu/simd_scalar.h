@@ -28,6 +28,13 @@ QUIRE_INLINE Vec load(const T* p, int n) {
   return map([&](int i) { return i < n ? to_float(p[i]) : 0.0f; });
 }
 template <class T>
+QUIRE_INLINE void load2(const T* p, Vec* v) {
+  v[0] = load(p);
+  v[1] = load(p + kWidth);
+}
+template <class T>
+constexpr float kLoadUnit = 1;
+template <class T>
 QUIRE_INLINE void store(T* p, Vec a, int n = 4) {
   for (int i = 0; i < n; ++i) from_float(a.v[i], p[i]);
 }
