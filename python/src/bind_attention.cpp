@@ -50,7 +50,7 @@ nb::object run_attention(const Attention& attention, const AttentionPlan& plan, 
   t.v = args.input(v_cache, "paged_attention: v_cache");
   if (out.is_none()) out = nb::module_::import_("quire._arrays").attr("empty_like")(q);
   t.out = args.output(out, "paged_attention: out");
-  if (!lse.is_none()) t.lse = args.output(lse, "paged_attention: lse");
+  t.lse = args.optional_output(lse, "paged_attention: lse");
   t.sinks = args.optional_input(sinks, "paged_attention: sinks");
   t.alibi_slopes = args.optional_input(alibi_slopes, "paged_attention: alibi_slopes");
   QUIRE_CHECK_ARG(stream.is_none() || t.q.device.type != DeviceType::kCPU,
@@ -182,7 +182,7 @@ void one_shot_attention(nb::handle q, nb::handle k, nb::handle v, nb::handle out
   t.k = args.input(k, "attention: k");
   t.v = args.input(v, "attention: v");
   t.out = args.output(out, "attention: out");
-  if (!lse.is_none()) t.lse = args.output(lse, "attention: lse");
+  t.lse = args.optional_output(lse, "attention: lse");
   t.alibi_slopes = args.optional_input(alibi_slopes, "attention: alibi_slopes");
   t.sinks = args.optional_input(sinks, "attention: sinks");
   t.mask = args.optional_input(mask, "attention: mask");
@@ -205,7 +205,7 @@ void one_shot_paged_attention(nb::handle q, nb::handle k_cache, nb::handle v_cac
   t.k = args.input(k_cache, "paged_attention: k_cache");
   t.v = args.input(v_cache, "paged_attention: v_cache");
   t.out = args.output(out, "paged_attention: out");
-  if (!lse.is_none()) t.lse = args.output(lse, "paged_attention: lse");
+  t.lse = args.optional_output(lse, "paged_attention: lse");
   t.alibi_slopes = args.optional_input(alibi_slopes, "paged_attention: alibi_slopes");
   t.sinks = args.optional_input(sinks, "paged_attention: sinks");
   t.mask = args.optional_input(mask, "paged_attention: mask");

@@ -7,11 +7,25 @@
 
 namespace quire {
 
-enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt32, kInt64, kUInt8 };
+// Float8E4M3 is e4m3fn: no infinities, largest 448; Float8E5M2 has them, largest finite 57344.
+enum class DType : uint8_t {
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+  kInt32,
+  kInt64,
+  kUInt8,
+  kFloat8E4M3,
+  kFloat8E5M2,
+  kInt8
+};
 
 constexpr size_t size_of(DType dtype) {  // bytes per element
   switch (dtype) {
     case DType::kUInt8:
+    case DType::kFloat8E4M3:
+    case DType::kFloat8E5M2:
+    case DType::kInt8:
       return 1;
     case DType::kFloat16:
     case DType::kBFloat16:
@@ -39,6 +53,12 @@ constexpr const char* name_of(DType dtype) {
       return "int64";
     case DType::kUInt8:
       return "uint8";
+    case DType::kFloat8E4M3:
+      return "float8_e4m3";
+    case DType::kFloat8E5M2:
+      return "float8_e5m2";
+    case DType::kInt8:
+      return "int8";
   }
   return "?";
 }
