@@ -226,16 +226,18 @@ Rope read_rope(TensorArgs& args, nb::handle rope, const char* cos_sin, const cha
 
 }  // namespace
 
+// Tensors may be None as far as nanobind is concerned: ours is the error that names them.
 void bind_attention(nb::module_& m) {
   bind_plan_once_run_often(m);
-  m.def("attention", &one_shot_attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"),
-        nb::arg("lse").none(), nb::arg("causal"), nb::arg("window"), nb::arg("scale").none(),
-        nb::arg("softcap"), nb::arg("alibi_slopes").none(), nb::arg("sinks").none(),
-        nb::arg("mask").none(), nb::arg("mask_is_tree"), nb::arg("cu_seqlens_q").none(),
-        nb::arg("cu_seqlens_k").none());
-  m.def("paged_attention", &one_shot_paged_attention, nb::arg("q"), nb::arg("k_cache"),
-        nb::arg("v_cache"), nb::arg("block_table"), nb::arg("seq_lens"), nb::arg("out"),
-        nb::arg("lse").none(), nb::arg("cu_seqlens_q").none(), nb::arg("causal"), nb::arg("window"),
+  m.def("attention", &one_shot_attention, nb::arg("q").none(), nb::arg("k").none(),
+        nb::arg("v").none(), nb::arg("out").none(), nb::arg("lse").none(), nb::arg("causal"),
+        nb::arg("window"), nb::arg("scale").none(), nb::arg("softcap"),
+        nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("mask").none(),
+        nb::arg("mask_is_tree"), nb::arg("cu_seqlens_q").none(), nb::arg("cu_seqlens_k").none());
+  m.def("paged_attention", &one_shot_paged_attention, nb::arg("q").none(),
+        nb::arg("k_cache").none(), nb::arg("v_cache").none(), nb::arg("block_table").none(),
+        nb::arg("seq_lens").none(), nb::arg("out").none(), nb::arg("lse").none(),
+        nb::arg("cu_seqlens_q").none(), nb::arg("causal"), nb::arg("window"),
         nb::arg("scale").none(), nb::arg("softcap"), nb::arg("alibi_slopes").none(),
         nb::arg("sinks").none(), nb::arg("mask").none(), nb::arg("mask_is_tree"));
   m.def(
@@ -254,8 +256,8 @@ void bind_attention(nb::module_& m) {
         nb::gil_scoped_release release;
         append_kv(k_view, v_view, k_cache_view, v_cache_view, slot_view, turn ? &*turn : nullptr);
       },
-      nb::arg("k"), nb::arg("v"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("slot_mapping"),
-      nb::arg("rope").none());
+      nb::arg("k").none(), nb::arg("v").none(), nb::arg("k_cache").none(),
+      nb::arg("v_cache").none(), nb::arg("slot_mapping").none(), nb::arg("rope").none());
   m.def(
       "apply_rope",
       [](nb::handle x, nb::handle rope, nb::handle out) {
@@ -267,7 +269,7 @@ void bind_attention(nb::module_& m) {
         nb::gil_scoped_release release;
         apply_rope(x_view, turn, out_view);
       },
-      nb::arg("x"), nb::arg("rope"), nb::arg("out"));
+      nb::arg("x").none(), nb::arg("rope").none(), nb::arg("out").none());
   m.def(
       "copy_blocks",
       [](nb::handle k_cache, nb::handle v_cache, nb::handle src_dst) {
@@ -278,7 +280,7 @@ void bind_attention(nb::module_& m) {
         nb::gil_scoped_release release;
         copy_blocks(k_view, v_view, pairs);
       },
-      nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("src_dst"));
+      nb::arg("k_cache").none(), nb::arg("v_cache").none(), nb::arg("src_dst").none());
   m.def(
       "swap_blocks",
       [](nb::handle src, nb::handle dst, nb::handle src_dst) {
@@ -289,7 +291,7 @@ void bind_attention(nb::module_& m) {
         nb::gil_scoped_release release;
         swap_blocks(src_view, dst_view, pairs);
       },
-      nb::arg("src"), nb::arg("dst"), nb::arg("src_dst"));
+      nb::arg("src").none(), nb::arg("dst").none(), nb::arg("src_dst").none());
   m.def(
       "merge_states",
       [](nb::handle outs, nb::handle lses, nb::handle out, nb::handle lse) {
@@ -301,7 +303,7 @@ void bind_attention(nb::module_& m) {
         nb::gil_scoped_release release;
         merge_states(outs_view, lses_view, out_view, lse_view);
       },
-      nb::arg("outs"), nb::arg("lses"), nb::arg("out"), nb::arg("lse"));
+      nb::arg("outs").none(), nb::arg("lses").none(), nb::arg("out").none(), nb::arg("lse").none());
 }
 
 }  // namespace quire::python

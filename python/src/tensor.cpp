@@ -88,8 +88,8 @@ std::string dtype_of(nb::handle object) {
     const nb::python_error error;
     reason = nb::cast<std::string>(nb::str(error.value()));
   }
-  throw InvalidArgument(concat(name, ": ", python_type(object),
-                               " could not be exported through DLPack: ", reason));
+  throw InvalidArgument(
+      concat(name, ": ", python_type(object), " could not be exported through DLPack: ", reason));
 }
 
 Device parse_device(const nb::dlpack::device& device, const char* name) {
@@ -144,9 +144,9 @@ TensorView view_of(const nb::dlpack::dltensor& tensor, nb::handle object, const 
 }
 
 // No gradient would flow through: better said than found out.
-void check_no_gradient(nb::handle object, const char* name) {
-  static PyObject* const attribute = PyUnicode_InternFromString("requires_grad");
-  const nb::object value = nb::steal(PyObject_GetAttr(object.ptr(), attribute));
+void check_no_gradient(const TensorSource& source, nb::handle object, const char* name) {
+  const nb::object value =
+      nb::steal(source.get_requires_grad(source.requires_grad, object.ptr(), object.type().ptr()));
   if (!value.is_valid()) throw nb::python_error();
   QUIRE_CHECK_ARG(value.ptr() != Py_True, name,
                   ": expected a tensor without gradient, got one that requires grad; detach() it");
@@ -219,7 +219,7 @@ TensorView TensorArgs::from_dlpack(const TensorSource& source, nb::handle object
 
 TensorView TensorArgs::input(nb::handle object, const char* name) {
   const TensorSource source = source_of(object);
-  if (source.has_gradients) check_no_gradient(object, name);
+  if (source.get_requires_grad) check_no_gradient(source, object, name);
   hold(object);
   switch (source.kind) {
     case TensorSource::Kind::kNumpy:

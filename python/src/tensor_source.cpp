@@ -89,11 +89,15 @@ TensorSource inspect(nb::handle object) {
                                              reinterpret_cast<PyTypeObject*>(ndarray.ptr())))
     return {Kind::kNumpy};
   TensorSource source;
-  source.has_gradients = attribute(type, "requires_grad").is_valid();
+  nb::object requires_grad = attribute(type, "requires_grad");
+  if (requires_grad.is_valid())
+    source.get_requires_grad = reinterpret_cast<descrgetfunc>(
+        PyType_GetSlot(Py_TYPE(requires_grad.ptr()), Py_tp_descr_get));
+  source.requires_grad = requires_grad.ptr();  // its type keeps it
   const nb::object module = attribute(type, "__module__");
   std::string module_name;
-  source.is_immutable = module.is_valid() && nb::try_cast(module, module_name) &&
-                        module_name.rfind("jax", 0) == 0;
+  source.is_immutable =
+      module.is_valid() && nb::try_cast(module, module_name) && module_name.rfind("jax", 0) == 0;
   source.api = find_exchange_api(type);
   if (source.api)
     source.kind = Kind::kExchange;

@@ -20,9 +20,10 @@ struct TensorSource {
     kDlpack,    // the method __dlpack__, through nanobind
   };
   Kind kind = Kind::kNone;
-  const ExchangeApi* api = nullptr;  // of kExchange
-  bool has_gradients = false;        // there is an attribute requires_grad to look at
-  bool is_immutable = false;         // JAX: DLPack's older form can't say so
+  const ExchangeApi* api = nullptr;          // of kExchange
+  PyObject* requires_grad = nullptr;         // the type's descriptor of that attribute, or null
+  descrgetfunc get_requires_grad = nullptr;  // reads it without a look-up by name
+  bool is_immutable = false;                 // JAX: DLPack's older form can't say so
 };
 
 TensorSource source_of(nb::handle object);

@@ -44,7 +44,12 @@ NB_MODULE(quire_probe, m) {
       PyErr_SetString(PyExc_ValueError, e.what());
     }
   });
-  m.def("inspect", &inspect, nb::arg("tensor"), nb::arg("as_output") = false);
+  m.def("inspect", &inspect, nb::arg("tensor").none(), nb::arg("as_output") = false);
   m.def("take_six", &take_six);
   m.def("convert_six", &convert_six);
+#ifdef QUIRE_ABI_CHECKED
+  m.attr("abi_checked") = true;
+#else
+  m.attr("abi_checked") = false;
+#endif
 }
