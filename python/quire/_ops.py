@@ -7,10 +7,22 @@ Tensors are NumPy arrays (ml_dtypes' bfloat16 too), torch tensors, or any object
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 from . import _core
 from ._arrays import Tensor, empty, shape_of, stack
+
+
+def _kernels() -> Any:
+    """The bindings; torch operators of the same signatures while torch.compile traces."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        from .integrations import torch_ops
+
+        return torch_ops
+    return _core
 
 
 def _refuse_stream(function: str, stream: object) -> None:
@@ -118,7 +130,7 @@ def attention(
     if lse is None and return_lse:
         lse = empty(q, (*shape[:-3], shape[-2], shape[-3]), "float32")
     is_tree = _is_tree("attention", mask, mask_kind)
-    _core.attention(
+    _kernels().attention(
         q,
         k,
         v,
@@ -222,7 +234,7 @@ def paged_attention(
     if lse is None and return_lse:
         lse = empty(q, (shape[1], shape[0]), "float32")
     is_tree = _is_tree("paged_attention", mask, mask_kind)
-    _core.paged_attention(
+    _kernels().paged_attention(
         q,
         k_cache,
         v_cache,
@@ -304,7 +316,7 @@ def append_kv(
     _refuse_scales("append_kv", k_scale, v_scale)
     if rope is not None:
         _check_rope("append_kv", rope)
-    _core.append_kv(k, v, k_cache, v_cache, slot_mapping, rope)
+    _kernels().append_kv(k, v, k_cache, v_cache, slot_mapping, rope)
 
 
 def apply_rope(x: Tensor, rope: Rope, *, out: Tensor | None = None) -> Tensor:
@@ -324,7 +336,7 @@ def apply_rope(x: Tensor, rope: Rope, *, out: Tensor | None = None) -> Tensor:
     _check_rope("apply_rope", rope)
     if out is None:
         out = empty(x, shape_of(x, "apply_rope: x"))
-    _core.apply_rope(x, rope, out)
+    _kernels().apply_rope(x, rope, out)
     return out
 
 
@@ -340,7 +352,7 @@ def copy_blocks(k_cache: Tensor, v_cache: Tensor, src_dst: Tensor) -> None:
 
         quire.copy_blocks(cache.k(layer), cache.v(layer), batch.copies)
     """
-    _core.copy_blocks(k_cache, v_cache, src_dst)
+    _kernels().copy_blocks(k_cache, v_cache, src_dst)
 
 
 def swap_blocks(src: Tensor, dst: Tensor, src_dst: Tensor) -> None:
@@ -358,7 +370,7 @@ def swap_blocks(src: Tensor, dst: Tensor, src_dst: Tensor) -> None:
 
         quire.swap_blocks(cache.k(layer), host_cache.k(layer), numpy.array([[3, 0]], "int32"))
     """
-    _core.swap_blocks(src, dst, src_dst)
+    _kernels().swap_blocks(src, dst, src_dst)
 
 
 def merge_states(outs: Tensor | list[Tensor], lses: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -386,5 +398,5 @@ def merge_states(outs: Tensor | list[Tensor], lses: Tensor | list[Tensor]) -> tu
         )
     out = empty(outs, shape[1:])
     lse = empty(outs, (shape[2], shape[1]), "float32")
-    _core.merge_states(outs, lses, out, lse)
+    _kernels().merge_states(outs, lses, out, lse)
     return out, lse

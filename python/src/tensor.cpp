@@ -140,6 +140,9 @@ TensorView view_of(const nb::dlpack::dltensor& tensor, nb::handle object, const 
     view.strides[i] = tensor.strides ? tensor.strides[i] : contiguous;  // null before DLPack 1.2
     contiguous *= view.shape[i];
   }
+  // torch's fake tensors, for one, which stand for tensors while a graph is traced.
+  QUIRE_CHECK_ARG(tensor.data || contiguous == 0, name,
+                  ": expected a tensor with memory, got one at the null address");
   return view;
 }
 
