@@ -7,22 +7,10 @@ Tensors are NumPy arrays (ml_dtypes' bfloat16 too), torch tensors, or any object
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from typing import Any
 
-from . import _core
 from ._arrays import Tensor, empty, shape_of, stack
-
-
-def _kernels() -> Any:
-    """The bindings; torch operators of the same signatures while torch.compile traces."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.compiler.is_compiling():
-        from .integrations import torch_ops
-
-        return torch_ops
-    return _core
+from ._frameworks import functional_in_jax, kernels
 
 
 def _refuse_stream(function: str, stream: object) -> None:
@@ -53,6 +41,7 @@ def _check_rope(function: str, rope: object) -> None:
         )
 
 
+@functional_in_jax
 def attention(
     q: Tensor,
     k: Tensor,
@@ -130,7 +119,7 @@ def attention(
     if lse is None and return_lse:
         lse = empty(q, (*shape[:-3], shape[-2], shape[-3]), "float32")
     is_tree = _is_tree("attention", mask, mask_kind)
-    _kernels().attention(
+    kernels().attention(
         q,
         k,
         v,
@@ -150,6 +139,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@functional_in_jax
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -234,7 +224,7 @@ def paged_attention(
     if lse is None and return_lse:
         lse = empty(q, (shape[1], shape[0]), "float32")
     is_tree = _is_tree("paged_attention", mask, mask_kind)
-    _kernels().paged_attention(
+    kernels().paged_attention(
         q,
         k_cache,
         v_cache,
@@ -283,6 +273,7 @@ class Rope:
     interleaved: bool = False
 
 
+@functional_in_jax
 def append_kv(
     k: Tensor,
     v: Tensor,
@@ -316,9 +307,10 @@ def append_kv(
     _refuse_scales("append_kv", k_scale, v_scale)
     if rope is not None:
         _check_rope("append_kv", rope)
-    _kernels().append_kv(k, v, k_cache, v_cache, slot_mapping, rope)
+    kernels().append_kv(k, v, k_cache, v_cache, slot_mapping, rope)
 
 
+@functional_in_jax
 def apply_rope(x: Tensor, rope: Rope, *, out: Tensor | None = None) -> Tensor:
     """Turn queries as `append_kv` turns keys: x ``[num_tokens, heads, head_dim]`` -> out.
 
@@ -336,10 +328,11 @@ def apply_rope(x: Tensor, rope: Rope, *, out: Tensor | None = None) -> Tensor:
     _check_rope("apply_rope", rope)
     if out is None:
         out = empty(x, shape_of(x, "apply_rope: x"))
-    _kernels().apply_rope(x, rope, out)
+    kernels().apply_rope(x, rope, out)
     return out
 
 
+@functional_in_jax
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, src_dst: Tensor) -> None:
     """Copy whole blocks inside a cache: src_dst int32 ``[n, 2]``.
 
@@ -352,7 +345,7 @@ def copy_blocks(k_cache: Tensor, v_cache: Tensor, src_dst: Tensor) -> None:
 
         quire.copy_blocks(cache.k(layer), cache.v(layer), batch.copies)
     """
-    _kernels().copy_blocks(k_cache, v_cache, src_dst)
+    kernels().copy_blocks(k_cache, v_cache, src_dst)
 
 
 def swap_blocks(src: Tensor, dst: Tensor, src_dst: Tensor) -> None:
@@ -370,9 +363,10 @@ def swap_blocks(src: Tensor, dst: Tensor, src_dst: Tensor) -> None:
 
         quire.swap_blocks(cache.k(layer), host_cache.k(layer), numpy.array([[3, 0]], "int32"))
     """
-    _kernels().swap_blocks(src, dst, src_dst)
+    kernels().swap_blocks(src, dst, src_dst)
 
 
+@functional_in_jax
 def merge_states(outs: Tensor | list[Tensor], lses: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
     """Join partial results over disjoint sets of keys: n of (out, lse) -> one (out, lse).
 
@@ -398,5 +392,5 @@ def merge_states(outs: Tensor | list[Tensor], lses: Tensor | list[Tensor]) -> tu
         )
     out = empty(outs, shape[1:])
     lse = empty(outs, (shape[2], shape[1]), "float32")
-    _kernels().merge_states(outs, lses, out, lse)
+    kernels().merge_states(outs, lses, out, lse)
     return out, lse
