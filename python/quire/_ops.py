@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import _core
 from ._arrays import Tensor, empty, shape_of, stack
+from ._frameworks import functional_in_jax, kernels
 
 
 def _refuse_stream(function: str, stream: object) -> None:
@@ -33,6 +33,7 @@ def _check_rope(function: str, rope: object) -> None:
         )
 
 
+@functional_in_jax
 def attention(
     q: Tensor,
     k: Tensor,
@@ -110,7 +111,7 @@ def attention(
     if lse is None and return_lse:
         lse = empty(q, (*shape[:-3], shape[-2], shape[-3]), "float32")
     is_tree = _is_tree("attention", mask, mask_kind)
-    _core.attention(
+    kernels().attention(
         q,
         k,
         v,
@@ -130,6 +131,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@functional_in_jax
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -216,7 +218,7 @@ def paged_attention(
     if lse is None and return_lse:
         lse = empty(q, (shape[1], shape[0]), "float32")
     is_tree = _is_tree("paged_attention", mask, mask_kind)
-    _core.paged_attention(
+    kernels().paged_attention(
         q,
         k_cache,
         v_cache,
@@ -267,6 +269,7 @@ class Rope:
     interleaved: bool = False
 
 
+@functional_in_jax
 def append_kv(
     k: Tensor,
     v: Tensor,
@@ -315,9 +318,10 @@ def append_kv(
     _refuse_stream("append_kv", stream)
     if rope is not None:
         _check_rope("append_kv", rope)
-    _core.append_kv(k, v, k_cache, v_cache, slot_mapping, rope, k_scale, v_scale)
+    kernels().append_kv(k, v, k_cache, v_cache, slot_mapping, rope, k_scale, v_scale)
 
 
+@functional_in_jax
 def apply_rope(x: Tensor, rope: Rope, *, out: Tensor | None = None) -> Tensor:
     """Turn queries as `append_kv` turns keys: x ``[num_tokens, heads, head_dim]`` -> out.
 
@@ -335,10 +339,11 @@ def apply_rope(x: Tensor, rope: Rope, *, out: Tensor | None = None) -> Tensor:
     _check_rope("apply_rope", rope)
     if out is None:
         out = empty(x, shape_of(x, "apply_rope: x"))
-    _core.apply_rope(x, rope, out)
+    kernels().apply_rope(x, rope, out)
     return out
 
 
+@functional_in_jax
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, src_dst: Tensor) -> None:
     """Copy whole blocks inside a cache: src_dst int32 ``[n, 2]``.
 
@@ -352,7 +357,7 @@ def copy_blocks(k_cache: Tensor, v_cache: Tensor, src_dst: Tensor) -> None:
 
         quire.copy_blocks(cache.k(layer), cache.v(layer), batch.copies)
     """
-    _core.copy_blocks(k_cache, v_cache, src_dst)
+    kernels().copy_blocks(k_cache, v_cache, src_dst)
 
 
 def swap_blocks(src: Tensor, dst: Tensor, src_dst: Tensor) -> None:
@@ -370,9 +375,10 @@ def swap_blocks(src: Tensor, dst: Tensor, src_dst: Tensor) -> None:
 
         quire.swap_blocks(cache.k(layer), host_cache.k(layer), numpy.array([[3, 0]], "int32"))
     """
-    _core.swap_blocks(src, dst, src_dst)
+    kernels().swap_blocks(src, dst, src_dst)
 
 
+@functional_in_jax
 def merge_states(outs: Tensor | list[Tensor], lses: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
     """Join partial results over disjoint sets of keys: n of (out, lse) -> one (out, lse).
 
@@ -398,5 +404,5 @@ def merge_states(outs: Tensor | list[Tensor], lses: Tensor | list[Tensor]) -> tu
         )
     out = empty(outs, shape[1:])
     lse = empty(outs, (shape[2], shape[1]), "float32")
-    _core.merge_states(outs, lses, out, lse)
+    kernels().merge_states(outs, lses, out, lse)
     return out, lse

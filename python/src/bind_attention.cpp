@@ -61,7 +61,7 @@ nb::object run_attention(const Attention& attention, const AttentionPlan& plan, 
   t.scales.v = args.scale(v_scale, "paged_attention: v_scale", numbers[1]);
   if (out.is_none()) out = nb::module_::import_("quire._arrays").attr("empty_like")(q);
   t.out = args.output(out, "paged_attention: out");
-  if (!lse.is_none()) t.lse = args.output(lse, "paged_attention: lse");
+  t.lse = args.optional_output(lse, "paged_attention: lse");
   t.sinks = args.optional_input(sinks, "paged_attention: sinks");
   t.alibi_slopes = args.optional_input(alibi_slopes, "paged_attention: alibi_slopes");
   QUIRE_CHECK_ARG(stream.is_none() || t.q.device.type != DeviceType::kCPU,
@@ -196,7 +196,7 @@ void one_shot_attention(nb::handle q, nb::handle k, nb::handle v, nb::handle out
   t.k = args.input(k, "attention: k");
   t.v = args.input(v, "attention: v");
   t.out = args.output(out, "attention: out");
-  if (!lse.is_none()) t.lse = args.output(lse, "attention: lse");
+  t.lse = args.optional_output(lse, "attention: lse");
   t.alibi_slopes = args.optional_input(alibi_slopes, "attention: alibi_slopes");
   t.sinks = args.optional_input(sinks, "attention: sinks");
   t.mask = args.optional_input(mask, "attention: mask");
@@ -223,7 +223,7 @@ void one_shot_paged_attention(nb::handle q, nb::handle k_cache, nb::handle v_cac
   t.k = args.input(k_cache, "paged_attention: k_cache");
   t.v = args.input(v_cache, "paged_attention: v_cache");
   t.out = args.output(out, "paged_attention: out");
-  if (!lse.is_none()) t.lse = args.output(lse, "paged_attention: lse");
+  t.lse = args.optional_output(lse, "paged_attention: lse");
   t.alibi_slopes = args.optional_input(alibi_slopes, "paged_attention: alibi_slopes");
   t.sinks = args.optional_input(sinks, "paged_attention: sinks");
   t.mask = args.optional_input(mask, "paged_attention: mask");
@@ -244,16 +244,18 @@ Rope read_rope(TensorArgs& args, nb::handle rope, const char* cos_sin, const cha
 
 }  // namespace
 
+// Tensors may be None as far as nanobind is concerned: ours is the error that names them.
 void bind_attention(nb::module_& m) {
   bind_plan_once_run_often(m);
-  m.def("attention", &one_shot_attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"),
-        nb::arg("lse").none(), nb::arg("causal"), nb::arg("window"), nb::arg("scale").none(),
-        nb::arg("softcap"), nb::arg("alibi_slopes").none(), nb::arg("sinks").none(),
-        nb::arg("mask").none(), nb::arg("mask_is_tree"), nb::arg("cu_seqlens_q").none(),
-        nb::arg("cu_seqlens_k").none());
-  m.def("paged_attention", &one_shot_paged_attention, nb::arg("q"), nb::arg("k_cache"),
-        nb::arg("v_cache"), nb::arg("block_table"), nb::arg("seq_lens"), nb::arg("out"),
-        nb::arg("lse").none(), nb::arg("cu_seqlens_q").none(), nb::arg("causal"), nb::arg("window"),
+  m.def("attention", &one_shot_attention, nb::arg("q").none(), nb::arg("k").none(),
+        nb::arg("v").none(), nb::arg("out").none(), nb::arg("lse").none(), nb::arg("causal"),
+        nb::arg("window"), nb::arg("scale").none(), nb::arg("softcap"),
+        nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("mask").none(),
+        nb::arg("mask_is_tree"), nb::arg("cu_seqlens_q").none(), nb::arg("cu_seqlens_k").none());
+  m.def("paged_attention", &one_shot_paged_attention, nb::arg("q").none(),
+        nb::arg("k_cache").none(), nb::arg("v_cache").none(), nb::arg("block_table").none(),
+        nb::arg("seq_lens").none(), nb::arg("out").none(), nb::arg("lse").none(),
+        nb::arg("cu_seqlens_q").none(), nb::arg("causal"), nb::arg("window"),
         nb::arg("scale").none(), nb::arg("softcap"), nb::arg("alibi_slopes").none(),
         nb::arg("sinks").none(), nb::arg("mask").none(), nb::arg("mask_is_tree"),
         nb::arg("k_scale"), nb::arg("v_scale"));
@@ -277,8 +279,9 @@ void bind_attention(nb::module_& m) {
         append_kv(k_view, v_view, k_cache_view, v_cache_view, slot_view, turn ? &*turn : nullptr,
                   scales);
       },
-      nb::arg("k"), nb::arg("v"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("slot_mapping"),
-      nb::arg("rope").none(), nb::arg("k_scale"), nb::arg("v_scale"));
+      nb::arg("k").none(), nb::arg("v").none(), nb::arg("k_cache").none(),
+      nb::arg("v_cache").none(), nb::arg("slot_mapping").none(), nb::arg("rope").none(),
+      nb::arg("k_scale"), nb::arg("v_scale"));
   m.def(
       "apply_rope",
       [](nb::handle x, nb::handle rope, nb::handle out) {
@@ -290,7 +293,7 @@ void bind_attention(nb::module_& m) {
         nb::gil_scoped_release release;
         apply_rope(x_view, turn, out_view);
       },
-      nb::arg("x"), nb::arg("rope"), nb::arg("out"));
+      nb::arg("x").none(), nb::arg("rope").none(), nb::arg("out").none());
   m.def(
       "copy_blocks",
       [](nb::handle k_cache, nb::handle v_cache, nb::handle src_dst) {
@@ -301,7 +304,7 @@ void bind_attention(nb::module_& m) {
         nb::gil_scoped_release release;
         copy_blocks(k_view, v_view, pairs);
       },
-      nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("src_dst"));
+      nb::arg("k_cache").none(), nb::arg("v_cache").none(), nb::arg("src_dst").none());
   m.def(
       "swap_blocks",
       [](nb::handle src, nb::handle dst, nb::handle src_dst) {
@@ -312,7 +315,7 @@ void bind_attention(nb::module_& m) {
         nb::gil_scoped_release release;
         swap_blocks(src_view, dst_view, pairs);
       },
-      nb::arg("src"), nb::arg("dst"), nb::arg("src_dst"));
+      nb::arg("src").none(), nb::arg("dst").none(), nb::arg("src_dst").none());
   m.def(
       "merge_states",
       [](nb::handle outs, nb::handle lses, nb::handle out, nb::handle lse) {
@@ -324,7 +327,7 @@ void bind_attention(nb::module_& m) {
         nb::gil_scoped_release release;
         merge_states(outs_view, lses_view, out_view, lse_view);
       },
-      nb::arg("outs"), nb::arg("lses"), nb::arg("out"), nb::arg("lse"));
+      nb::arg("outs").none(), nb::arg("lses").none(), nb::arg("out").none(), nb::arg("lse").none());
 }
 
 }  // namespace quire::python

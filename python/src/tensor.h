@@ -6,10 +6,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <memory>
 #include <vector>
 
 #include "quire/tensor.h"
+#include "tensor_source.h"
 
 namespace nb = nanobind;
 
@@ -22,20 +24,27 @@ class TensorArgs {
   TensorArgs(const TensorArgs&) = delete;
   ~TensorArgs();
 
-  // A NumPy array (ml_dtypes types too) or any object with __dlpack__. `name` is what an error
-  // message calls it: "paged_attention: q".
+  // A NumPy array (ml_dtypes types too), another buffer, or any object with __dlpack__. `name` is
+  // what an error message calls it: "paged_attention: q".
   TensorView input(nb::handle object, const char* name);
-  TensorView output(nb::handle object, const char* name);          // refuses read-only memory
-  TensorView optional_input(nb::handle object, const char* name);  // None: an empty view
+  TensorView output(nb::handle object, const char* name);           // refuses read-only memory
+  TensorView optional_input(nb::handle object, const char* name);   // None: an empty view
+  TensorView optional_output(nb::handle object, const char* name);  // likewise
   // A number, kept in `number`, or an array; see kv_scales.h.
   TensorView scale(nb::handle object, const char* name, float& number);
 
  private:
   TensorView from_numpy(nb::handle object, const char* name);
-  TensorView from_dlpack(nb::handle object, const char* name);
+  TensorView from_exchange(const ExchangeApi& api, nb::handle object, const char* name);
+  TensorView from_buffer(nb::handle object, const char* name);
+  TensorView from_dlpack(const TensorSource& source, nb::handle object, const char* name);
 
+  // More tensors than any call has: a seat for each is cheaper than a vector.
+  static constexpr int kMaxHeld = 16;
+  void hold(nb::handle object);
+  std::array<PyObject*, kMaxHeld> held_;
+  int num_held_ = 0;
   std::vector<Py_buffer> buffers_;
-  std::vector<nb::object> objects_;
 };
 
 // int32 values out of an int32 array (no copy) or of a list of ints (a copy is kept).

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""quire inside other people's software; each module imports its framework, quire itself none."""
+"""quire inside other frameworks: each module is imported only where its framework is in use."""
