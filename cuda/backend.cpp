@@ -67,7 +67,8 @@ class CudaBackend final : public Backend {
 
   size_t workspace_size(const AttentionDesc&, const AttentionPlan& plan) const override {
     const auto* on_gpu = static_cast<const PlanOnGpu*>(plan.on_device.get());
-    QUIRE_CHECK_ARG(on_gpu, "workspace_size: plan: expected one that plan() of an Attention for a "
+    QUIRE_CHECK_ARG(on_gpu,
+                    "workspace_size: plan: expected one that plan() of an Attention for a "
                     "GPU has made");
     return on_gpu->bytes();
   }
@@ -75,10 +76,10 @@ class CudaBackend final : public Backend {
   void run(const AttentionPlan& plan, const AttentionParams& params,
            const Stream& stream) const override {
     auto* on_gpu = static_cast<PlanOnGpu*>(plan.on_device.get());
-    QUIRE_CHECK_ARG(on_gpu && on_gpu->gpu().info().device == stream.device &&
-                        on_gpu->was_made_for(params),
-                    "attention: plan: expected one that plan() of this Attention has made for ",
-                    to_string(stream.device));
+    QUIRE_CHECK_ARG(
+        on_gpu && on_gpu->gpu().info().device == stream.device && on_gpu->was_made_for(params),
+        "attention: plan: expected one that plan() of this Attention has made for ",
+        to_string(stream.device));
     Gpu& gpu = on_gpu->gpu();
     const ContextScope scope(gpu);
     device::AttentionArgs args{};
@@ -130,8 +131,8 @@ class CudaBackend final : public Backend {
       const bool available = std::any_of(gpus_.begin(), gpus_.end(),
                                          [&](const auto& gpu) { return gpu->arch() == arch; });
       for (const DType dtype : {DType::kFloat16, DType::kBFloat16})
-        rows.push_back({"cuda", "sm_" + arch, name_of(dtype), name_of(dtype), 1,
-                        head_dims().back(), kFeatures, available});
+        rows.push_back({"cuda", "sm_" + arch, name_of(dtype), name_of(dtype), 1, head_dims().back(),
+                        kFeatures, available});
     }
     return rows;
   }

@@ -131,8 +131,7 @@ void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cac
       "append_kv: v", v,
       {{"num_tokens", num_tokens}, {"heads", num_kv_heads}, {"head_dim", v_cache.shape[3]}},
       v_cache.dtype, k_cache.device);
-  check_indices("append_kv: slot_mapping", slot_mapping, num_tokens, DType::kInt64,
-                k_cache.device);
+  check_indices("append_kv: slot_mapping", slot_mapping, num_tokens, DType::kInt64, k_cache.device);
   const bool is_on_host = slot_mapping.device.type == DeviceType::kCPU;
   const int64_t num_slots = k_cache.shape[0] * k_cache.shape[1];
   for (int64_t t = 0; is_on_host && t < num_tokens; ++t) {

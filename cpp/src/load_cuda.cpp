@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA backend is a library of its own, loaded at the first use of a GPU: without it, or without
-// a driver, everything else works.
+// The CUDA backend is a library of its own, loaded at the first use of a GPU: without it, or
+// without a driver, everything else works.
 #include <dlfcn.h>
 #include <unistd.h>
 

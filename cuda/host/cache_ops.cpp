@@ -125,8 +125,8 @@ void set_rope(AppendArgs& args, const Rope& rope, Indices& indices) {
 }
 
 void launch_append(Gpu& gpu, const Kernel& kernel, AppendArgs& args, Handle stream) {
-  const int64_t pieces = pieces_of(args.rotary_dim / 2) +
-                         pieces_of(args.k.dim - args.rotary_dim) + pieces_of(args.v.dim);
+  const int64_t pieces = pieces_of(args.rotary_dim / 2) + pieces_of(args.k.dim - args.rotary_dim) +
+                         pieces_of(args.v.dim);
   launch_over(gpu, kernel, int64_t{args.num_tokens} * args.num_heads * pieces, &args, stream);
 }
 

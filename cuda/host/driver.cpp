@@ -27,7 +27,7 @@ bool load_driver(Driver& driver, std::string& problem) {
     return false;
   }
   const char* missing = nullptr;
-#define QUIRE_FIND(member, symbol, ...)                                              \
+#define QUIRE_FIND(member, symbol, ...)                                               \
   driver.member = reinterpret_cast<decltype(driver.member)>(dlsym(library, #symbol)); \
   if (!driver.member && !missing) missing = #symbol;
   QUIRE_DRIVER_FUNCTIONS(QUIRE_FIND)

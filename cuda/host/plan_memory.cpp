@@ -45,7 +45,8 @@ PlanOnGpu::PlanOnGpu(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& p
       num_partial_rows_(plan.partial_rows),
       is_paged_(desc.block_size > 0) {
   stage(plan);
-  // Loading and allocating take long and may not happen while a stream is captured: now is the time.
+  // Loading and allocating take long and may not happen while a stream is captured: now is the
+  // time.
   const ContextScope scope(gpu_);
   for (const Segment& segment : segments_)
     for (const Kernel* kernel : kernels_.kernels[segment.phase]) gpu_.function(*kernel);
@@ -120,10 +121,10 @@ void PlanOnGpu::send(Copy& copy) {
   const uint64_t capture = gpu_.capture_of(copy.stream);
   if (capture != 0 && capture == copy.capture) return;
   std::memcpy(copy.slab->host, staged_.data(), staged_.size());
-  check(gpu_.driver(),
-        gpu_.driver().copy_to_device(copy.slab->device, copy.slab->host, staged_.size(),
-                                     copy.stream),
-        "cuMemcpyHtoDAsync(plan)");
+  check(
+      gpu_.driver(),
+      gpu_.driver().copy_to_device(copy.slab->device, copy.slab->host, staged_.size(), copy.stream),
+      "cuMemcpyHtoDAsync(plan)");
   if (capture != 0)
     copy.capture = capture;
   else
@@ -140,7 +141,8 @@ void PlanOnGpu::use(Handle stream, device::AttentionArgs& args) {
   }
   const auto at = [base](size_t offset) { return reinterpret_cast<void*>(base + offset); };
   args.params.sequences = static_cast<const Sequence*>(at(layout_.sequences));
-  args.params.block_table = is_paged_ ? static_cast<const int32_t*>(at(layout_.block_ids)) : nullptr;
+  args.params.block_table =
+      is_paged_ ? static_cast<const int32_t*>(at(layout_.block_ids)) : nullptr;
   args.items = static_cast<const WorkItem*>(at(layout_.items));
   args.merges = static_cast<const MergeItem*>(at(layout_.merges));
   args.counters = static_cast<uint32_t*>(at(layout_.counters));

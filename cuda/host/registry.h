@@ -52,11 +52,11 @@ constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, in
   return {name, family, dtype, 0, 0, Mode::kFull, threads, 0, 1};
 }
 
-#define QUIRE_PREFILL(type, head_dim, rows, keys, mode)                                \
-  attention<device::PrefillTraits<type, head_dim, rows, keys, Mode::mode>>(            \
+#define QUIRE_PREFILL(type, head_dim, rows, keys, mode)                     \
+  attention<device::PrefillTraits<type, head_dim, rows, keys, Mode::mode>>( \
       "prefill_" #type "_" #head_dim "_" #rows "_" #keys "_" #mode, Family::kPrefill),
-#define QUIRE_DECODE(type, head_dim, warps, stages, mode)                              \
-  attention<device::DecodeTraits<type, head_dim, warps, stages, Mode::mode>>(          \
+#define QUIRE_DECODE(type, head_dim, warps, stages, mode)                     \
+  attention<device::DecodeTraits<type, head_dim, warps, stages, Mode::mode>>( \
       "decode_" #type "_" #head_dim "_" #warps "_" #stages "_" #mode, Family::kDecode),
 #define QUIRE_APPEND_KV(type, threads) \
   cache_op("append_kv_" #type "_" #threads, Family::kAppend, element<type>(), threads),

@@ -21,7 +21,7 @@ struct KernelSet {
 
   bool is_complete() const;
   bool has_wide() const { return kernels[kWide][0] != nullptr; }
-  int max_rows() const;  // of a work item
+  int max_rows() const;                // of a work item
   Phase phase_of(int64_t rows) const;  // rows: query rows times heads of a kv head
 };
 

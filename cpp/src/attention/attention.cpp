@@ -118,8 +118,8 @@ Attention::Attention(const AttentionDesc& desc, Device device) : desc_(desc), de
 
 AttentionPlan Attention::plan(const AttentionBatch& batch) const {
   const Backend& backend = *dispatch_.backend;
-  AttentionPlan plan = quire::plan(
-      desc_, batch, backend.plan_traits(desc_, backend.device_info(device_.index)));
+  AttentionPlan plan =
+      quire::plan(desc_, batch, backend.plan_traits(desc_, backend.device_info(device_.index)));
   plan.on_device = backend.prepare(desc_, plan, device_);
   return plan;
 }

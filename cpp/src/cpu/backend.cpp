@@ -86,8 +86,7 @@ class CpuBackend final : public Backend {
     return {device.parallelism, std::clamp(kCacheBytes / bytes_a_row, 48, most)};
   }
 
-  std::shared_ptr<void> prepare(const AttentionDesc&, const AttentionPlan&,
-                                Device) const override {
+  std::shared_ptr<void> prepare(const AttentionDesc&, const AttentionPlan&, Device) const override {
     return nullptr;
   }
 
@@ -96,8 +95,7 @@ class CpuBackend final : public Backend {
     return slot * plan.num_partials * sizeof(float) + plan.merges.size() * sizeof(int);
   }
 
-  void run(const AttentionPlan& plan, const AttentionParams& params,
-           const Stream&) const override {
+  void run(const AttentionPlan& plan, const AttentionParams& params, const Stream&) const override {
     thread_local Workspace workspace;
     Workspace& shared = workspace;  // the caller's, also in the other threads
     const Run run = shared.prepare(plan, params);
@@ -110,8 +108,8 @@ class CpuBackend final : public Backend {
   }
 
   void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
-                 const TensorView& v_cache, const TensorView& slot_mapping,
-                 const Rope* rope, const Stream&) const override {
+                 const TensorView& v_cache, const TensorView& slot_mapping, const Rope* rope,
+                 const Stream&) const override {
     if (rope)
       scatter_rotated_rows(k, k_cache, slot_mapping, *rope);
     else
@@ -124,8 +122,8 @@ class CpuBackend final : public Backend {
     cpu::rotate_rows(x, rope, out);
   }
 
-  void copy_blocks(const TensorView& k_cache, const TensorView& v_cache,
-                   const TensorView& src_dst, const Stream&) const override {
+  void copy_blocks(const TensorView& k_cache, const TensorView& v_cache, const TensorView& src_dst,
+                   const Stream&) const override {
     cpu::copy_blocks(k_cache, k_cache, src_dst);
     cpu::copy_blocks(v_cache, v_cache, src_dst);
   }
