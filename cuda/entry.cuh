@@ -26,10 +26,10 @@
       decode_##type##_##head_dim##_##warps##_##stages##_##mode, decode, \
       DecodeTraits<quire::device::type, head_dim, warps, stages, quire::device::Mode::mode>)
 
-#define QUIRE_APPEND_KV(threads)                                                    \
-  extern "C" __global__ void __launch_bounds__(threads)                             \
-      append_kv_##threads(const __grid_constant__ quire::device::AppendArgs args) { \
-    quire::device::append_kv<threads>(args);                                        \
+#define QUIRE_APPEND_KV(type, threads)                                                       \
+  extern "C" __global__ void __launch_bounds__(threads)                                      \
+      append_kv_##type##_##threads(const __grid_constant__ quire::device::AppendArgs args) { \
+    quire::device::append_kv<quire::device::type, threads>(args);                            \
   }
 
 #define QUIRE_COPY_BLOCKS(threads)                                                        \

@@ -14,10 +14,20 @@
 namespace quire {
 namespace {
 
-const Backend& backend_for(const char* function, Device device) {
-  const Backend* backend = backend_of(device.type);
-  if (!backend) throw Unsupported(concat(function, ": ", to_string(device), ": ", cuda_state()));
+const Backend& backend_for(const char* function, const Stream& stream) {
+  const Backend* backend = backend_of(stream.device.type);
+  if (!backend)
+    throw Unsupported(concat(function, ": ", to_string(stream.device), ": ", cuda_state()));
   return *backend;
+}
+
+// An index array: on the host, or on `device`, where kernels read it by index alone.
+void check_indices(const std::string& argument, const TensorView& indices, int64_t num_tokens,
+                   DType dtype, Device device) {
+  const bool is_on_host = indices.device.type == DeviceType::kCPU;
+  check_tensor(argument, indices, {{"num_tokens", num_tokens}}, dtype,
+               is_on_host ? Device{} : device);
+  if (!is_on_host) check_contiguous(argument, indices);
 }
 
 void check_float(const std::string& argument, const TensorView& tensor) {
@@ -76,8 +86,8 @@ void check_rope(const std::string& function, const Rope& rope, const TensorView&
   QUIRE_CHECK_ARG(rotary_dim >= 2 && rotary_dim % 2 == 0 && rotary_dim <= head_dim, function,
                   ": rope.cos_sin: expected an even rotary_dim in [2, ", head_dim,
                   "] (head_dim), got ", describe(rope.cos_sin));
-  check_tensor(function + ": rope.positions", rope.positions, {{"num_tokens", num_tokens}},
-               DType::kInt32);
+  check_indices(function + ": rope.positions", rope.positions, num_tokens, DType::kInt32, x.device);
+  if (rope.positions.device.type != DeviceType::kCPU) return;
   for (int64_t t = 0; t < num_tokens; ++t) {
     const int32_t position = rope.positions.as<int32_t>()[t * rope.positions.strides[0]];
     QUIRE_CHECK_ARG(position >= 0 && position < max_position, function, ": rope.positions[", t,
@@ -127,7 +137,7 @@ bool lie_apart(const TensorView& a, const TensorView& b) {
 
 void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
                const TensorView& v_cache, const TensorView& slot_mapping, const Rope* rope,
-               const KvScales& scales) {
+               const KvScales& scales, void* stream) {
   check_caches("append_kv", k_cache, v_cache);
   const bool quantises = is_quantised(k_cache.dtype);
   if (quantises) check_float("append_kv: k", k);
@@ -142,21 +152,22 @@ void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cac
       "append_kv: v", v,
       {{"num_tokens", num_tokens}, {"heads", num_kv_heads}, {"head_dim", v_cache.shape[3]}}, dtype,
       k_cache.device);
-  check_tensor("append_kv: slot_mapping", slot_mapping, {{"num_tokens", num_tokens}},
-               DType::kInt64);
+  check_indices("append_kv: slot_mapping", slot_mapping, num_tokens, DType::kInt64, k_cache.device);
+  const bool is_on_host = slot_mapping.device.type == DeviceType::kCPU;
   const int64_t num_slots = k_cache.shape[0] * k_cache.shape[1];
-  for (int64_t t = 0; t < num_tokens; ++t) {
+  for (int64_t t = 0; is_on_host && t < num_tokens; ++t) {
     const int64_t slot = slot_mapping.as<int64_t>()[t * slot_mapping.strides[0]];
     QUIRE_CHECK_ARG(slot >= -1 && slot < num_slots, "append_kv: slot_mapping[", t,
                     "]: expected -1 (skip) or a slot in [0, ", num_slots, "), got ", slot);
   }
   if (rope) check_rope("append_kv", *rope, k);
   check_append_scales(scales, k_cache, v_cache);
-  backend_for("append_kv", k_cache.device)
-      .append_kv(k, v, k_cache, v_cache, slot_mapping, rope, scales);
+  const Stream where{k_cache.device, stream};
+  backend_for("append_kv", where)
+      .append_kv(k, v, k_cache, v_cache, slot_mapping, rope, scales, where);
 }
 
-void apply_rope(const TensorView& x, const Rope& rope, const TensorView& out) {
+void apply_rope(const TensorView& x, const Rope& rope, const TensorView& out, void* stream) {
   QUIRE_CHECK_ARG(x.ndim == 3, "apply_rope: x: expected [num_tokens, heads, head_dim], got ",
                   describe(x));
   check_float("apply_rope: x", x);
@@ -166,10 +177,12 @@ void apply_rope(const TensorView& x, const Rope& rope, const TensorView& out) {
   QUIRE_CHECK_ARG((out.data == x.data && out.strides == x.strides) || lie_apart(x, out),
                   "apply_rope: out: expected x itself or other memory, got memory that overlaps x");
   check_rope("apply_rope", rope, x);
-  backend_for("apply_rope", x.device).apply_rope(x, rope, out);
+  const Stream where{x.device, stream};
+  backend_for("apply_rope", where).apply_rope(x, rope, out, where);
 }
 
-void copy_blocks(const TensorView& k_cache, const TensorView& v_cache, const TensorView& src_dst) {
+void copy_blocks(const TensorView& k_cache, const TensorView& v_cache, const TensorView& src_dst,
+                 void* stream) {
   check_caches("copy_blocks", k_cache, v_cache);
   check_tensor("copy_blocks: src_dst", src_dst, {{"n"}, {"2", 2}}, DType::kInt32);
   const int64_t num_blocks = k_cache.shape[0];
@@ -180,24 +193,28 @@ void copy_blocks(const TensorView& k_cache, const TensorView& v_cache, const Ten
     QUIRE_CHECK_ARG(!std::binary_search(sources.begin(), sources.end(), block),
                     "copy_blocks: src_dst: expected no destination among the sources, got block ",
                     block);
-  backend_for("copy_blocks", k_cache.device).copy_blocks(k_cache, v_cache, src_dst);
+  const Stream where{k_cache.device, stream};
+  backend_for("copy_blocks", where).copy_blocks(k_cache, v_cache, src_dst, where);
 }
 
-void swap_blocks(const TensorView& src, const TensorView& dst, const TensorView& src_dst) {
+void swap_blocks(const TensorView& src, const TensorView& dst, const TensorView& src_dst,
+                 void* stream) {
   check_cache("swap_blocks: src", src);
+  const Stream where{src.device.type == DeviceType::kCPU ? dst.device : src.device, stream};
+  const bool is_to_host = dst.device.type == DeviceType::kCPU;
   check_output("swap_blocks: dst", dst,
                {{"num_blocks"}, {"", src.shape[1]}, {"", src.shape[2]}, {"", src.shape[3]}},
-               src.dtype, src.device);
+               src.dtype, is_to_host ? Device{} : where.device);
   check_tensor("swap_blocks: src_dst", src_dst, {{"n"}, {"2", 2}}, DType::kInt32);
   sorted_blocks("swap_blocks", src_dst, 0, src.shape[0]);
   check_written_once("swap_blocks", sorted_blocks("swap_blocks", src_dst, 1, dst.shape[0]));
   QUIRE_CHECK_ARG(lie_apart(src, dst),
                   "swap_blocks: dst: expected other memory than src, got memory that overlaps it");
-  backend_for("swap_blocks", src.device).swap_blocks(src, dst, src_dst);
+  backend_for("swap_blocks", where).swap_blocks(src, dst, src_dst, where);
 }
 
 void merge_states(const TensorView& outs, const TensorView& lses, const TensorView& out,
-                  const TensorView& lse) {
+                  const TensorView& lse, void* stream) {
   QUIRE_CHECK_ARG(outs.ndim == 4,
                   "merge_states: outs: expected [n, total_q, num_heads, head_dim], got ",
                   describe(outs));
@@ -213,7 +230,8 @@ void merge_states(const TensorView& outs, const TensorView& lses, const TensorVi
   if (lse)
     check_output("merge_states: lse", lse, {{"num_heads", num_heads}, {"total_q", total_q}},
                  DType::kFloat32, outs.device);
-  backend_for("merge_states", outs.device).merge_states(outs, lses, out, lse);
+  const Stream where{outs.device, stream};
+  backend_for("merge_states", where).merge_states(outs, lses, out, lse, where);
 }
 
 }  // namespace quire

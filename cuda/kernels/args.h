@@ -1,33 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// What an attention launch is given, and one work item of it as a thread block holds it.
+// One work item of an attention launch as a thread block holds it.
 #pragma once
 
+#include "kernels/launch.h"
+#include "kernels/traits.h"
 #include "prim/math.h"
 #include "prim/sm80.h"
-#include "quire/kernel_params.h"
 
 namespace quire::device {
-
-// kFast: plain or causal, scale > 0, 16-byte rows. kFull: everything that AttentionParams can say.
-enum class Mode { kFast, kFull };
-
-// Blocks a multiprocessor that the compiler leaves registers for. Left to itself it spills to make
-// room for more blocks than shared memory allows.
-constexpr int blocks_per_multiprocessor(int threads) { return threads <= 128 ? 2 : 1; }
-
-struct AttentionArgs {
-  AttentionParams params;
-  const WorkItem* items;
-  int32_t num_items;
-  const MergeItem* merges;
-  // Results of chunks of split rows, by slot: unnormalised sums and, in units of log2, their
-  // maximum and denominator. kHeadDim is that of the kernel.
-  float* partial_values;  // [slots, partial_rows, kHeadDim]
-  float* partial_stats;   // [slots, partial_rows, 2]
-  int32_t partial_rows;
-  uint32_t* counters;  // [merges], zero; every launch leaves them zero
-  bool is_aligned;     // rows of q, k, v and out begin at multiples of 16 bytes
-};
 
 // A work item. Its rows are query rows times the heads that share the kv head, heads fastest.
 struct Item {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// append_kv, copy_blocks and merge_states. All three are bound by memory: a thread moves 16 bytes
-// at a time and threads that follow each other move bytes that do.
+// append_kv (which also turns queries), copy_blocks and merge_states. All three are bound by
+// memory: a thread moves 16 bytes at a time and threads that follow each other move bytes that do.
 #pragma once
 
 #include "kernels/state.h"
@@ -22,57 +22,87 @@ QUIRE_DEVICE void for_each(int64_t count, Work work) {
     work(i);
 }
 
-// A tensor [outer, rows, heads, dim] by strides in elements.
-struct CacheView {
-  uint16_t* data;
-  int64_t stride_outer, stride_row, stride_head;
-
-  QUIRE_DEVICE uint16_t* at(int64_t outer, int row, int head, int column) const {
-    return data + outer * stride_outer + row * stride_row + head * stride_head + column;
+template <class Type>
+QUIRE_DEVICE void load_values(float (&values)[kPiece], const uint16_t* from, int columns,
+                              bool is_aligned) {
+  if (is_aligned && columns >= kPiece) {
+    const U32x4 loaded = ld_global(reinterpret_cast<const U32x4*>(from));
+    const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    QUIRE_UNROLL
+    for (int i = 0; i < kPiece; ++i)
+      values[i] = widen<Type>(static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16)));
+    return;
   }
-};
+  QUIRE_UNROLL
+  for (int i = 0; i < kPiece; ++i) values[i] = i < columns ? widen<Type>(ld_global(from + i)) : 0;
+}
 
-// New rows of K and V to their slots of a paged cache.
-struct AppendArgs {
-  struct Side {
-    CacheView from;   // [tokens, 1, heads, dim]
-    CacheView cache;  // [blocks, block_size, heads, dim]
-    int32_t dim;
-  };
-  Side k, v;
-  const int64_t* slot_mapping;  // [tokens]: block * block_size + row, or -1: skipped
-  int32_t num_tokens, num_heads, block_size;
-  bool is_aligned;  // all rows begin at multiples of 16 bytes
-};
+// Turns (a, b) by an angle, in float32.
+QUIRE_DEVICE void rotate(float& a, float& b, float cos, float sin) {
+  const float turned = fma(a, cos, -mul(b, sin));
+  b = fma(b, cos, mul(a, sin));
+  a = turned;
+}
 
-template <int kThreads>
+// Turns pairs [first, first + 8) of a key. The thread that reads a pair writes it, so a row may be
+// turned in place.
+template <class Type>
+QUIRE_DEVICE void rotate_pairs(const AppendArgs& args, uint16_t* to, const uint16_t* from,
+                               int position, int first) {
+  const int half = args.rotary_dim / 2;
+  const int pairs = min(kPiece, half - first);
+  float cos[kPiece], sin[kPiece], low[kPiece], high[kPiece];
+  const float* angles = args.cos_sin + position * args.cos_sin_stride + first;
+  QUIRE_UNROLL
+  for (int i = 0; i < kPiece; ++i) {
+    cos[i] = i < pairs ? ld_global(angles + i) : 0;
+    sin[i] = i < pairs ? ld_global(angles + half + i) : 0;
+  }
+  // Where the two pieces of a thread begin, and how many columns each has.
+  const int low_column = args.is_interleaved ? 2 * first : first;
+  const int high_column = args.is_interleaved ? 2 * first + kPiece : half + first;
+  const int low_count = args.is_interleaved ? min(kPiece, 2 * pairs) : pairs;
+  const int high_count = args.is_interleaved ? 2 * pairs - low_count : pairs;
+  const bool high_is_aligned = args.is_aligned && high_column % kPiece == 0;
+  load_values<Type>(low, from + low_column, low_count, args.is_aligned);
+  load_values<Type>(high, from + high_column, high_count, high_is_aligned);
+  QUIRE_UNROLL
+  for (int i = 0; i < kPiece; ++i) {
+    float (&piece)[kPiece] = i < kPiece / 2 ? low : high;
+    if (args.is_interleaved)
+      rotate(piece[i * 2 % kPiece], piece[i * 2 % kPiece + 1], cos[i], sin[i]);
+    else
+      rotate(low[i], high[i], cos[i], sin[i]);
+  }
+  store_piece<Type, Mode::kFull>(to + low_column, low, low_count, args.is_aligned);
+  store_piece<Type, Mode::kFull>(to + high_column, high, high_count, high_is_aligned);
+}
+
+template <class Type, int kThreads>
 QUIRE_DEVICE void append_kv(const AppendArgs& args) {
-  const int k_pieces = ceil_div(args.k.dim, kPiece);
+  const int rotary = args.rotary_dim;
+  const int rotated = ceil_div(rotary / 2, kPiece);
+  const int k_pieces = rotated + ceil_div(args.k.dim - rotary, kPiece);
   const int pieces = k_pieces + ceil_div(args.v.dim, kPiece);
   for_each<kThreads>(int64_t{args.num_tokens} * args.num_heads * pieces, [&](int64_t i) {
     const int piece = static_cast<int>(i % pieces);
     const int head = static_cast<int>(i / pieces % args.num_heads);
     const int64_t token = i / pieces / args.num_heads;
-    const int64_t slot = ld_global(args.slot_mapping + token);
-    if (slot < 0) return;
+    const int64_t slot = args.slot_mapping ? ld_global(args.slot_mapping + token) : token;
+    const int position = rotary > 0 ? ld_global(args.positions + token) : 0;
+    if (slot < 0 || slot >= args.num_slots) return;
+    if (rotary > 0 && (position < 0 || position >= args.max_position)) return;
     const AppendArgs::Side& side = piece < k_pieces ? args.k : args.v;
-    const int column = (piece < k_pieces ? piece : piece - k_pieces) * kPiece;
-    copy_piece(side.cache.at(slot / args.block_size, static_cast<int>(slot % args.block_size), head,
-                             column),
-               side.from.at(token, 0, head, column), side.dim - column, args.is_aligned);
+    const uint16_t* from = side.from.at(token, 0, head, 0);
+    uint16_t* to =
+        side.cache.at(slot / args.block_size, static_cast<int>(slot % args.block_size), head, 0);
+    if (piece < rotated) return rotate_pairs<Type>(args, to, from, position, piece * kPiece);
+    const int column =
+        piece < k_pieces ? rotary + (piece - rotated) * kPiece : (piece - k_pieces) * kPiece;
+    copy_piece(to + column, from + column, side.dim - column,
+               args.is_aligned && column % kPiece == 0);
   });
 }
-
-struct CopyBlocksArgs {
-  struct Side {
-    CacheView cache;
-    int32_t dim;
-  };
-  Side k, v;
-  const int32_t* pairs;  // [num_pairs, 2]: source, destination; no block is both
-  int32_t num_pairs, num_heads, block_size;
-  bool is_aligned;
-};
 
 template <int kThreads>
 QUIRE_DEVICE void copy_blocks(const CopyBlocksArgs& args) {
@@ -88,22 +118,10 @@ QUIRE_DEVICE void copy_blocks(const CopyBlocksArgs& args) {
     const int destination = ld_global(args.pairs + 2 * pair + 1);
     const CopyBlocksArgs::Side& side = piece < k_pieces ? args.k : args.v;
     const int column = (piece < k_pieces ? piece : piece - k_pieces) * kPiece;
-    copy_piece(side.cache.at(destination, row, head, column),
-               side.cache.at(source, row, head, column), side.dim - column, args.is_aligned);
+    copy_piece(side.to.at(destination, row, head, column), side.from.at(source, row, head, column),
+               side.dim - column, args.is_aligned);
   });
 }
-
-// States over disjoint keys: normalised outputs and their lse in natural units.
-struct MergeStatesArgs {
-  CacheView outs;     // [states, rows, heads, dim]
-  const float* lses;  // [states, heads, rows] by strides
-  int64_t lses_stride_state, lses_stride_head, lses_stride_row;
-  CacheView out;  // [1, rows, heads, dim]
-  float* lse;     // [heads, rows] by strides, or null
-  int64_t lse_stride_head, lse_stride_row;
-  int32_t num_states, num_rows, num_heads, dim;
-  bool is_aligned;
-};
 
 template <class Type, int kThreads>
 QUIRE_DEVICE void merge_states(const MergeStatesArgs& args) {
@@ -120,10 +138,10 @@ QUIRE_DEVICE void merge_states(const MergeStatesArgs& args) {
                                   head * args.lses_stride_head + row * args.lses_stride_row);
       if (lse == -kInfinity) continue;  // what an empty state's out holds does not matter
       const FoldScales scales = fold(total, {lse * kLog2E, 1.0f});
-      const uint16_t* from = args.outs.at(state, row, head, column);
+      float given[kPiece];
+      load_values<Type>(given, args.outs.at(state, row, head, column), columns, args.is_aligned);
       QUIRE_UNROLL
-      for (int e = 0; e < kPiece; ++e)
-        if (e < columns) values[e] = scales.apply(values[e], widen<Type>(ld_global(from + e)));
+      for (int e = 0; e < kPiece; ++e) values[e] = scales.apply(values[e], given[e]);
     }
     const float factor = total.sum > 0 ? rcp(total.sum) : 0.0f;
     QUIRE_UNROLL

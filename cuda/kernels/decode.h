@@ -13,35 +13,6 @@
 
 namespace quire::device {
 
-template <class Type_, int kHeadDim_, int kWarps_, int kStages_, Mode kMode_>
-struct DecodeTraits {
-  using Type = Type_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kRows = kTile;
-  static constexpr int kKeys = kTile;
-  static constexpr int kWarps = kWarps_;
-  static constexpr int kStages = kStages_;
-  static constexpr Mode kMode = kMode_;
-  static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr bool kKeepQueries = kHeadDim <= 128;
-
-  // The warps' results are exchanged so many columns at a time that each thread gets one piece.
-  static constexpr int kRoundColumns = kThreads * kPiece / kRows;
-  static constexpr int kRounds = (kHeadDim + kRoundColumns - 1) / kRoundColumns;
-
-  // Shared memory, in bytes from its begin.
-  static constexpr int kKeyTileBytes = kKeys * kHeadDim * 2;
-  static constexpr int kStageOffset = 0;  // [kWarps][kStages] of K and V
-  static constexpr int kQueryOffset = kWarps * kStages * 2 * kKeyTileBytes;
-  static constexpr int kExchangeOffset = kQueryOffset + kRows * kHeadDim * 2;
-  static constexpr int kStatsOffset = kExchangeOffset + kWarps * kRows * kRoundColumns * 4;
-  static constexpr int kFlagOffset = kStatsOffset + kWarps * kRows * 8;
-  static constexpr int kSharedBytes = kFlagOffset + 16;
-
-  static_assert(kStages >= 2 && kHeadDim % 32 == 0 && kRoundColumns % 32 == 0);
-  static_assert(kKvChunk / kKeys % kWarps == 0, "every chunk is dealt alike");
-};
-
 // What a thread carries through the tiles of its warp, for rows lane / 4 and lane / 4 + 8.
 template <class Traits>
 struct DecodeState {

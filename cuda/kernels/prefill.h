@@ -12,35 +12,6 @@
 
 namespace quire::device {
 
-template <class Type_, int kHeadDim_, int kRows_, int kKeys_, Mode kMode_>
-struct PrefillTraits {
-  using Type = Type_;
-  static constexpr int kHeadDim = kHeadDim_;  // of the tiles; that of the tensors may be less
-  static constexpr int kRows = kRows_;
-  static constexpr int kKeys = kKeys_;  // a tile
-  static constexpr Mode kMode = kMode_;
-  static constexpr int kThreads = kRows / kTile * kWarpSize;
-  // Fragments of queries stay in registers where there is room for them.
-  static constexpr bool kKeepQueries = kHeadDim <= 128;
-
-  // Shared memory, in bytes from its begin. Queries that are kept make room for `total`.
-  static constexpr int kKeyTileBytes = kKeys * kHeadDim * 2;
-  static constexpr int kTotalBytes = kRows * kHeadDim * 4;
-  static constexpr int kStageOffset = 0;  // K and V of stage 0, of stage 1
-  static constexpr int kTotalOffset = 4 * kKeyTileBytes;
-  static constexpr int kQueryOffset = kKeepQueries ? kTotalOffset : kTotalOffset + kTotalBytes;
-  static constexpr int kStatsOffset =
-      kKeepQueries ? kTotalOffset + kTotalBytes : kQueryOffset + kRows * kHeadDim * 2;
-  static constexpr int kLocationOffset = kStatsOffset + kRows * 8;  // [2][kKeys]
-  static constexpr int kFlagOffset = kLocationOffset + 2 * kKeys * 8;
-  static constexpr int kSharedBytes = kFlagOffset + 16;
-
-  static_assert(kRows % kTile == 0 && kKeys % kTile == 0 && kHeadDim % 32 == 0);
-  static_assert(kKvChunk % kKeys == 0, "a tile belongs to one chunk");
-  static_assert(kKeys <= kThreads, "a thread locates at most one key of a tile");
-  static_assert(kKeys * kHeadDim / kPiece % kThreads == 0);
-};
-
 // What a thread carries through the tiles of its 16 rows.
 template <class Traits>
 struct PrefillState {

@@ -7,9 +7,6 @@
 
 namespace quire::device {
 
-inline constexpr int kPiece = 8;  // elements in 16 bytes: the unit of copies and of swizzling
-inline constexpr int kTile = 16;  // rows, keys or columns that one mma step covers
-
 // Bytes from a tile's begin to a piece of a row. Pieces are permuted within the row so that eight
 // rows of the same column, which ldmatrix reads at once, lie in different banks.
 template <int kHeadDim>

@@ -1,20 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Types and markers that primitives and kernels share. The same source is built by nvcc for the
+// Types that primitives and kernels share. The same source is built by nvcc for the
 // device and by a host compiler for the emulator (tests/emulator).
 #pragma once
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define QUIRE_DEVICE __device__ __forceinline__
-#define QUIRE_UNROLL _Pragma("unroll")
-#else
+#include "prim/marks.h"
+
+#if !defined(__CUDACC__)
 #include <bit>
 #include <cmath>
 
 #include "emulator/instructions.h"
-#define QUIRE_DEVICE inline
-#define QUIRE_UNROLL
 #endif
 
 namespace quire::device {
@@ -27,14 +24,6 @@ struct Site {
 #else
 using emulator::Site;
 #endif
-
-// Tags of the 16-bit types. Their values travel as raw bits, two in a uint32_t, the first lowest.
-struct Float16 {
-  static constexpr bool is_bfloat16 = false;
-};
-struct BFloat16 {
-  static constexpr bool is_bfloat16 = true;
-};
 
 struct alignas(8) U32x2 {
   uint32_t x, y;
@@ -56,7 +45,5 @@ struct SharedAddress {
 
   QUIRE_DEVICE SharedAddress operator+(uint32_t bytes) const { return {value + bytes}; }
 };
-
-inline constexpr int kWarpSize = 32;
 
 }  // namespace quire::device

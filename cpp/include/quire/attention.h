@@ -73,6 +73,9 @@ struct AttentionPlan {
   int32_t max_block_id = -1;       // largest block id in use: the cache must be larger
   int64_t flops = 0;               // of q.k and p.v over the visible pairs of query and key
   int64_t kv_bytes = 0;            // of the visible K and V, counted once a sequence and kv head
+  // What the backend keeps with the plan: on a GPU the lists in its memory. There the plan must
+  // outlive graphs captured from it, and the streams it runs on must outlive the plan.
+  std::shared_ptr<void> on_device;
 };
 
 // One layer's tensors; see kernel_params.h for the shapes. An empty view: not given.
@@ -84,6 +87,7 @@ struct AttentionTensors {
   TensorView mask;          // uint8 [total_q, bytes]
   bool mask_is_tree = false;
   KvScales scales;  // of a quantised cache
+  void* stream = nullptr;  // a cudaStream_t; null: the default stream. Null on the CPU
 };
 
 // Three pure functions: no device is touched, so any machine's decisions can be tested anywhere.

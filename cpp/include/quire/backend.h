@@ -3,7 +3,7 @@
 // of sequences, or policies. Adding a function here is a design decision.
 #pragma once
 
-#include <span>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -32,25 +32,32 @@ class Backend {
   virtual std::vector<Candidate> candidates(const AttentionDesc& desc,
                                             const DeviceInfo& device) const = 0;
   virtual PlanTraits plan_traits(const AttentionDesc& desc, const DeviceInfo& device) const = 0;
-  // Arguments of the functions below have been validated.
+  // What the backend keeps with a plan (AttentionPlan::on_device), or null.
+  virtual std::shared_ptr<void> prepare(const AttentionDesc& desc, const AttentionPlan& plan,
+                                        Device device) const = 0;
+  // Arguments of the functions below have been validated. Index arrays (slots, positions, block
+  // pairs) may lie on the host whatever the backend; on the device their values are not checked.
   virtual size_t workspace_size(const AttentionDesc& desc, const AttentionPlan& plan) const = 0;
-  virtual void run(const AttentionPlan& plan, const AttentionParams& params) const = 0;
+  virtual void run(const AttentionPlan& plan, const AttentionParams& params,
+                   const Stream& stream) const = 0;
   virtual void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
                          const TensorView& v_cache, const TensorView& slot_mapping,
-                         const Rope* rope, const KvScales& scales) const = 0;
-  virtual void apply_rope(const TensorView& x, const Rope& rope, const TensorView& out) const = 0;
+                         const Rope* rope, const KvScales& scales, const Stream& stream) const = 0;
+  virtual void apply_rope(const TensorView& x, const Rope& rope, const TensorView& out,
+                          const Stream& stream) const = 0;
   virtual void copy_blocks(const TensorView& k_cache, const TensorView& v_cache,
-                           const TensorView& src_dst) const = 0;
-  virtual void swap_blocks(const TensorView& src, const TensorView& dst,
-                           const TensorView& src_dst) const = 0;
+                           const TensorView& src_dst, const Stream& stream) const = 0;
+  virtual void swap_blocks(const TensorView& src, const TensorView& dst, const TensorView& src_dst,
+                           const Stream& stream) const = 0;
   virtual void merge_states(const TensorView& outs, const TensorView& lses, const TensorView& out,
-                            const TensorView& lse) const = 0;
+                            const TensorView& lse, const Stream& stream) const = 0;
   virtual std::vector<Capability> capabilities() const = 0;
 };
 
 Backend* cpu_backend();
-Backend* cuda_backend();   // null where quire was built without CUDA or no device can be used
-std::string cuda_state();  // one plain sentence: "built without CUDA", "no driver", ...
+Backend* cuda_backend();   // null where quire was built without CUDA or no device can be used;
+                           // the first call loads libquire_cuda.so and starts the driver
+std::string cuda_state();  // one plain sentence: "built without CUDA", "no CUDA driver: ...", ...
 
 // The backend of a device, or null.
 Backend* backend_of(DeviceType type);

@@ -19,6 +19,13 @@ inline std::string to_string(Device device) {
   return device.type == DeviceType::kCPU ? "cpu" : "cuda:" + std::to_string(device.index);
 }
 
+// Where a backend puts work. The CPU has no streams: its work is done when the call returns. On a
+// GPU work is done in the order of its stream, and no call waits for it.
+struct Stream {
+  Device device;
+  void* handle = nullptr;  // a cudaStream_t; null: the device's default stream
+};
+
 // A plain value: `dispatch` and `plan` take it as an argument, so the decisions for any machine
 // can be tested on any other.
 struct DeviceInfo {

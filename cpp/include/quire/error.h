@@ -20,6 +20,12 @@ struct Unsupported : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// A call to the CUDA driver failed; the message names the call and the driver's error. Python sees
+// RuntimeError.
+struct CudaError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // A broken invariant of quire's own, found by a validate(). Python sees RuntimeError.
 struct InvariantError : std::logic_error {
   using std::logic_error::logic_error;

@@ -132,7 +132,10 @@ Attention::Attention(const AttentionDesc& desc, Device device) : desc_(desc), de
 
 AttentionPlan Attention::plan(const AttentionBatch& batch) const {
   const Backend& backend = *dispatch_.backend;
-  return quire::plan(desc_, batch, backend.plan_traits(desc_, backend.device_info(device_.index)));
+  AttentionPlan plan =
+      quire::plan(desc_, batch, backend.plan_traits(desc_, backend.device_info(device_.index)));
+  plan.on_device = backend.prepare(desc_, plan, device_);
+  return plan;
 }
 
 void Attention::run(const AttentionPlan& plan, const AttentionTensors& tensors) const {
@@ -140,7 +143,7 @@ void Attention::run(const AttentionPlan& plan, const AttentionTensors& tensors) 
   QUIRE_CHECK_ARG(tensors.q.device == device_, "attention: q: expected a tensor on ",
                   to_string(device_), ", got ", describe(tensors.q));
   if (plan.items.empty()) return;
-  dispatch_.backend->run(plan, make_params(desc_, plan, tensors));
+  dispatch_.backend->run(plan, make_params(desc_, plan, tensors), {device_, tensors.stream});
 }
 
 size_t Attention::workspace_size(const AttentionPlan& plan) const {

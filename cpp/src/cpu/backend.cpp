@@ -90,12 +90,16 @@ class CpuBackend final : public Backend {
     return {device.parallelism, std::clamp(kCacheBytes / bytes_a_row, 48, most)};
   }
 
+  std::shared_ptr<void> prepare(const AttentionDesc&, const AttentionPlan&, Device) const override {
+    return nullptr;
+  }
+
   size_t workspace_size(const AttentionDesc& desc, const AttentionPlan& plan) const override {
     const size_t slot = static_cast<size_t>(plan.partial_rows) * (2 + desc.head_dim_v);
     return slot * plan.num_partials * sizeof(float) + plan.merges.size() * sizeof(int);
   }
 
-  void run(const AttentionPlan& plan, const AttentionParams& params) const override {
+  void run(const AttentionPlan& plan, const AttentionParams& params, const Stream&) const override {
     thread_local Workspace workspace;
     Workspace& shared = workspace;  // the caller's, also in the other threads
     const Run run = shared.prepare(plan, params);
@@ -109,7 +113,7 @@ class CpuBackend final : public Backend {
 
   void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
                  const TensorView& v_cache, const TensorView& slot_mapping, const Rope* rope,
-                 const KvScales& scales) const override {
+                 const KvScales& scales, const Stream&) const override {
     if (is_quantised(k_cache.dtype)) {
       quantise_rows(k, k_cache, slot_mapping, rope, scales.k);
       quantise_rows(v, v_cache, slot_mapping, nullptr, scales.v);
@@ -122,23 +126,24 @@ class CpuBackend final : public Backend {
     scatter_rows(v, v_cache, slot_mapping);
   }
 
-  void apply_rope(const TensorView& x, const Rope& rope, const TensorView& out) const override {
+  void apply_rope(const TensorView& x, const Rope& rope, const TensorView& out,
+                  const Stream&) const override {
     cpu::rotate_rows(x, rope, out);
   }
 
-  void copy_blocks(const TensorView& k_cache, const TensorView& v_cache,
-                   const TensorView& src_dst) const override {
+  void copy_blocks(const TensorView& k_cache, const TensorView& v_cache, const TensorView& src_dst,
+                   const Stream&) const override {
     cpu::copy_blocks(k_cache, k_cache, src_dst);
     cpu::copy_blocks(v_cache, v_cache, src_dst);
   }
 
-  void swap_blocks(const TensorView& src, const TensorView& dst,
-                   const TensorView& src_dst) const override {
+  void swap_blocks(const TensorView& src, const TensorView& dst, const TensorView& src_dst,
+                   const Stream&) const override {
     cpu::copy_blocks(src, dst, src_dst);
   }
 
   void merge_states(const TensorView& outs, const TensorView& lses, const TensorView& out,
-                    const TensorView& lse) const override {
+                    const TensorView& lse, const Stream&) const override {
     cpu::merge_states(outs, lses, out, lse);
   }
 

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA backend: work lists and cache operations as kernel launches. Nothing here waits for the
+// device.
+#include "backend.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "host/arch.h"
+#include "host/cache_ops.h"
+#include "host/plan_memory.h"
+#include "host/select.h"
+#include "quire/error.h"
+
+namespace quire::cuda {
+namespace {
+
+constexpr const char* kFeatures = "dense ragged paged causal window softcap alibi sinks mask lse";
+
+// Rows of q, k, v and out begin at multiples of 16 bytes.
+bool is_aligned(const AttentionParams& p) {
+  for (const void* pointer : {p.q, p.k, p.v, static_cast<const void*>(p.out)})
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
+  for (const int64_t stride :
+       {p.q_stride_seq, p.q_stride_row, p.q_stride_head, p.k_stride_seq, p.k_stride_block,
+        p.k_stride_row, p.k_stride_head, p.v_stride_seq, p.v_stride_block, p.v_stride_row,
+        p.v_stride_head, p.out_stride_seq, p.out_stride_row, p.out_stride_head})
+    if (stride % device::kPiece != 0) return false;
+  return true;
+}
+
+device::Mode mode_of(const AttentionParams& p, bool aligned) {
+  const bool is_plain = p.scale > 0 && p.softcap == 0 && !p.alibi_slopes && !p.mask;
+  return is_plain && aligned ? device::Mode::kFast : device::Mode::kFull;
+}
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(const Driver& driver, const Images& images, int count) : images_(images) {
+    for (int i = 0; i < count; ++i) gpus_.push_back(std::make_unique<Gpu>(driver, images, i));
+  }
+
+  std::string describe() const {
+    std::string text = concat(gpus_.size(), gpus_.size() == 1 ? " device: " : " devices: ");
+    for (const auto& gpu : gpus_)
+      text += concat(gpu == gpus_.front() ? "" : ", ", gpu->name(), " (", gpu->info().isa, ")");
+    return text;
+  }
+
+  const char* name() const override { return "cuda"; }
+
+  DeviceInfo device_info(int index) const override { return gpu(index).info(); }
+
+  std::vector<Candidate> candidates(const AttentionDesc& desc,
+                                    const DeviceInfo& device) const override {
+    return cuda::candidates(desc, device.isa, images_.archs);
+  }
+
+  PlanTraits plan_traits(const AttentionDesc& desc, const DeviceInfo& device) const override {
+    return {device.parallelism, select(desc, device.isa).max_rows()};
+  }
+
+  std::shared_ptr<void> prepare(const AttentionDesc& desc, const AttentionPlan& plan,
+                                Device device) const override {
+    return std::make_shared<PlanOnGpu>(gpu(device.index), desc, plan);
+  }
+
+  size_t workspace_size(const AttentionDesc&, const AttentionPlan& plan) const override {
+    const auto* on_gpu = static_cast<const PlanOnGpu*>(plan.on_device.get());
+    QUIRE_CHECK_ARG(on_gpu,
+                    "workspace_size: plan: expected one that plan() of an Attention for a "
+                    "GPU has made");
+    return on_gpu->bytes();
+  }
+
+  void run(const AttentionPlan& plan, const AttentionParams& params,
+           const Stream& stream) const override {
+    auto* on_gpu = static_cast<PlanOnGpu*>(plan.on_device.get());
+    QUIRE_CHECK_ARG(
+        on_gpu && on_gpu->gpu().info().device == stream.device && on_gpu->was_made_for(params),
+        "attention: plan: expected one that plan() of this Attention has made for ",
+        to_string(stream.device));
+    Gpu& gpu = on_gpu->gpu();
+    const ContextScope scope(gpu);
+    device::AttentionArgs args{};
+    args.params = params;
+    args.is_aligned = is_aligned(params);
+    on_gpu->use(stream.handle, args);
+    const auto mode = static_cast<int>(mode_of(params, args.is_aligned));
+    const WorkItem* items = args.items;
+    for (const PlanOnGpu::Segment& segment : on_gpu->segments()) {
+      args.items = items + segment.first;
+      args.num_items = segment.count;
+      // A block an item: the device deals them out in order, the longest first.
+      gpu.launch(*on_gpu->kernels().kernels[segment.phase][mode], segment.count, &args,
+                 stream.handle);
+    }
+  }
+
+  void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
+                 const TensorView& v_cache, const TensorView& slot_mapping, const Rope* rope,
+                 const Stream& stream) const override {
+    cuda::append_kv(gpu(stream.device.index), k, v, k_cache, v_cache, slot_mapping, rope,
+                    stream.handle);
+  }
+
+  void apply_rope(const TensorView& x, const Rope& rope, const TensorView& out,
+                  const Stream& stream) const override {
+    cuda::apply_rope(gpu(stream.device.index), x, rope, out, stream.handle);
+  }
+
+  void copy_blocks(const TensorView& k_cache, const TensorView& v_cache, const TensorView& src_dst,
+                   const Stream& stream) const override {
+    cuda::copy_blocks(gpu(stream.device.index), k_cache, v_cache, src_dst, stream.handle);
+  }
+
+  void swap_blocks(const TensorView& src, const TensorView& dst, const TensorView& src_dst,
+                   const Stream& stream) const override {
+    cuda::swap_blocks(gpu(stream.device.index), src, dst, src_dst, stream.handle);
+  }
+
+  void merge_states(const TensorView& outs, const TensorView& lses, const TensorView& out,
+                    const TensorView& lse, const Stream& stream) const override {
+    cuda::merge_states(gpu(stream.device.index), outs, lses, out, lse, stream.handle);
+  }
+
+  std::vector<Capability> capabilities() const override {
+    std::vector<Capability> rows;
+    std::istringstream archs(images_.archs);
+    for (std::string arch; archs >> arch;) {
+      const bool available = std::any_of(gpus_.begin(), gpus_.end(),
+                                         [&](const auto& gpu) { return gpu->arch() == arch; });
+      for (const DType dtype : {DType::kFloat16, DType::kBFloat16})
+        rows.push_back({"cuda", "sm_" + arch, name_of(dtype), name_of(dtype), 1, head_dims().back(),
+                        kFeatures, available});
+    }
+    return rows;
+  }
+
+ private:
+  Gpu& gpu(int index) const {
+    QUIRE_CHECK_ARG(index >= 0 && index < static_cast<int>(gpus_.size()),
+                    "device: expected the index of a GPU in [0, ", gpus_.size(), "), got ", index);
+    return *gpus_[index];
+  }
+
+  const Images& images_;
+  std::vector<std::unique_ptr<Gpu>> gpus_;
+};
+
+}  // namespace
+
+Made make_backend(const Driver& driver, const Images& images) {
+  Made made;
+  const int count = start(driver, made.state);
+  if (count == 0) return made;
+  try {
+    auto backend = std::make_unique<CudaBackend>(driver, images, count);
+    made.state = backend->describe();
+    made.backend = std::move(backend);
+  } catch (const CudaError& error) {
+    made.state = concat("CUDA does not start: ", error.what());
+  }
+  return made;
+}
+
+}  // namespace quire::cuda

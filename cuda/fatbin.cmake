@@ -1,0 +1,22 @@
+# cmake -DNVCC=... -DSTEM=... -P fatbin.cmake -- FLAGS: STEM.cu -> STEM.fatbin, with what ptxas says
+# in STEM.log. Two of its remarks mean that a kernel is not what was written: they fail the build.
+set(flags "")
+set(seen FALSE)
+math(EXPR last "${CMAKE_ARGC} - 1")
+foreach(i RANGE ${last})
+  if(seen)
+    list(APPEND flags "${CMAKE_ARGV${i}}")
+  elseif(CMAKE_ARGV${i} STREQUAL "--")
+    set(seen TRUE)
+  endif()
+endforeach()
+execute_process(COMMAND ${NVCC} -fatbin ${flags} -o ${STEM}.fatbin ${STEM}.cu
+  RESULT_VARIABLE status OUTPUT_VARIABLE log ERROR_VARIABLE log)
+file(WRITE ${STEM}.log "${log}")
+if(NOT status EQUAL 0)
+  message(FATAL_ERROR "${log}")
+endif()
+if(log MATCHES "[^\n]*\\(C75(08|10)\\)[^\n]*")
+  file(REMOVE ${STEM}.fatbin)
+  message(FATAL_ERROR "${CMAKE_MATCH_0}")
+endif()

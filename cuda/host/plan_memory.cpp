@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "host/plan_memory.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "quire/error.h"
+
+namespace quire::cuda {
+namespace {
+
+const Handle kPerThreadStream = reinterpret_cast<Handle>(2);
+
+}  // namespace
+
+PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim) {
+  constexpr size_t kAlignment = 64;
+  size_t end = 0;
+  const auto add = [&end](size_t count, size_t bytes) {
+    const size_t begin = end;
+    end += (count * bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return begin;
+  };
+  const size_t rows = static_cast<size_t>(plan.num_partials) * plan.partial_rows;
+  sequences = add(plan.sequences.size(), sizeof(Sequence));
+  items = add(plan.items.size(), sizeof(WorkItem));
+  merges = add(plan.merges.size(), sizeof(MergeItem));
+  block_ids = add(plan.block_ids.size(), sizeof(int32_t));
+  counters = add(plan.merges.size(), sizeof(uint32_t));
+  staged_bytes = end;
+  partial_values = add(rows * head_dim, sizeof(float));
+  partial_stats = add(rows * 2, sizeof(float));
+  total_bytes = end;
+}
+
+PlanOnGpu::PlanOnGpu(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& plan)
+    : gpu_(gpu),
+      kernels_(select(desc, gpu.info().isa)),
+      layout_(plan, kernels_.head_dim),
+      num_heads_(desc.num_heads),
+      num_kv_heads_(desc.num_kv_heads),
+      head_dim_(desc.head_dim),
+      head_dim_v_(desc.head_dim_v ? desc.head_dim_v : desc.head_dim),
+      dtype_(element_type(desc.dtype)),
+      num_partial_rows_(plan.partial_rows),
+      is_paged_(desc.block_size > 0) {
+  stage(plan);
+  // Loading and allocating take long and may not happen while a stream is captured: now is the
+  // time.
+  const ContextScope scope(gpu_);
+  for (const Segment& segment : segments_)
+    for (const Kernel* kernel : kernels_.kernels[segment.phase]) gpu_.function(*kernel);
+  if (layout_.total_bytes > 0)
+    copies_.push_back({nullptr, {}, gpu_.acquire(layout_.staged_bytes, layout_.total_bytes)});
+}
+
+PlanOnGpu::~PlanOnGpu() {
+  // What a graph may still read is never used again.
+  for (const Copy& copy : copies_) {
+    if (copy.capture != 0) continue;
+    try {
+      if (copy.is_sent)
+        gpu_.release(copy.slab, copy.stream);
+      else
+        gpu_.release_unused(copy.slab);
+    } catch (const std::exception&) {  // the driver has shut down
+    }
+  }
+}
+
+bool PlanOnGpu::was_made_for(const AttentionParams& params) const {
+  return params.num_heads == num_heads_ && params.num_kv_heads == num_kv_heads_ &&
+         params.head_dim == head_dim_ && params.head_dim_v == head_dim_v_ &&
+         params.dtype == dtype_ && (params.block_size > 0) == is_paged_;
+}
+
+void PlanOnGpu::stage(const AttentionPlan& plan) {
+  staged_.resize(layout_.staged_bytes);
+  const auto put = [this](size_t offset, const auto& values) {
+    if (!values.empty())
+      std::memcpy(staged_.data() + offset, values.data(), values.size() * sizeof(values[0]));
+  };
+  const int group = num_heads_ / num_kv_heads_;
+  const auto phase_of = [&](const WorkItem& item) {
+    return kernels_.phase_of(int64_t{plan.sequences[item.sequence].q_len} * group);
+  };
+  std::vector<WorkItem> sorted;  // by phase; within one, longest first as they came
+  sorted.reserve(plan.items.size());
+  for (const Phase phase : {kWide, kNarrow, kDecode}) {
+    const int first = static_cast<int>(sorted.size());
+    for (const WorkItem& item : plan.items)
+      if (phase_of(item) == phase) sorted.push_back(item);
+    const int count = static_cast<int>(sorted.size()) - first;
+    if (count > 0) segments_.push_back({phase, first, count});
+  }
+  put(layout_.sequences, plan.sequences);
+  put(layout_.items, sorted);
+  put(layout_.merges, plan.merges);
+  put(layout_.block_ids, plan.block_ids);
+}
+
+PlanOnGpu::Copy& PlanOnGpu::copy_for(Handle stream) {
+  const std::thread::id thread =
+      stream == kPerThreadStream ? std::this_thread::get_id() : std::thread::id();
+  for (Copy& copy : copies_)
+    if ((copy.is_sent || copy.capture) && copy.stream == stream && copy.thread == thread)
+      return copy;
+  for (Copy& copy : copies_)
+    if (!copy.is_sent && !copy.capture) {  // the one that plan() has made
+      copy.stream = stream;
+      copy.thread = thread;
+      return copy;
+    }
+  copies_.push_back({stream, thread, gpu_.acquire(layout_.staged_bytes, layout_.total_bytes)});
+  return copies_.back();
+}
+
+void PlanOnGpu::send(Copy& copy) {
+  // A copy that is captured happens when the graph runs, and not now: a run outside of the capture
+  // needs its own.
+  const uint64_t capture = gpu_.capture_of(copy.stream);
+  if (capture != 0 && capture == copy.capture) return;
+  std::memcpy(copy.slab->host, staged_.data(), staged_.size());
+  check(
+      gpu_.driver(),
+      gpu_.driver().copy_to_device(copy.slab->device, copy.slab->host, staged_.size(), copy.stream),
+      "cuMemcpyHtoDAsync(plan)");
+  if (capture != 0)
+    copy.capture = capture;
+  else
+    copy.is_sent = true;
+}
+
+void PlanOnGpu::use(Handle stream, device::AttentionArgs& args) {
+  DeviceAddress base;
+  {
+    std::lock_guard lock(mutex_);
+    Copy& copy = copy_for(stream);
+    if (!copy.is_sent) send(copy);
+    base = copy.slab->device;
+  }
+  const auto at = [base](size_t offset) { return reinterpret_cast<void*>(base + offset); };
+  args.params.sequences = static_cast<const Sequence*>(at(layout_.sequences));
+  args.params.block_table =
+      is_paged_ ? static_cast<const int32_t*>(at(layout_.block_ids)) : nullptr;
+  args.items = static_cast<const WorkItem*>(at(layout_.items));
+  args.merges = static_cast<const MergeItem*>(at(layout_.merges));
+  args.counters = static_cast<uint32_t*>(at(layout_.counters));
+  args.partial_values = static_cast<float*>(at(layout_.partial_values));
+  args.partial_stats = static_cast<float*>(at(layout_.partial_stats));
+  args.partial_rows = num_partial_rows_;
+}
+
+}  // namespace quire::cuda

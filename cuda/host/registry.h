@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// The compiled kernels as the host knows them: one row a line of kernels.def, made from the same
+// traits as the device code.
+#pragma once
+
+#include <array>
+#include <string_view>
+
+#include "kernels/traits.h"
+
+namespace quire::cuda {
+
+enum class Family : uint8_t { kPrefill, kDecode, kAppend, kCopy, kMerge };
+
+struct Kernel {
+  const char* name;  // of the entry point
+  Family family;
+  ElementType dtype;  // of attention, append and merge
+  int head_dim;       // of the tiles; that of the tensors may be less
+  int rows;           // of a tile
+  device::Mode mode;
+  int threads;
+  int shared_bytes;
+  int blocks_per_multiprocessor;  // that registers are left for
+};
+
+namespace rows {
+
+using device::BFloat16;
+using device::Float16;
+using device::Mode;
+
+template <class Type>
+constexpr ElementType element() {
+  return Type::is_bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
+}
+
+template <class Traits>
+constexpr Kernel attention(const char* name, Family family) {
+  return {name,
+          family,
+          element<typename Traits::Type>(),
+          Traits::kHeadDim,
+          Traits::kRows,
+          Traits::kMode,
+          Traits::kThreads,
+          Traits::kSharedBytes,
+          device::blocks_per_multiprocessor(Traits::kThreads)};
+}
+
+constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, int threads) {
+  return {name, family, dtype, 0, 0, Mode::kFull, threads, 0, 1};
+}
+
+#define QUIRE_PREFILL(type, head_dim, rows, keys, mode)                     \
+  attention<device::PrefillTraits<type, head_dim, rows, keys, Mode::mode>>( \
+      "prefill_" #type "_" #head_dim "_" #rows "_" #keys "_" #mode, Family::kPrefill),
+#define QUIRE_DECODE(type, head_dim, warps, stages, mode)                     \
+  attention<device::DecodeTraits<type, head_dim, warps, stages, Mode::mode>>( \
+      "decode_" #type "_" #head_dim "_" #warps "_" #stages "_" #mode, Family::kDecode),
+#define QUIRE_APPEND_KV(type, threads) \
+  cache_op("append_kv_" #type "_" #threads, Family::kAppend, element<type>(), threads),
+#define QUIRE_COPY_BLOCKS(threads) \
+  cache_op("copy_blocks_" #threads, Family::kCopy, ElementType::kFloat32, threads),
+#define QUIRE_MERGE_STATES(type, threads) \
+  cache_op("merge_states_" #type "_" #threads, Family::kMerge, element<type>(), threads),
+
+inline constexpr Kernel kKernels[] = {
+#include "kernels_built.def"
+};
+
+#undef QUIRE_PREFILL
+#undef QUIRE_DECODE
+#undef QUIRE_APPEND_KV
+#undef QUIRE_COPY_BLOCKS
+#undef QUIRE_MERGE_STATES
+
+}  // namespace rows
+
+using rows::kKernels;
+
+// Machine code of some of the kernels for every architecture, as nvcc's fatbinary holds it.
+struct Image {
+  const char* name;
+  const void* data;
+};
+
+// Where the images come from: the build (images.cpp), or a test.
+struct Images {
+  const Image* begin;
+  const Image* end;
+  const char* archs;  // "80 90a 100 120"
+};
+
+}  // namespace quire::cuda

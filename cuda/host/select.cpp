@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "host/select.h"
+
+#include <algorithm>
+#include <set>
+
+#include "host/arch.h"
+#include "quire/error.h"
+
+namespace quire::cuda {
+namespace {
+
+// Rows that are better streamed past by the decode kernel, 16 at a time, than padded to a tile.
+constexpr int kDecodeRows = 32;
+
+// A sequence is worth the wide tile from so many of them on.
+constexpr int kWideTiles = 4;
+
+std::string reason_against(const AttentionDesc& desc, int head_dim, const std::string& isa,
+                           const std::string& archs) {
+  const int wanted = std::max(desc.head_dim, desc.head_dim_v);
+  if (serving_arch(archs, isa).empty())
+    return concat(isa, ": the kernels are compiled for ", list_of(archs));
+  if (desc.dtype != DType::kFloat16 && desc.dtype != DType::kBFloat16)
+    return concat("dtype: ", name_of(desc.dtype), " is not implemented: float16 or bfloat16");
+  if (desc.kv_dtype != desc.dtype)
+    return concat("kv_dtype: ", name_of(desc.kv_dtype), " KV under ", name_of(desc.dtype),
+                  " is not implemented");
+  if (head_dim < wanted) return concat("head_dim ", wanted, ": at most ", head_dim);
+  if (!kernels_for(element_type(desc.dtype), head_dim, isa).is_complete())
+    return concat("needs more shared memory than the ", shared_bytes_per_block(isa),
+                  " bytes a block of ", isa);
+  return "";
+}
+
+}  // namespace
+
+ElementType element_type(DType dtype) {
+  return dtype == DType::kFloat32   ? ElementType::kFloat32
+         : dtype == DType::kFloat16 ? ElementType::kFloat16
+                                    : ElementType::kBFloat16;
+}
+
+bool KernelSet::is_complete() const {
+  for (const Phase phase : {kNarrow, kDecode})
+    for (const Kernel* kernel : kernels[phase])
+      if (!kernel) return false;
+  return true;
+}
+
+int KernelSet::max_rows() const { return kernels[has_wide() ? kWide : kNarrow][0]->rows; }
+
+Phase KernelSet::phase_of(int64_t rows) const {
+  if (rows <= kDecodeRows) return kDecode;
+  return has_wide() && rows >= kWideTiles * kernels[kWide][0]->rows ? kWide : kNarrow;
+}
+
+std::vector<int> head_dims() {
+  std::set<int> dims;
+  for (const Kernel& kernel : kKernels)
+    if (kernel.family == Family::kDecode) dims.insert(kernel.head_dim);
+  return {dims.begin(), dims.end()};
+}
+
+KernelSet kernels_for(ElementType dtype, int head_dim, const std::string& isa) {
+  KernelSet set;
+  set.head_dim = head_dim;
+  for (const Kernel& kernel : kKernels) {
+    const bool is_prefill = kernel.family == Family::kPrefill;
+    if (!is_prefill && kernel.family != Family::kDecode) continue;
+    if (kernel.dtype != dtype || kernel.head_dim != head_dim) continue;
+    if (kernel.shared_bytes > shared_bytes_per_block(isa)) continue;
+    const int mode = static_cast<int>(kernel.mode);
+    const Kernel*& first = set.kernels[is_prefill ? kNarrow : kDecode][mode];
+    if (!first)
+      first = &kernel;
+    else if (is_prefill && kernel.rows > first->rows && !set.kernels[kWide][mode])
+      set.kernels[kWide][mode] = &kernel;
+  }
+  if (!set.kernels[kWide][0] || !set.kernels[kWide][1])
+    set.kernels[kWide][0] = set.kernels[kWide][1] = nullptr;
+  return set;
+}
+
+KernelSet select(const AttentionDesc& desc, const std::string& isa) {
+  for (const int head_dim : head_dims()) {
+    if (head_dim < std::max(desc.head_dim, desc.head_dim_v)) continue;
+    const KernelSet set = kernels_for(element_type(desc.dtype), head_dim, isa);
+    if (set.is_complete()) return set;
+  }
+  throw Unsupported("cuda: no kernels for this; see explain()");
+}
+
+std::vector<Candidate> candidates(const AttentionDesc& desc, const std::string& isa,
+                                  const std::string& archs) {
+  std::vector<Candidate> result;
+  for (const int head_dim : head_dims()) {
+    const std::string reason = reason_against(desc, head_dim, isa, archs);
+    std::string name = concat("cuda.d", head_dim);
+    if (reason.empty()) {
+      const KernelSet set = kernels_for(element_type(desc.dtype), head_dim, isa);
+      name = concat("cuda.sm_", serving_arch(archs, isa), ".d", head_dim, " (");
+      for (const int phase : {kDecode, kNarrow, kWide})
+        if (const Kernel* kernel = set.kernels[phase][0])
+          name += concat(phase == kDecode ? "" : ", ", kernel->name);
+      name += ")";
+    }
+    result.push_back({name, reason});
+  }
+  return result;
+}
+
+}  // namespace quire::cuda

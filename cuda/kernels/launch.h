@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// The argument of every kernel, as the host fills it in.
+#pragma once
+
+#include "prim/marks.h"
+#include "quire/kernel_params.h"
+
+namespace quire::device {
+
+struct AttentionArgs {
+  AttentionParams params;
+  const WorkItem* items;
+  int32_t num_items;
+  const MergeItem* merges;
+  // Results of chunks of split rows, by slot: unnormalised sums and, in units of log2, their
+  // maximum and denominator. kHeadDim is that of the kernel.
+  float* partial_values;  // [slots, partial_rows, kHeadDim]
+  float* partial_stats;   // [slots, partial_rows, 2]
+  int32_t partial_rows;
+  uint32_t* counters;  // [merges], zero; every launch leaves them zero
+  bool is_aligned;     // rows of q, k, v and out begin at multiples of 16 bytes
+};
+
+// A tensor [outer, rows, heads, dim] by strides in elements.
+struct CacheView {
+  uint16_t* data;
+  int64_t stride_outer, stride_row, stride_head;
+
+  QUIRE_DEVICE uint16_t* at(int64_t outer, int row, int head, int column) const {
+    return data + outer * stride_outer + row * stride_row + head * stride_head + column;
+  }
+};
+
+// Rows of K and V to their slots of a paged cache, the keys turned by a rope on their way. Turning
+// queries is the same with no V, no slots and a block_size of 1.
+struct AppendArgs {
+  struct Side {
+    CacheView from;   // [tokens, 1, heads, dim]
+    CacheView cache;  // [blocks, block_size, heads, dim]
+    int32_t dim;      // of V: 0 where there is none
+  };
+  Side k, v;
+  const int64_t* slot_mapping;  // [tokens]: block * block_size + row; null: token t to slot t
+  int64_t num_slots;            // slots outside of [0, num_slots) are skipped
+  const float* cos_sin;  // [max_position, rotary_dim] by stride: cosines, then sines; or null
+  int64_t cos_sin_stride;
+  const int32_t* positions;  // [tokens]; those outside of [0, max_position) are skipped
+  int32_t max_position;
+  int32_t rotary_dim;  // 0: no rope
+  bool is_interleaved;
+  int32_t num_tokens, num_heads, block_size;
+  bool is_aligned;  // all rows begin at multiples of 16 bytes
+};
+
+// Whole blocks inside a cache, or with K alone from one pool to another.
+struct CopyBlocksArgs {
+  struct Side {
+    CacheView from, to;
+    int32_t dim;
+  };
+  Side k, v;
+  const int32_t* pairs;  // [num_pairs, 2]: source, destination; no block is both
+  int32_t num_pairs, num_heads, block_size;
+  bool is_aligned;
+};
+
+// States over disjoint keys: normalised outputs and their lse in natural units.
+struct MergeStatesArgs {
+  CacheView outs;     // [states, rows, heads, dim]
+  const float* lses;  // [states, heads, rows] by strides
+  int64_t lses_stride_state, lses_stride_head, lses_stride_row;
+  CacheView out;  // [1, rows, heads, dim]
+  float* lse;     // [heads, rows] by strides, or null
+  int64_t lse_stride_head, lse_stride_row;
+  int32_t num_states, num_rows, num_heads, dim;
+  bool is_aligned;
+};
+
+}  // namespace quire::device

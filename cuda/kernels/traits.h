@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// What is fixed when an attention kernel is compiled: tile shapes, and how shared memory is laid
+// out. The host reads the same numbers to launch it.
+#pragma once
+
+#include "prim/marks.h"
+#include "quire/kernel_params.h"
+
+namespace quire::device {
+
+// kFast: plain or causal, scale > 0, 16-byte rows. kFull: everything that AttentionParams can say.
+enum class Mode { kFast, kFull };
+
+// Blocks a multiprocessor that the compiler leaves registers for. Left to itself it spills to make
+// room for more blocks than shared memory allows.
+constexpr int blocks_per_multiprocessor(int threads) { return threads <= 128 ? 2 : 1; }
+
+inline constexpr int kPiece = 8;  // elements in 16 bytes: the unit of copies and of swizzling
+inline constexpr int kTile = 16;  // rows, keys or columns that one mma step covers
+
+template <class Type_, int kHeadDim_, int kRows_, int kKeys_, Mode kMode_>
+struct PrefillTraits {
+  using Type = Type_;
+  static constexpr int kHeadDim = kHeadDim_;  // of the tiles; that of the tensors may be less
+  static constexpr int kRows = kRows_;
+  static constexpr int kKeys = kKeys_;  // a tile
+  static constexpr Mode kMode = kMode_;
+  static constexpr int kThreads = kRows / kTile * kWarpSize;
+  // Fragments of queries stay in registers where there is room for them.
+  static constexpr bool kKeepQueries = kHeadDim <= 128;
+
+  // Shared memory, in bytes from its begin. Queries that are kept make room for `total`.
+  static constexpr int kKeyTileBytes = kKeys * kHeadDim * 2;
+  static constexpr int kTotalBytes = kRows * kHeadDim * 4;
+  static constexpr int kStageOffset = 0;  // K and V of stage 0, of stage 1
+  static constexpr int kTotalOffset = 4 * kKeyTileBytes;
+  static constexpr int kQueryOffset = kKeepQueries ? kTotalOffset : kTotalOffset + kTotalBytes;
+  static constexpr int kStatsOffset =
+      kKeepQueries ? kTotalOffset + kTotalBytes : kQueryOffset + kRows * kHeadDim * 2;
+  static constexpr int kLocationOffset = kStatsOffset + kRows * 8;  // [2][kKeys]
+  static constexpr int kFlagOffset = kLocationOffset + 2 * kKeys * 8;
+  static constexpr int kSharedBytes = kFlagOffset + 16;
+
+  static_assert(kRows % kTile == 0 && kKeys % kTile == 0 && kHeadDim % 32 == 0);
+  static_assert(kKvChunk % kKeys == 0, "a tile belongs to one chunk");
+  static_assert(kKeys <= kThreads, "a thread locates at most one key of a tile");
+  static_assert(kKeys * kHeadDim / kPiece % kThreads == 0);
+};
+
+template <class Type_, int kHeadDim_, int kWarps_, int kStages_, Mode kMode_>
+struct DecodeTraits {
+  using Type = Type_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRows = kTile;
+  static constexpr int kKeys = kTile;
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kStages = kStages_;
+  static constexpr Mode kMode = kMode_;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr bool kKeepQueries = kHeadDim <= 128;
+
+  // The warps' results are exchanged so many columns at a time that each thread gets one piece.
+  static constexpr int kRoundColumns = kThreads * kPiece / kRows;
+  static constexpr int kRounds = (kHeadDim + kRoundColumns - 1) / kRoundColumns;
+
+  // Shared memory, in bytes from its begin.
+  static constexpr int kKeyTileBytes = kKeys * kHeadDim * 2;
+  static constexpr int kStageOffset = 0;  // [kWarps][kStages] of K and V
+  static constexpr int kQueryOffset = kWarps * kStages * 2 * kKeyTileBytes;
+  static constexpr int kExchangeOffset = kQueryOffset + kRows * kHeadDim * 2;
+  static constexpr int kStatsOffset = kExchangeOffset + kWarps * kRows * kRoundColumns * 4;
+  static constexpr int kFlagOffset = kStatsOffset + kWarps * kRows * 8;
+  static constexpr int kSharedBytes = kFlagOffset + 16;
+
+  static_assert(kStages >= 2 && kHeadDim % 32 == 0 && kRoundColumns % 32 == 0);
+  static_assert(kKvChunk / kKeys % kWarps == 0, "every chunk is dealt alike");
+};
+
+}  // namespace quire::device

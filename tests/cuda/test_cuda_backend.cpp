@@ -1,0 +1,517 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA backend over a driver that only pretends: what is launched, with which arguments, and
+// what is never done.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <set>
+#include <thread>
+
+#include "backend.h"
+#include "fake_driver.h"
+#include "host/select.h"
+#include "kernels/launch.h"
+#include "quire/error.h"
+
+namespace quire::cuda {
+namespace {
+
+// An image for every group of kernels; the fake driver finds any kernel in any image.
+const Images& all_images() {
+  static const std::vector<Image> list = [] {
+    static const std::vector<std::string> names = [] {
+      std::vector<std::string> result = {"cache_ops"};
+      for (int dim : head_dims())
+        for (const char* family : {"prefill_", "decode_"}) result.push_back(concat(family, dim));
+      return result;
+    }();
+    std::vector<Image> images;
+    for (const std::string& name : names) images.push_back({name.c_str(), name.data()});
+    return images;
+  }();
+  static const Images images = {list.data(), list.data() + list.size(), "80 90a 100 120"};
+  return images;
+}
+
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+// The last launch's arguments, copied while they were alive.
+template <class Args>
+struct Seen {
+  std::vector<Args> all;
+  explicit Seen(FakeDriver& driver) {
+    driver.on_launch = [this](const FakeLaunch& launch) {
+      all.push_back(*static_cast<const Args*>(launch.args));
+    };
+  }
+};
+
+struct Setup {
+  FakeDriver driver;
+  Driver table = FakeDriver::table();
+  Made made = make_backend(table, all_images());
+  const Backend& backend() const { return *made.backend; }
+};
+
+const Device kGpu{DeviceType::kCUDA, 0};
+const Handle kStream = reinterpret_cast<Handle>(0x77);
+
+AttentionDesc model(int head_dim = 128) {
+  AttentionDesc desc;
+  desc.num_heads = 8;
+  desc.num_kv_heads = 2;
+  desc.head_dim = desc.head_dim_v = head_dim;
+  desc.block_size = 16;
+  return desc;
+}
+
+// A batch of (q_len, seq_len), blocks counting up.
+struct Batch {
+  std::vector<int32_t> seq_lens, cu = {0}, table;
+  AttentionBatch view;
+
+  explicit Batch(std::vector<std::pair<int, int>> lengths) {
+    int blocks = 0;
+    for (const auto& [q, s] : lengths) {
+      seq_lens.push_back(s);
+      cu.push_back(cu.back() + q);
+      blocks = std::max(blocks, (s + 15) / 16);
+    }
+    for (size_t i = 0; i < lengths.size() * blocks; ++i) table.push_back(static_cast<int>(i) % 97);
+    view.batch_size = static_cast<int>(lengths.size());
+    view.seq_lens = seq_lens.data();
+    view.cu_seqlens_q = cu.data();
+    view.block_table = table.data();
+    view.block_table_stride = view.max_blocks = blocks;
+  }
+};
+
+AttentionPlan make_plan(const Backend& backend, const AttentionDesc& desc, const Batch& batch,
+                        Device device = kGpu) {
+  AttentionPlan made =
+      plan(desc, batch.view, backend.plan_traits(desc, backend.device_info(device.index)));
+  made.on_device = backend.prepare(desc, made, device);
+  return made;
+}
+
+AttentionParams params_of(const AttentionDesc& desc, const AttentionPlan& plan) {
+  AttentionParams p{};
+  p.num_heads = desc.num_heads;
+  p.num_kv_heads = desc.num_kv_heads;
+  p.head_dim = desc.head_dim;
+  p.head_dim_v = desc.head_dim_v;
+  p.dtype = element_type(desc.dtype);
+  p.scale = 0.1f;
+  p.window_left = -1;
+  p.window_right = 0;
+  p.block_table = plan.block_ids.data();
+  p.block_table_stride = 1;
+  p.block_size = desc.block_size;
+  p.q = p.k = p.v = reinterpret_cast<void*>(0x100000);
+  p.out = reinterpret_cast<void*>(0x200000);
+  p.q_stride_row = p.out_stride_row = desc.num_heads * desc.head_dim;
+  p.q_stride_head = p.out_stride_head = p.k_stride_head = p.v_stride_head = desc.head_dim;
+  p.k_stride_row = p.v_stride_row = desc.num_kv_heads * desc.head_dim;
+  p.k_stride_block = p.v_stride_block = 16 * p.k_stride_row;
+  return p;
+}
+
+// ---- Starting -----------------------------------------------------------------------------------
+
+TEST_CASE("whatever keeps CUDA from being used is said in one sentence") {
+  FakeDriver driver;
+  const Driver table = FakeDriver::table();
+  const auto state = [&] {
+    const Made made = make_backend(table, all_images());
+    CHECK((made.backend != nullptr) == contains(made.state, "Fake GPU"));
+    return made.state;
+  };
+  CHECK(state() == "1 device: Fake GPU (sm_90)");
+  driver.version = 12040;
+  CHECK(state() == "CUDA driver too old: it is for CUDA 12.4; expected CUDA 13.0 or later");
+  driver.version = 13010;
+  driver.init_result = kNoDevice;
+  CHECK(state() == "no CUDA device");
+  driver.init_result = 999;
+  CHECK(state() == "the CUDA driver does not start: CUDA_ERROR_OTHER");
+  driver.init_result = 0;
+  driver.gpus.clear();
+  CHECK(state() == "no CUDA device");
+  driver.gpus = {{9, 0, 132}, {8, 6, 84}};
+  CHECK(contains(state(), "2 devices: Fake GPU (sm_90), Fake GPU (sm_86)"));
+  CHECK(driver.count("cuDevicePrimaryCtxRetain") == 0);  // it would take memory on every GPU
+}
+
+TEST_CASE("the machine's driver is used or its absence is said") {
+  Driver driver;
+  std::string problem;
+  if (!load_driver(driver, problem)) CHECK(contains(problem, "CUDA driver"));
+}
+
+TEST_CASE("which GPU runs what, and the reason where none does") {
+  Setup s;
+  const auto explain = [&](const std::string& isa, const AttentionDesc& desc) {
+    Dispatch dispatch;
+    dispatch.candidates = s.backend().candidates(desc, {kGpu, isa, 100});
+    return dispatch.explain();
+  };
+  CHECK(contains(explain("sm_90", model()),
+                 "cuda.sm_90a.d128 (decode_BFloat16_128_4_3_kFast, "
+                 "prefill_BFloat16_128_64_64_kFast"));
+  CHECK(contains(explain("sm_90", model()), "cuda.d96: head_dim 128: at most 96"));
+  CHECK(contains(explain("sm_90", model(256)), "cuda.sm_90a.d256 (decode_BFloat16_256"));
+  CHECK(contains(explain("sm_89", model()), "decode_BFloat16_128_4_2_kFast"));  // 99 KB a block
+  CHECK(contains(explain("sm_121", model()), "cuda.sm_120.d128"));
+  for (const char* unknown : {"sm_75", "sm_91", "sm_110"}) {
+    const std::string text = explain(unknown, model());
+    CHECK(!contains(text, "chosen"));
+    CHECK(contains(text, std::string(unknown) + ": the kernels are compiled for sm_80, sm_90a, "));
+  }
+  AttentionDesc desc = model();
+  desc.dtype = desc.kv_dtype = DType::kFloat32;
+  CHECK(contains(explain("sm_90", desc), "dtype: float32 is not implemented"));
+  desc.dtype = DType::kFloat16;
+  CHECK(contains(explain("sm_90", desc), "kv_dtype: float32 KV under float16"));
+  CHECK(!contains(explain("sm_90", model(257)), "chosen"));
+  for (const Capability& row : s.backend().capabilities())
+    CHECK(row.available == (row.isa == "sm_90a"));
+}
+
+TEST_CASE("every row of the registry fits the GPUs it is for") {
+  std::set<std::string> names;
+  for (const Kernel& kernel : kKernels) {
+    CHECK(names.insert(kernel.name).second);
+    CHECK(kernel.threads % 32 == 0);
+    CHECK(kernel.shared_bytes <= 227 << 10);
+  }
+  for (const char* isa : {"sm_80", "sm_86", "sm_90", "sm_100", "sm_120"})
+    for (const ElementType dtype : {ElementType::kFloat16, ElementType::kBFloat16}) {
+      for (const int head_dim : head_dims())
+        CHECK_MESSAGE(kernels_for(dtype, head_dim, isa).is_complete(), isa, " ", head_dim);
+    }
+}
+
+// ---- Attention ----------------------------------------------------------------------------------
+
+TEST_CASE("a mixed batch: kernels by sequence, grids, shared memory, arguments") {
+  Setup s;
+  Seen<device::AttentionArgs> seen(s.driver);
+  const AttentionDesc desc = model();
+  const Batch batch({{1, 3000}, {16, 40}, {300, 300}, {0, 9}, {8, 100}});
+  const AttentionPlan plan = make_plan(s.backend(), desc, batch);
+  AttentionParams params = params_of(desc, plan);
+  s.backend().run(plan, params, {kGpu, kStream});
+
+  REQUIRE(s.driver.launches.size() == 3);
+  const char* expected[] = {"prefill_BFloat16_128_128_64_kFast", "prefill_BFloat16_128_64_64_kFast",
+                            "decode_BFloat16_128_4_3_kFast"};
+  const std::set<int> sequences[] = {{2}, {1}, {0, 4}};
+  unsigned total = 0;
+  for (int i = 0; i < 3; ++i) {
+    const FakeLaunch& launch = s.driver.launches[i];
+    const device::AttentionArgs& args = seen.all[i];
+    CHECK(launch.kernel == expected[i]);
+    CHECK(launch.stream == kStream);
+    CHECK(launch.blocks == static_cast<unsigned>(args.num_items));
+    CHECK(launch.threads == (i == 0 ? 256u : 128u));
+    CHECK(s.driver.shared_limits[launch.kernel] == static_cast<int>(launch.shared_bytes));
+    CHECK(launch.shared_bytes > 48u << 10);
+    CHECK(args.is_aligned);
+    CHECK(args.params.q == params.q);
+    CHECK(args.params.scale == params.scale);
+    CHECK(args.partial_rows == plan.partial_rows);
+    total += launch.blocks;
+    std::set<int> taken;
+    int64_t cost = INT64_MAX;
+    for (int item = 0; item < args.num_items; ++item) {
+      const WorkItem& work = args.items[item];
+      taken.insert(work.sequence);
+      const int64_t own = int64_t{work.kv_end - work.kv_begin} * (work.q_end - work.q_begin);
+      if (work.partial < 0) cost = own;
+      CHECK(args.params.sequences[work.sequence].seq_len == batch.seq_lens[work.sequence]);
+      if (work.merge >= 0) {
+        CHECK(args.counters[work.merge] == 0);
+        CHECK(args.merges[work.merge].sequence == work.sequence);
+      }
+    }
+    (void)cost;
+    CHECK(taken == sequences[i]);
+  }
+  CHECK(total == plan.items.size());
+  for (size_t i = 0; i < plan.block_ids.size(); ++i)
+    CHECK(seen.all[0].params.block_table[i] == plan.block_ids[i]);
+  // All that a launch points into is one piece of memory, of the size that is promised.
+  const auto* begin = reinterpret_cast<const std::byte*>(seen.all[0].params.sequences);
+  const auto* end = reinterpret_cast<const std::byte*>(
+      seen.all[0].partial_stats + 2 * static_cast<size_t>(plan.num_partials) * plan.partial_rows);
+  const size_t promised = s.backend().workspace_size(desc, plan);
+  CHECK(static_cast<size_t>(end - begin) <= promised);
+  CHECK(promised - static_cast<size_t>(end - begin) < 64);
+}
+
+TEST_CASE("options and layouts that the fast kernels lack go to the full ones") {
+  Setup s;
+  const AttentionDesc desc = model();
+  const AttentionPlan plan = make_plan(s.backend(), desc, Batch({{1, 50}}));
+  const AttentionParams plain = params_of(desc, plan);
+  const float one = 1;
+  const uint8_t bits = 1;
+  std::vector<AttentionParams> full(6, plain);
+  full[0].softcap = 5;
+  full[1].alibi_slopes = &one;
+  full[2].mask = &bits;
+  full[3].scale = -1;
+  full[4].k_stride_row += 4;
+  full[5].out = reinterpret_cast<void*>(0x200008);
+  for (const AttentionParams& params : full) {
+    s.backend().run(plan, params, {kGpu, nullptr});
+    CHECK(s.driver.launches.back().kernel == "decode_BFloat16_128_4_3_kFull");
+  }
+  std::vector<AttentionParams> fast(3, plain);
+  fast[1].sinks = &one;
+  fast[2].window_left = 5;
+  for (const AttentionParams& params : fast) {
+    s.backend().run(plan, params, {kGpu, nullptr});
+    CHECK(s.driver.launches.back().kernel == "decode_BFloat16_128_4_3_kFast");
+  }
+}
+
+TEST_CASE(
+    "a step sends its lists once a stream, and after the first steps only sends and launches") {
+  Setup s;
+  const AttentionDesc desc = model();
+  const Batch batch({{1, 3000}, {1, 700}});
+  for (int step = 0; step < 3; ++step) {
+    const AttentionPlan plan = make_plan(s.backend(), desc, batch);
+    for (int layer = 0; layer < 4; ++layer)
+      s.backend().run(plan, params_of(desc, plan), {kGpu, kStream});
+  }
+  CHECK(s.driver.copies[kStream] == 3);
+  CHECK(s.driver.count("cuLaunchKernel") == 12);
+  CHECK(s.driver.count("cuMemAlloc") == 1);  // one slab serves all steps
+  CHECK(s.driver.count("cuMemHostAlloc") == 1);
+  CHECK(s.driver.count("cuDevicePrimaryCtxRetain") == 1);
+  CHECK(s.driver.count("cuFuncSetAttribute") == 2);  // fast and full decode
+  CHECK(s.driver.count("cuCtxPushCurrent") == s.driver.count("cuCtxPopCurrent"));
+
+  // While the device has not got past a step, the next one has memory of its own.
+  s.driver.events_have_passed = false;
+  std::vector<AttentionPlan> plans;
+  for (int i = 0; i < 2; ++i) {
+    AttentionPlan plan = make_plan(s.backend(), desc, batch);
+    s.backend().run(plan, params_of(desc, plan), {kGpu, kStream});
+  }
+  CHECK(s.driver.count("cuMemAlloc") == 3);
+}
+
+TEST_CASE("streams have copies of their own") {
+  Setup s;
+  Seen<device::AttentionArgs> seen(s.driver);
+  const AttentionDesc desc = model();
+  const AttentionPlan plan = make_plan(s.backend(), desc, Batch({{1, 3000}}));
+  const Handle other = reinterpret_cast<Handle>(0x99);
+  for (const Handle stream : {kStream, other, kStream, other})
+    s.backend().run(plan, params_of(desc, plan), {kGpu, stream});
+  CHECK(s.driver.copies[kStream] == 1);
+  CHECK(s.driver.copies[other] == 1);
+  CHECK(seen.all[0].items == seen.all[2].items);
+  CHECK(seen.all[0].items != seen.all[1].items);
+  CHECK(seen.all[0].partial_values != seen.all[1].partial_values);
+}
+
+TEST_CASE("a capture sends its lists itself; runs outside of it do not rely on that") {
+  Setup s;
+  const AttentionDesc desc = model();
+  {
+    const AttentionPlan plan = make_plan(s.backend(), desc, Batch({{1, 100}}));
+    s.driver.capture = 5;
+    for (int layer = 0; layer < 3; ++layer)
+      s.backend().run(plan, params_of(desc, plan), {kGpu, kStream});
+    CHECK(s.driver.copies[kStream] == 1);
+    s.driver.capture = 6;
+    s.backend().run(plan, params_of(desc, plan), {kGpu, kStream});
+    CHECK(s.driver.copies[kStream] == 2);
+    s.driver.capture = 0;
+    s.backend().run(plan, params_of(desc, plan), {kGpu, kStream});
+    s.backend().run(plan, params_of(desc, plan), {kGpu, kStream});
+    CHECK(s.driver.copies[kStream] == 3);
+  }
+  // What a graph reads is never given out again.
+  const AttentionPlan next = make_plan(s.backend(), desc, Batch({{1, 100}}));
+  CHECK(s.driver.count("cuMemAlloc") == 2);
+}
+
+TEST_CASE("each of several GPUs has its context, kernels and memory") {
+  FakeDriver driver;
+  driver.gpus = {{9, 0, 132}, {8, 0, 108}};
+  const Driver table = FakeDriver::table();
+  const Made made = make_backend(table, all_images());
+  const AttentionDesc desc = model();
+  std::vector<AttentionPlan> plans;
+  for (int gpu = 0; gpu < 2; ++gpu) {
+    const Device device{DeviceType::kCUDA, gpu};
+    plans.push_back(make_plan(*made.backend, desc, Batch({{1, 100}}), device));
+    made.backend->run(plans[gpu], params_of(desc, plans[gpu]), {device, kStream});
+  }
+  CHECK(driver.launches[0].context != driver.launches[1].context);
+  CHECK(made.backend->device_info(1).isa == "sm_80");
+  CHECK(made.backend->device_info(1).parallelism == 108);
+  const Device second{DeviceType::kCUDA, 1};
+  CHECK_THROWS_AS(made.backend->run(plans[0], params_of(desc, plans[0]), {second, kStream}),
+                  InvalidArgument);
+  CHECK_THROWS_AS(made.backend->device_info(2), InvalidArgument);
+  CHECK_THROWS_AS(made.backend->device_info(-1), InvalidArgument);
+}
+
+TEST_CASE("a plan of another model, or of the CPU, is refused before anything is launched") {
+  Setup s;
+  const AttentionPlan plan = make_plan(s.backend(), model(), Batch({{1, 100}}));
+  CHECK_THROWS_AS(s.backend().run(plan, params_of(model(64), plan), {kGpu, nullptr}),
+                  InvalidArgument);
+  AttentionPlan bare = plan;
+  bare.on_device = nullptr;
+  CHECK_THROWS_AS(s.backend().run(bare, params_of(model(), plan), {kGpu, nullptr}),
+                  InvalidArgument);
+  CHECK(s.driver.launches.empty());
+}
+
+TEST_CASE("a failing call is named, with what the driver says; the next one works") {
+  for (const char* symbol : {"cuMemAlloc", "cuLibraryLoadData", "cuFuncSetAttribute",
+                             "cuMemcpyHtoDAsync", "cuLaunchKernel", "cuDevicePrimaryCtxRetain"}) {
+    Setup s;
+    const AttentionDesc desc = model();
+    const auto step = [&] {
+      const AttentionPlan plan = make_plan(s.backend(), desc, Batch({{1, 100}}));
+      s.backend().run(plan, params_of(desc, plan), {kGpu, kStream});
+    };
+    s.driver.failing[symbol] = 2;
+    std::string message;
+    try {
+      step();
+    } catch (const CudaError& error) {
+      message = error.what();
+    }
+    CHECK(contains(message, symbol));
+    CHECK(contains(message, "CUDA_ERROR_OUT_OF_MEMORY"));
+    s.driver.failing.clear();
+    step();
+    CHECK(s.driver.launches.size() == 1);
+    CHECK(s.driver.count("cuCtxPushCurrent") == s.driver.count("cuCtxPopCurrent"));
+  }
+}
+
+TEST_CASE("threads share a backend, and a plan") {
+  Setup s;
+  const AttentionDesc desc = model();
+  const AttentionPlan shared = make_plan(s.backend(), desc, Batch({{1, 3000}}));
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 8; ++t)
+    threads.emplace_back([&, t] {
+      const Handle stream = reinterpret_cast<Handle>(t < 4 ? 0x100 + t : 2);  // 2: per thread
+      for (int i = 0; i < 50; ++i) {
+        s.backend().run(shared, params_of(desc, shared), {kGpu, stream});
+        const AttentionPlan own = make_plan(s.backend(), desc, Batch({{1, 100 + i}}));
+        s.backend().run(own, params_of(desc, own), {kGpu, stream});
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  CHECK(s.driver.count("cuLaunchKernel") == 800);
+  CHECK(s.driver.copies[reinterpret_cast<Handle>(0x100)] == 51);
+  CHECK(s.driver.copies[reinterpret_cast<Handle>(2)] == 4 + 4 * 50);
+  CHECK(s.driver.count("cuFuncSetAttribute") == 2);
+}
+
+// ---- Cache operations ---------------------------------------------------------------------------
+
+TensorView on_gpu(void* data, DType dtype, std::initializer_list<int64_t> shape) {
+  TensorView view(data, dtype, shape);
+  view.device = kGpu;
+  return view;
+}
+
+TEST_CASE("append_kv: slots from the host, positions from the device, a rope") {
+  Setup s;
+  Seen<device::AppendArgs> seen(s.driver);
+  alignas(16) static uint16_t memory[1 << 16];
+  int64_t slots[] = {5, -1, 5, 12, 5, 0};  // every other one
+  int32_t positions[3];
+  float table[10 * 32];
+  TensorView slot_view(slots, DType::kInt64, {3});
+  slot_view.strides[0] = 2;
+  const TensorView k = on_gpu(memory, DType::kFloat16, {3, 2, 64});
+  const TensorView cache = on_gpu(memory + 4096, DType::kFloat16, {7, 16, 2, 64});
+  Rope rope{on_gpu(table, DType::kFloat32, {10, 32}), on_gpu(positions, DType::kInt32, {3}), true};
+  s.backend().append_kv(k, k, cache, cache, slot_view, &rope, {kGpu, kStream});
+  REQUIRE(seen.all.size() == 1);
+  const device::AppendArgs& args = seen.all[0];
+  CHECK(s.driver.launches[0].kernel == "append_kv_Float16_128");
+  CHECK(s.driver.launches[0].blocks == 1);
+  CHECK(args.slot_mapping[0] == 5);
+  CHECK(args.slot_mapping[1] == 5);
+  CHECK(args.slot_mapping[2] == 5);
+  CHECK(args.num_slots == 112);
+  CHECK(args.positions == positions);
+  CHECK(args.rotary_dim == 32);
+  CHECK(args.max_position == 10);
+  CHECK(args.is_interleaved);
+  CHECK(args.is_aligned);
+  CHECK(args.k.cache.stride_outer == 16 * 2 * 64);
+  CHECK(args.k.from.stride_outer == 128);
+  s.driver.capture = 1;
+  CHECK_THROWS_AS(s.backend().append_kv(k, k, cache, cache, slot_view, nullptr, {kGpu, kStream}),
+                  InvalidArgument);
+  const TensorView on_device = on_gpu(slots, DType::kInt64, {3});
+  s.backend().append_kv(k, k, cache, cache, on_device, nullptr, {kGpu, kStream});
+  CHECK(seen.all.back().slot_mapping == slots);
+  CHECK(s.driver.count("cuMemcpyHtoDAsync") == 1);
+}
+
+TEST_CASE("float32 caches are copied as pairs of words") {
+  Setup s;
+  Seen<device::CopyBlocksArgs> seen(s.driver);
+  static float memory[1 << 14];
+  const TensorView cache = on_gpu(memory, DType::kFloat32, {8, 4, 2, 24});
+  int32_t pairs[] = {1, 2, 3, 4};
+  s.backend().copy_blocks(cache, cache, TensorView(pairs, DType::kInt32, {2, 2}), {kGpu, nullptr});
+  CHECK(seen.all[0].k.dim == 48);
+  CHECK(seen.all[0].k.from.stride_outer == 2 * 4 * 2 * 24);
+  CHECK(seen.all[0].pairs[3] == 4);
+  CHECK(seen.all[0].num_pairs == 2);
+  const TensorView rows = on_gpu(memory, DType::kFloat32, {2, 2, 24});
+  const TensorView lses = on_gpu(memory, DType::kFloat32, {1, 2, 2});
+  const TensorView outs = on_gpu(memory, DType::kFloat32, {1, 2, 2, 24});
+  CHECK_THROWS_AS(s.backend().merge_states(outs, lses, rows, {}, {kGpu, nullptr}), Unsupported);
+}
+
+TEST_CASE("swap_blocks reaches pinned host memory and refuses other") {
+  Setup s;
+  Seen<device::CopyBlocksArgs> seen(s.driver);
+  static uint16_t device_memory[4096], host_memory[4096];
+  const TensorView device = on_gpu(device_memory, DType::kBFloat16, {4, 4, 2, 8});
+  const TensorView host(host_memory, DType::kBFloat16, {4, 4, 2, 8});
+  int32_t pair[] = {3, 0};
+  const TensorView pairs(pair, DType::kInt32, {1, 2});
+  CHECK_THROWS_AS(s.backend().swap_blocks(device, host, pairs, {kGpu, kStream}), InvalidArgument);
+  s.driver.pinned.insert(host_memory);
+  s.backend().swap_blocks(device, host, pairs, {kGpu, kStream});
+  s.backend().swap_blocks(host, device, pairs, {kGpu, kStream});
+  CHECK(seen.all[0].k.to.data == host_memory);
+  CHECK(seen.all[1].k.from.data == host_memory);
+  CHECK(seen.all[0].v.dim == 0);
+}
+
+TEST_CASE("nothing to do launches nothing") {
+  Setup s;
+  const TensorView none = on_gpu(nullptr, DType::kFloat16, {0, 2, 64});
+  const TensorView cache = on_gpu(nullptr, DType::kFloat16, {7, 16, 2, 64});
+  s.backend().append_kv(none, none, cache, cache, TensorView(nullptr, DType::kInt64, {0}), nullptr,
+                        {kGpu, nullptr});
+  s.backend().copy_blocks(cache, cache, TensorView(nullptr, DType::kInt32, {0, 2}),
+                          {kGpu, nullptr});
+  CHECK(s.driver.count("cuLaunchKernel") == 0);
+}
+
+}  // namespace
+}  // namespace quire::cuda
