@@ -6,6 +6,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include "quire/backend.h"
 #include "quire/error.h"
 
@@ -26,6 +30,20 @@ const Tier kTiers[] = {
     {&kAvx512Bf16Kernels, has_avx512() && __builtin_cpu_supports("avx512bf16")},
     {&kAvx512Kernels, has_avx512()},
     {&kAvx2Kernels, has_avx2()},
+    {&kScalarKernels, true},
+};
+#elif defined(__aarch64__)
+bool has_bf16() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) & HWCAP2_BF16;
+#else
+  return false;
+#endif
+}
+
+const Tier kTiers[] = {
+    {&kNeonBf16Kernels, has_bf16()},
+    {&kNeonKernels, true},
     {&kScalarKernels, true},
 };
 #else
