@@ -19,5 +19,6 @@ NB_MODULE(_core, m) {
   });
   quire::python::bind_backend(m);
   quire::python::bind_attention(m);
+  quire::python::bind_backward(m);
   quire::python::bind_kv_cache(m);
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "quire/attention.h"
+#include "quire/backward_params.h"
 #include "quire/cache_ops.h"
 
 namespace quire {
@@ -35,6 +36,7 @@ class Backend {
   // Arguments of the functions below have been validated.
   virtual size_t workspace_size(const AttentionDesc& desc, const AttentionPlan& plan) const = 0;
   virtual void run(const AttentionPlan& plan, const AttentionParams& params) const = 0;
+  virtual void attention_backward(const BackwardParams& params) const;  // default: Unsupported
   virtual void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
                          const TensorView& v_cache, const TensorView& slot_mapping,
                          const Rope* rope) const = 0;
