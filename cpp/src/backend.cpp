@@ -1,7 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "quire/backend.h"
 
+#include "quire/error.h"
+
 namespace quire {
+
+void Backend::attention_backward(const BackwardParams&) const {
+  throw Unsupported(concat("attention_backward: the backend ", name(), " has no kernel for it"));
+}
 
 Backend* backend_of(DeviceType type) {
   return type == DeviceType::kCPU ? cpu_backend() : cuda_backend();

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """quire: a framework-neutral runtime for attention over paged KV caches."""
 
+from ._backward import attention_backward
 from ._core import (
     Attention,
     AttentionPlan,
@@ -47,6 +48,7 @@ __all__ = [
     "append_kv",
     "apply_rope",
     "attention",
+    "attention_backward",
     "capabilities",
     "chain_keys",
     "copy_blocks",

@@ -174,6 +174,8 @@ def swap_blocks(src: object | None, dst: object | None, src_dst: object | None) 
 
 def merge_states(outs: object | None, lses: object | None, out: object | None, lse: object | None) -> None: ...
 
+def attention_backward(dout: object, q: object, k: object, v: object, out: object, lse: object, dq: object, dk: object, dv: object, dsinks: object | None, causal: bool, window: tuple[int, int], scale: float | None, softcap: float, alibi_slopes: object | None, sinks: object | None, mask: object | None, mask_is_tree: bool, cu_seqlens_q: object | None, cu_seqlens_k: object | None) -> None: ...
+
 class Sequence:
     """
     A handle of KVCacheManager.create() or fork(); valid until KVCacheManager.free().

@@ -19,6 +19,7 @@ NB_MODULE(_core, m) {
   });
   quire::python::bind_backend(m);
   quire::python::bind_attention(m);
+  quire::python::bind_backward(m);
   quire::python::bind_kv_cache(m);
   quire::python::bind_chain_key(m);
   quire::python::bind_kv_store(m);

@@ -87,3 +87,32 @@ def attend_naively(q, k, v, options: Options, mask=None) -> np.ndarray:
     denominator = np.where(seen.any(axis=1), denominator, 1)
     v32 = np.repeat(v32, q.shape[1] // v.shape[1], axis=1)
     return rounded(np.einsum("hij,jhd->ihd", rounded(p / denominator[..., None]), v32))
+
+
+def attend_backward(dout, q, k, v, options: Options, mask=None) -> tuple[np.ndarray, ...]:
+    """One sequence in float64 -> dq, dk, dv, dsinks (zeros without sinks)."""
+    dout, q, k, v = (np.asarray(x).astype(np.float64) for x in (dout, q, k, v))
+    (q_len, num_heads, head_dim), (seq_len, kv_heads, _) = q.shape, k.shape
+    group = num_heads // kv_heads
+    scale = 1 / np.sqrt(head_dim) if options.scale is None else options.scale
+    seen = visible(q_len, seq_len, options, mask)
+    out, lse = attend(q, k, v, options, mask)
+    x = _logits(q, k, options)
+    with np.errstate(invalid="ignore"):
+        p = np.where(seen[None], np.exp(x - lse[..., None]), 0)  # [num_heads, q_len, seq_len]
+    every_k, every_v = (np.repeat(a, group, axis=1) for a in (k, v))
+    delta = np.einsum("ihd,ihd->hi", dout, out)
+    ds = p * (np.einsum("ihd,jhd->hij", dout, every_v) - delta[..., None])
+    if options.softcap:
+        raw = np.einsum("ihd,jhd->hij", q, every_k) * scale
+        ds = ds * (1 - np.tanh(raw / options.softcap) ** 2)
+    dq = np.einsum("hij,jhd->ihd", ds, every_k) * scale
+    dk = np.einsum("hij,ihd->jhd", ds, q) * scale
+    dv = np.einsum("hij,ihd->jhd", p, dout)
+    dk, dv = (a.reshape(seq_len, kv_heads, group, a.shape[-1]).sum(axis=2) for a in (dk, dv))
+    dsinks = np.zeros(num_heads)
+    if options.sinks is not None:
+        some = seen.any(axis=1)
+        probability = np.exp(options.sinks[:, None].astype(np.float64) - lse[:, some])
+        dsinks = -(probability * delta[:, some]).sum(axis=1)
+    return dq, dk, dv, dsinks

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <string>
 
+#include "attention/params.h"
 #include "check.h"
 #include "quire/backend.h"
 #include "quire/error.h"
@@ -56,6 +57,8 @@ void set_strides(const AttentionDesc& desc, const AttentionTensors& t, Attention
   p.mask_stride_row = stride_from_end(t.mask, 1);
 }
 
+}  // namespace
+
 AttentionParams make_params(const AttentionDesc& desc, const AttentionPlan& plan,
                             const AttentionTensors& t) {
   AttentionParams p{};
@@ -106,6 +109,8 @@ AttentionDesc describe_call(const AttentionTensors& t, const AttentionOptions& o
   return desc;
 }
 
+namespace {
+
 void check_ndim(const std::string& argument, const TensorView& tensor, int ndim) {
   QUIRE_CHECK_ARG(tensor.ndim == ndim, argument, ": expected ", ndim, " dimensions, got ",
                   describe(tensor));
@@ -150,21 +155,21 @@ size_t Attention::workspace_size(const AttentionPlan& plan) const {
   return dispatch_.backend->workspace_size(desc_, plan);
 }
 
-void attention(const AttentionTensors& tensors, const AttentionOptions& options,
-               const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k) {
+AttentionBatch describe_batch(const std::string& function, const AttentionTensors& tensors,
+                              const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k) {
   const bool ragged = static_cast<bool>(cu_seqlens_q);
-  QUIRE_CHECK_ARG(ragged == static_cast<bool>(cu_seqlens_k),
-                  "attention: cu_seqlens_q, cu_seqlens_k: expected both or none");
+  QUIRE_CHECK_ARG(ragged == static_cast<bool>(cu_seqlens_k), function,
+                  ": cu_seqlens_q, cu_seqlens_k: expected both or none");
   const int ndim = ragged ? 3 : 4;
-  check_ndim("attention: q", tensors.q, ndim);
-  check_ndim("attention: k", tensors.k, ndim);
-  check_ndim("attention: v", tensors.v, ndim);
+  check_ndim(function + ": q", tensors.q, ndim);
+  check_ndim(function + ": k", tensors.k, ndim);
+  check_ndim(function + ": v", tensors.v, ndim);
   AttentionBatch batch;
   if (ragged) {
-    check_index("attention: cu_seqlens_q", cu_seqlens_q, {{"batch + 1"}});
-    QUIRE_CHECK_ARG(cu_seqlens_q.shape[0] >= 1,
-                    "attention: cu_seqlens_q: expected [batch + 1], got an empty one");
-    check_index("attention: cu_seqlens_k", cu_seqlens_k, {{"batch + 1", cu_seqlens_q.shape[0]}});
+    check_index(function + ": cu_seqlens_q", cu_seqlens_q, {{"batch + 1"}});
+    QUIRE_CHECK_ARG(cu_seqlens_q.shape[0] >= 1, function,
+                    ": cu_seqlens_q: expected [batch + 1], got an empty one");
+    check_index(function + ": cu_seqlens_k", cu_seqlens_k, {{"batch + 1", cu_seqlens_q.shape[0]}});
     batch.batch_size = static_cast<int>(cu_seqlens_q.shape[0] - 1);
     batch.cu_seqlens_q = cu_seqlens_q.as<int32_t>();
     batch.cu_seqlens_k = cu_seqlens_k.as<int32_t>();
@@ -173,6 +178,12 @@ void attention(const AttentionTensors& tensors, const AttentionOptions& options,
     batch.dense_q = static_cast<int>(tensors.q.shape[1]);
     batch.dense_k = static_cast<int>(tensors.k.shape[1]);
   }
+  return batch;
+}
+
+void attention(const AttentionTensors& tensors, const AttentionOptions& options,
+               const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k) {
+  const AttentionBatch batch = describe_batch("attention", tensors, cu_seqlens_q, cu_seqlens_k);
   const Attention attention(describe_call(tensors, options, false), tensors.q.device);
   attention.run(attention.plan(batch), tensors);
 }

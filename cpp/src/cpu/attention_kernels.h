@@ -13,6 +13,7 @@
 #include "cpu/words.h"
 #include "cpu/decode.h"
 #include "cpu/prefill.h"
+#include "cpu/backward_kernel.h"
 // clang-format on
 
 // Leaves the rows' state over one chunk in its slot.

@@ -28,6 +28,7 @@ QUIRE_TARGET_END
 
 namespace quire::cpu {
 
-const Kernels kAvx2Kernels = {"avx2", avx2::attend, avx2::merge};
+const Kernels kAvx2Kernels = {"avx2", avx2::attend, avx2::merge, avx2::prepare_backward,
+                              avx2::backward};
 
 }  // namespace quire::cpu

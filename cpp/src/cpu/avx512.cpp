@@ -32,6 +32,7 @@ QUIRE_TARGET_END
 
 namespace quire::cpu {
 
-const Kernels kAvx512Kernels = {"avx512", avx512::attend, avx512::merge};
+const Kernels kAvx512Kernels = {"avx512", avx512::attend, avx512::merge, avx512::prepare_backward,
+                                avx512::backward};
 
 }  // namespace quire::cpu

@@ -34,6 +34,7 @@ QUIRE_TARGET_END
 
 namespace quire::cpu {
 
-const Kernels kAvx512Bf16Kernels = {"avx512_bf16", avx512_bf16::attend, avx512_bf16::merge};
+const Kernels kAvx512Bf16Kernels = {"avx512_bf16", avx512_bf16::attend, avx512_bf16::merge,
+                                    avx512_bf16::prepare_backward, avx512_bf16::backward};
 
 }  // namespace quire::cpu

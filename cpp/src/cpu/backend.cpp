@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 
+#include "cpu/backward.h"
 #include "cpu/cache_ops.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
@@ -109,6 +110,10 @@ class CpuBackend final : public Backend {
       kernels.attend(run, item);
       if (item.merge >= 0 && shared.arrive(item.merge)) kernels.merge(run, plan.merges[item.merge]);
     });
+  }
+
+  void attention_backward(const BackwardParams& params) const override {
+    cpu::attention_backward(params);
   }
 
   void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,

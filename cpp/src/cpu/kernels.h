@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/backward.h"
 #include "quire/kernel_params.h"
 
 namespace quire::cpu {
@@ -23,6 +24,9 @@ struct Kernels {
   const char* isa;
   void (*attend)(const Run& run, const WorkItem& item);
   void (*merge)(const Run& run, const MergeItem& item);
+  // Gradients: first of all tiles of rows, then of all chunks of keys.
+  void (*prepare_backward)(const BackwardRun& run, const BackwardHead& head, int tile);
+  void (*backward)(const BackwardRun& run, const BackwardHead& head, int chunk);
 };
 
 extern const Kernels kScalarKernels;

@@ -24,6 +24,7 @@ namespace {
 
 namespace quire::cpu {
 
-const Kernels kScalarKernels = {"scalar", scalar::attend, scalar::merge};
+const Kernels kScalarKernels = {"scalar", scalar::attend, scalar::merge, scalar::prepare_backward,
+                                scalar::backward};
 
 }  // namespace quire::cpu
