@@ -1,7 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "quire/backend.h"
 
+#include "quire/error.h"
+
 namespace quire {
+
+void Backend::run_part(const AttentionPlan&, const AttentionParams&, std::span<std::byte>,
+                       int) const {
+  throw Unsupported(concat("run_part: not implemented on ", name(), ": only the CPU has parts"));
+}
 
 Backend* backend_of(DeviceType type) {
   return type == DeviceType::kCPU ? cpu_backend() : cuda_backend();

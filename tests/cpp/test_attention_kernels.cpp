@@ -17,14 +17,14 @@ using namespace quire::test;
 
 namespace {
 
-// Runs a list by a table of kernels, last item first: order must not matter.
+// Runs a list by a table of kernels, last unit first: order must not matter.
 auto with(const cpu::Kernels& kernels) {
   return [&kernels](const AttentionPlan& plan, const AttentionParams& params) {
     std::vector<float> partials(int64_t{plan.num_partials} * plan.partial_rows *
                                 (2 + params.head_dim_v));
     const cpu::Run run{params, partials.data(), plan.partial_rows};
-    for (auto item = plan.items.rbegin(); item != plan.items.rend(); ++item)
-      kernels.attend(run, *item);
+    for (auto unit = plan.units.rbegin(); unit != plan.units.rend(); ++unit)
+      kernels.attend(run, {plan.items.data() + unit->begin, plan.items.data() + unit->end});
     for (const MergeItem& merge : plan.merges) kernels.merge(run, merge);
   };
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A work item from end to end: chunk after chunk through the kernel for its sequence, then out and
-// lse; where keys are split, each chunk's result goes to its slot instead, and a merge folds those.
+// A unit of work from end to end: chunk after chunk through the kernel for its sequence, then out
+// and lse; where keys are split or shared, each chunk's result goes to its slot instead, and a
+// merge folds those.
 // Included inside the namespace of the tier, after simd_*.h.
 #pragma once
 
@@ -11,22 +12,13 @@
 #include "cpu/words.h"
 #include "cpu/decode.h"
 #include "cpu/prefill.h"
+#include "cpu/shared.h"
 // clang-format on
-
-// Leaves the rows' state over one chunk in its slot.
-inline void store_partial(const Run& run, const Task& task, const State& state, int64_t slot) {
-  for (int r = 0; r < task.rows; ++r) {
-    float* partial = run.partial(slot, r);
-    partial[0] = state.seen[r].maximum;
-    partial[1] = state.seen[r].sum;
-    std::copy_n(state.row(r), task.p.head_dim_v, partial + 2);
-  }
-}
 
 template <class T, class Kernel>
 void attend_with(const Run& run, const Task& task) {
   const int rows = Kernel::padded_rows(task.rows);
-  const int stride = (task.p.head_dim_v + 2 * kWidth - 1) / (2 * kWidth) * (2 * kWidth);
+  const int stride = value_stride(task);
   const size_t seen_floats = padded(rows * sizeof(Seen) / sizeof(float));
   const size_t value_floats = padded(static_cast<size_t>(rows) * stride);
   float* scratch = thread_scratch(seen_floats + value_floats + Kernel::scratch_floats(task));
@@ -38,7 +30,8 @@ void attend_with(const Run& run, const Task& task) {
   for (int64_t begin = item.kv_begin; begin < item.kv_end; begin += kKvChunk) {
     kernel.chunk(begin, std::min<int64_t>(begin + kKvChunk, item.kv_end), state);
     if (item.partial < 0) continue;
-    store_partial(run, task, state, slot++);
+    for (int r = 0; r < task.rows; ++r) store_partial(run, task, r, slot, state, r);
+    slot += run.slots(task.rows);
     state.clear(rows);
   }
   if (item.partial >= 0) return;
@@ -46,9 +39,10 @@ void attend_with(const Run& run, const Task& task) {
 }
 
 template <class T>
-void attend_as(const Run& run, const WorkItem& item) {
-  const Task task(run.params, item);
-  if (int64_t{task.sequence.q_len} * task.group <= kDecodeRows)
+void attend_as(const Run& run, std::span<const WorkItem> unit) {
+  if (unit.size() > 1) return attend_shared<T>(run, unit);
+  const Task task(run.params, unit[0]);
+  if (is_decode(task))
     attend_with<T, Decode<T>>(run, task);
   else
     attend_with<T, Prefill<T>>(run, task);
@@ -60,11 +54,12 @@ void merge_as(const Run& run, const MergeItem& merge) {
   const Task task(run.params, item);
   const int dim = task.p.head_dim_v;
   float* values = thread_scratch(dim);
+  const int64_t slots = run.slots(task.rows);
   for (int r = 0; r < task.rows; ++r) {
     Seen seen;
     std::fill_n(values, dim, 0.0f);
     for (int i = 0; i < merge.num_partials; ++i) {
-      const float* partial = run.partial(int64_t{merge.partial} + i, r);
+      const float* partial = run.partial(merge.partial + i * slots, r);
       fold_values(values, partial + 2, dim, fold(seen, {partial[0], partial[1]}));
     }
     finish_row<T>(task, r, seen, values);
@@ -84,8 +79,8 @@ void with_element(const Run& run, F f) {
   }
 }
 
-inline void attend(const Run& run, const WorkItem& item) {
-  with_element(run, [&]<class T>() { attend_as<T>(run, item); });
+inline void attend(const Run& run, std::span<const WorkItem> unit) {
+  with_element(run, [&]<class T>() { attend_as<T>(run, unit); });
 }
 
 inline void merge(const Run& run, const MergeItem& item) {

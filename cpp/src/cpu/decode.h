@@ -8,6 +8,10 @@
 // alone: the two kernels add in different orders.
 constexpr int kDecodeRows = 16;
 
+inline bool is_decode(const Task& task) {
+  return int64_t{task.sequence.q_len} * task.group <= kDecodeRows;
+}
+
 constexpr int kTileRows = 4;  // rows of a register tile, of both products
 constexpr int kTileKeys = kRegisters == 32 ? 4 : 2;
 constexpr int kTileColumns = kRegisters == 32 ? 4 : 2;  // vectors
@@ -19,13 +23,13 @@ QUIRE_INLINE void dot_tile(const float* q, int q_stride, const T* const* keys, i
                            int s_stride) {
   constexpr int kSums = R * kTileKeys;
   Vec acc[(kSums + 3) / 4 * 4];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (Vec& a : acc) a = zero();
   const auto step = [&](int d, auto load_key) {
     Vec k[kTileKeys];
 #pragma GCC unroll 4
     for (int t = 0; t < kTileKeys; ++t) k[t] = load_key(keys[t] + d);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec x = load(q + r * q_stride + d);
 #pragma GCC unroll 4
@@ -37,9 +41,9 @@ QUIRE_INLINE void dot_tile(const float* q, int q_stride, const T* const* keys, i
   for (; d + kWidth <= dim; d += kWidth) step(d, [](const T* p) { return load(p); });
   if (d < dim) step(d, [n = dim - d](const T* p) { return load(p, n); });
   float sums[(kSums + 3) / 4 * 4];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < kSums; i += 4) sums4(acc + i, sums + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) std::copy_n(sums + r * kTileKeys, kTileKeys, s + r * s_stride);
 }
 
@@ -48,7 +52,7 @@ template <int R, int C, class T, class Load>
 QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const T* const* rows,
                              int count, int d, const State& state, Load load_value) {
   Vec acc[R][C];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) acc[r][c] = load(state.row(r) + d + c * kWidth);
@@ -56,14 +60,14 @@ QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const T* c
     Vec v[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) v[c] = load_value(rows[t] + d + c * kWidth);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec w = set(weights[r * weight_stride + t]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r][c] = fma(w, v[c], acc[r][c]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) store(state.row(r) + d + c * kWidth, acc[r][c]);
@@ -98,6 +102,17 @@ QUIRE_INLINE void with_rows(int count, F f) {
   }
 }
 
+// A row of q as floats, scaled, zeros behind it.
+template <class T>
+void widen_query(const Task& task, int row, float* to) {
+  const Vec scale = set(task.q_scale());
+  const T* from = task.q_row<T>(row);
+  const int dim = task.p.head_dim;
+  int d = 0;
+  for (; d + kWidth <= dim; d += kWidth) store(to + d, mul(load(from + d), scale));
+  if (d < dim) store(to + d, mul(load(from + d, dim - d), scale));
+}
+
 template <class T>
 class Decode {
  public:
@@ -116,11 +131,7 @@ class Decode {
         end_key_(std::min<int64_t>(task.end_key(task.rows - 1), task.item.kv_end)),
         ahead_(static_cast<int>(std::clamp<size_t>(kBytesAhead / (task.p.head_dim * sizeof(T)),
                                                    kTileKeys, kMaxAhead))) {
-    std::fill_n(q_, task.rows * q_stride_, 0.0f);
-    const float scale = task.q_scale();
-    for (int r = 0; r < task.rows; ++r)
-      for (int d = 0; d < task.p.head_dim; ++d)
-        q_[r * q_stride_ + d] = to_float(task.q_row<T>(r)[d]) * scale;
+    for (int r = 0; r < task.rows; ++r) widen_query<T>(task, r, q_ + r * q_stride_);
   }
 
   // Adds the chunk of keys [begin, end) to the state.
