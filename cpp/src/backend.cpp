@@ -9,6 +9,11 @@ void Backend::attention_backward(const BackwardParams&) const {
   throw Unsupported(concat("attention_backward: the backend ", name(), " has no kernel for it"));
 }
 
+void Backend::run_part(const AttentionPlan&, const AttentionParams&, std::span<std::byte>,
+                       int) const {
+  throw Unsupported(concat("run_part: not implemented on ", name(), ": only the CPU has parts"));
+}
+
 Backend* backend_of(DeviceType type) {
   return type == DeviceType::kCPU ? cpu_backend() : cuda_backend();
 }

@@ -46,24 +46,33 @@ float parse_scale(std::optional<float> scale) {
   return scale.value_or(0.0f);
 }
 
+AttentionTensors layer_tensors(TensorArgs& args, nb::handle q, nb::handle k_cache,
+                               nb::handle v_cache, nb::handle out, nb::handle lse, nb::handle sinks,
+                               nb::handle alibi_slopes, nb::handle k_scale, nb::handle v_scale,
+                               float (&numbers)[2]) {
+  AttentionTensors t;
+  t.q = args.input(q, "paged_attention: q");
+  t.k = args.input(k_cache, "paged_attention: k_cache");
+  t.v = args.input(v_cache, "paged_attention: v_cache");
+  t.scales.k = args.scale(k_scale, "paged_attention: k_scale", numbers[0]);
+  t.scales.v = args.scale(v_scale, "paged_attention: v_scale", numbers[1]);
+  t.out = args.output(out, "paged_attention: out");
+  t.lse = args.optional_output(lse, "paged_attention: lse");
+  t.sinks = args.optional_input(sinks, "paged_attention: sinks");
+  t.alibi_slopes = args.optional_input(alibi_slopes, "paged_attention: alibi_slopes");
+  return t;
+}
+
 // Returns `out`, made in q's framework where the caller gave none.
 nb::object run_attention(const Attention& attention, const AttentionPlan& plan, nb::handle q,
                          nb::handle k_cache, nb::handle v_cache, nb::object out, nb::handle lse,
                          nb::handle sinks, nb::handle alibi_slopes, nb::handle k_scale,
                          nb::handle v_scale, nb::handle stream) {
   TensorArgs args;
-  AttentionTensors t;
   float numbers[2];
-  t.q = args.input(q, "paged_attention: q");
-  t.k = args.input(k_cache, "paged_attention: k_cache");
-  t.v = args.input(v_cache, "paged_attention: v_cache");
-  t.scales.k = args.scale(k_scale, "paged_attention: k_scale", numbers[0]);
-  t.scales.v = args.scale(v_scale, "paged_attention: v_scale", numbers[1]);
   if (out.is_none()) out = nb::module_::import_("quire._arrays").attr("empty_like")(q);
-  t.out = args.output(out, "paged_attention: out");
-  t.lse = args.optional_output(lse, "paged_attention: lse");
-  t.sinks = args.optional_input(sinks, "paged_attention: sinks");
-  t.alibi_slopes = args.optional_input(alibi_slopes, "paged_attention: alibi_slopes");
+  const AttentionTensors t = layer_tensors(args, q, k_cache, v_cache, out, lse, sinks, alibi_slopes,
+                                           k_scale, v_scale, numbers);
   QUIRE_CHECK_ARG(stream.is_none() || t.q.device.type != DeviceType::kCPU,
                   "paged_attention: stream: expected None for tensors on the CPU");
   {
@@ -71,6 +80,26 @@ nb::object run_attention(const Attention& attention, const AttentionPlan& plan, 
     attention.run(plan, t);
   }
   return out;
+}
+
+void run_part(const Attention& attention, const AttentionPlan& plan, int ith, int nth, nb::handle q,
+              nb::handle k_cache, nb::handle v_cache, nb::handle out, nb::handle workspace,
+              nb::handle lse, nb::handle sinks, nb::handle alibi_slopes, nb::handle k_scale,
+              nb::handle v_scale) {
+  TensorArgs args;
+  float numbers[2];
+  const AttentionTensors t = layer_tensors(args, q, k_cache, v_cache, out, lse, sinks, alibi_slopes,
+                                           k_scale, v_scale, numbers);
+  const TensorView memory = args.output(workspace, "run_part: workspace");
+  QUIRE_CHECK_ARG(memory.dtype == DType::kUInt8 && memory.ndim == 1 &&
+                      (memory.shape[0] <= 1 || memory.strides[0] == 1) &&
+                      memory.device.type == DeviceType::kCPU,
+                  "run_part: workspace: expected [workspace_size(plan)] uint8, contiguous, on the "
+                  "CPU, got ",
+                  describe(memory));
+  nb::gil_scoped_release release;
+  attention.run_part(plan, t, {memory.as<std::byte>(), static_cast<size_t>(memory.shape[0])}, ith,
+                     nth);
 }
 
 AttentionPlan make_plan(const Attention& attention, nb::handle block_table, nb::handle seq_lens,
@@ -107,7 +136,11 @@ void bind_plan_once_run_often(nb::module_& m) {
                             "serves every layer of the step, from any thread.")
       .def_prop_ro(
           "num_work_items", [](const AttentionPlan& p) { return p.items.size(); },
-          "Units of work that threads share.")
+          "Work items: some rows of a sequence, for one kv head, against a range of its keys.")
+      .def_prop_ro(
+          "num_shared_items", [](const AttentionPlan& p) { return p.num_shared_items; },
+          "Those whose keys are read once for several sequences: blocks that begin the block\n"
+          "tables of all of them. The result is the same, bit by bit.")
       .def_prop_ro(
           "flops", [](const AttentionPlan& p) { return p.flops; },
           "Floating-point operations of one layer: q.k and p.v over all visible pairs.")
@@ -173,8 +206,24 @@ void bind_plan_once_run_often(nb::module_& m) {
            "k_scale, v_scale of a quantised cache, as for paged_attention().\n\n"
            "Raises ValueError, before any work, naming the wrong tensor.\n\n"
            "Example::\n\n    attn.run(plan, q, cache.k(layer), cache.v(layer), out=out)")
+      .def(
+          "run_part", &run_part, nb::arg("plan"), nb::arg("ith"), nb::arg("nth"), nb::arg("q"),
+          nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("out"), nb::arg("workspace"),
+          nb::arg("lse") = nb::none(), nb::arg("sinks") = nb::none(),
+          nb::arg("alibi_slopes") = nb::none(),
+          "Runs one of nth parts of what run() does, for hosts with threads of their own.\n\n"
+          "All parts, ith = 0 ... nth - 1, are to be called with the same arguments, in any order\n"
+          "and from any threads; when all have returned, out has the bits that run() gives. No\n"
+          "part waits for another, and none uses quire's threads. workspace uint8\n"
+          "[workspace_size(plan)], zeros before its first use, is left ready for the next run of\n"
+          "this or another plan that it is large enough for; one run at a time. CPU only.\n\n"
+          "Raises ValueError, before any work, naming the wrong argument.\n\n"
+          "Example::\n\n"
+          "    workspace = numpy.zeros(attn.workspace_size(plan), numpy.uint8)\n"
+          "    for i in range(n):  # or on n threads\n"
+          "        attn.run_part(plan, i, n, q, k_cache, v_cache, out, workspace)")
       .def("workspace_size", &Attention::workspace_size, nb::arg("plan"),
-           "Bytes of scratch memory that run() uses for this plan.\n\n"
+           "Bytes of scratch memory that run() uses for this plan, and run_part() asks for.\n\n"
            "Example::\n\n    attn.workspace_size(plan)")
       .def("explain", &Attention::explain,
            "The candidate kernels, a line each: the chosen one, and why each other one lost.\n\n"

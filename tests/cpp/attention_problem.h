@@ -8,6 +8,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 #include <numeric>
 #include <random>
 #include <tuple>
@@ -71,6 +72,9 @@ struct Case {
   AttentionDesc desc;
   std::vector<std::pair<int, int>> batch = {{1, 70}, {5, 33}, {0, 9},    {9, 530},
                                             {3, 0},  {6, 4},  {1, 1100}, {17, 17}};
+  // Per sequence, {group, tokens}: its blocks up to there are those of the group's other members.
+  // Several, with rising tokens: what it has in common with more, then with fewer others.
+  std::vector<std::vector<std::pair<int, int>>> prefixes;
   bool head_major = false;
   bool alibi = false;
   bool sinks = false;
@@ -127,6 +131,8 @@ class Problem {
     mask_.resize(static_cast<size_t>(total_q()) * mask_bytes_);
     for (uint8_t& byte : mask_) byte = static_cast<uint8_t>(rng() | rng());
   }
+
+  const AttentionDesc& desc() const { return desc_; }
 
   AttentionPlan plan(const PlanTraits& traits) const {
     AttentionBatch batch;
@@ -221,12 +227,25 @@ class Problem {
     std::vector<int> ids(num_blocks_);
     std::iota(ids.begin(), ids.end(), 0);
     std::shuffle(ids.begin(), ids.end(), rng);
-    for (int length : seq_lens_)
+    std::map<std::pair<int, int>, int> shared;  // group, index -> id
+    for (size_t b = 0; b < seq_lens_.size(); ++b)
       for (int i = 0; i < max_blocks_; ++i) {
-        const bool used = i * desc_.block_size < length;
-        table_.push_back(used ? ids.back() : -1 - i);
-        if (used) ids.pop_back();
+        if (i * desc_.block_size >= seq_lens_[b]) {
+          table_.push_back(-1 - i);
+          continue;
+        }
+        const auto known = shared.try_emplace({group_of(b, i), i}, ids.back());
+        if (known.second) ids.pop_back();
+        table_.push_back(known.first->second);
       }
+  }
+
+  // Of block i: a group of the case, or one of the sequence's own.
+  int group_of(size_t b, int i) const {
+    if (b < case_.prefixes.size())
+      for (const auto& [group, tokens] : case_.prefixes[b])
+        if ((i + 1) * desc_.block_size <= tokens) return group;
+    return -1 - static_cast<int>(b);
   }
 
   // block (or row), row, head

@@ -3,7 +3,9 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <cstddef>
 #include <functional>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -17,14 +19,14 @@ using namespace quire::test;
 
 namespace {
 
-// Runs a list by a table of kernels, last item first: order must not matter.
+// Runs a list by a table of kernels, last unit first: order must not matter.
 auto with(const cpu::Kernels& kernels) {
   return [&kernels](const AttentionPlan& plan, const AttentionParams& params) {
     std::vector<float> partials(int64_t{plan.num_partials} * plan.partial_rows *
                                 (2 + params.head_dim_v));
     const cpu::Run run{params, partials.data(), plan.partial_rows};
-    for (auto item = plan.items.rbegin(); item != plan.items.rend(); ++item)
-      kernels.attend(run, *item);
+    for (auto unit = plan.units.rbegin(); unit != plan.units.rend(); ++unit)
+      kernels.attend(run, {plan.items.data() + unit->begin, plan.items.data() + unit->end});
     for (const MergeItem& merge : plan.merges) kernels.merge(run, merge);
   };
 }
@@ -136,9 +138,86 @@ TEST_CASE("what is not used may hold anything") {
   }
 }
 
+// Three sequences of one group of blocks, four of another, of which two go on together; rows that
+// decode, drafts and longer ones; one sequence alone. Lengths end in, at and after a chunk's end.
+Case shared_case() {
+  Case c;
+  c.batch = {{1, 1300}, {1, 1030}, {3, 1536}, {1, 1100},  {10, 1400},
+             {1, 1999}, {9, 1200}, {1, 700},  {40, 1100}, {1, 512}};
+  const int odd = 1, even = 2, further = 3;
+  c.prefixes = {{{odd, 1025}},
+                {{odd, 1030}},
+                {{odd, 1536}},
+                {{even, 1024}},
+                {{even, 1024}},
+                {{even, 540}, {further, 1190}},
+                {{even, 540}, {further, 1100}},
+                {},
+                {{even, 1024}},
+                {{odd, 512}}};
+  return c;
+}
+
+void check_sharing(const Case& c) {
+  Problem problem(c);
+  PlanTraits whole = kWhole, split = kSplit, some{3, 64, Sharing::kWherePays};
+  whole.sharing = split.sharing = Sharing::kAlways;
+  CHECK(problem.plan(kWhole).num_shared_items == 0);
+  CHECK(problem.plan(whole).num_shared_items > 0);
+  for (const cpu::Tier& tier : cpu::tiers()) {
+    if (!tier.is_supported) continue;
+    CAPTURE(tier.kernels->isa);
+    const Result apart = problem.run(problem.plan(kWhole), with(*tier.kernels));
+    problem.check(apart, 3);
+    for (const PlanTraits& traits : {whole, split, some})
+      CHECK(problem.run(problem.plan(traits), with(*tier.kernels)) == apart);  // bit by bit
+  }
+}
+
+TEST_CASE("sharing the keys of a common prefix changes no bit") {
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
+    for (int change = 0; change < 9; ++change) {
+      Case c = shared_case();
+      c.desc.dtype = c.desc.kv_dtype = dtype;
+      if (change == 1) c.desc.block_size = 1;
+      if (change == 2) c.desc.block_size = 60, c.head_major = true;  // no divisor of a chunk
+      if (change == 3) c.desc.window_left = 1200;
+      if (change == 4) c.desc.causal = false, c.mask = Mask::kFull, c.alibi = true;
+      if (change == 5) c.desc.softcap = 5, c.sinks = true, c.mask = Mask::kTree;
+      if (change == 6) c.desc.head_dim = 20, c.desc.head_dim_v = 43;
+      if (change == 7) c.desc.num_heads = c.desc.num_kv_heads = 1;
+      if (change == 8) c.desc.num_heads = 14;
+      CAPTURE(name_of(dtype));
+      CAPTURE(change);
+      check_sharing(c);
+    }
+}
+
+TEST_CASE("a host's threads may run the parts of a plan") {
+  for (Sharing sharing : {Sharing::kNever, Sharing::kAlways}) {
+    Problem problem(shared_case());
+    const Result expected = problem.run(problem.plan(kWhole), with(cpu::kernels_in_use()));
+    std::vector<std::byte> workspace;
+    for (int nth : {1, 3, 8})
+      for (bool in_order : {true, false}) {
+        const AttentionPlan plan = problem.plan({nth, 20, sharing});
+        const size_t size = cpu_backend()->workspace_size(problem.desc(), plan);
+        if (workspace.size() < size) workspace.assign(size, std::byte{0});  // else as it was left
+        const auto parts = [&](const AttentionPlan& p, const AttentionParams& params) {
+          const auto part = [&] { cpu_backend()->run_part(p, params, workspace, nth); };
+          std::vector<std::thread> threads;
+          for (int i = 0; i < nth; ++i) in_order ? part() : void(threads.emplace_back(part));
+          for (std::thread& thread : threads) thread.join();
+        };
+        for (int layer = 0; layer < 3; ++layer) CHECK(problem.run(plan, parts) == expected);
+      }
+  }
+}
+
 TEST_CASE("any number of threads gives the same bits") {
   Case c;
   c.batch = {{1, 2100}, {40, 1200}, {1, 3}, {3, 700}};
+  c.prefixes = {{{1, 1500}}, {{1, 1000}}, {}, {{1, 700}}};
   Problem problem(c);
   const auto backend = [](const AttentionPlan& plan, const AttentionParams& params) {
     cpu_backend()->run(plan, params);
@@ -151,6 +230,7 @@ TEST_CASE("any number of threads gives the same bits") {
     for (int round = 0; round < 3; ++round) {
       CHECK(problem.run(problem.plan({threads, 64}), backend) == expected);
       CHECK(problem.run(problem.plan(kSplit), backend) == expected);
+      CHECK(problem.run(problem.plan({threads, 64, Sharing::kAlways}), backend) == expected);
     }
   }
   set_num_threads(before);

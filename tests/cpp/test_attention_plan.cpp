@@ -69,6 +69,37 @@ bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
+// Units cover the items in order; items of one unit read the same whole chunks, all visible to
+// all of their rows.
+void check_units(const AttentionDesc& desc, const AttentionPlan& plan) {
+  int next = 0, shared = 0;
+  for (const WorkUnit& unit : plan.units) {
+    CHECK(unit.begin == next);
+    REQUIRE(unit.end > unit.begin);
+    next = unit.end;
+    if (unit.end - unit.begin == 1) continue;
+    shared += unit.end - unit.begin;
+    const WorkItem& first = plan.items[unit.begin];
+    for (int i = unit.begin; i < unit.end; ++i) {
+      const WorkItem& item = plan.items[i];
+      CHECK(std::tie(item.kv_head, item.kv_begin, item.kv_end) ==
+            std::tie(first.kv_head, first.kv_begin, first.kv_end));
+      CHECK(item.partial >= 0);
+      CHECK(item.kv_end % kKvChunk == 0);
+      const Sequence &s = plan.sequences[item.sequence], &t = plan.sequences[first.sequence];
+      const int position = s.seq_len - s.q_len + item.q_begin;
+      CHECK(item.kv_end <= (desc.causal ? position + 1 : s.seq_len));
+      if (desc.window_left >= 0)
+        CHECK(item.kv_begin >= s.seq_len - s.q_len + item.q_end - 1 - desc.window_left);
+      for (int key = item.kv_begin; key < item.kv_end; key += desc.block_size)
+        CHECK(plan.block_ids[s.kv_row + key / desc.block_size] ==
+              plan.block_ids[t.kv_row + key / desc.block_size]);
+    }
+  }
+  CHECK(next == static_cast<int>(plan.items.size()));
+  CHECK(shared == plan.num_shared_items);
+}
+
 // Each (sequence, kv head, query row) has its visible keys covered exactly once, by items whose
 // boundaries are chunk boundaries; partial slots are disjoint and all belong to a merge.
 void check_plan(const AttentionDesc& desc, const AttentionPlan& plan) {
@@ -89,9 +120,12 @@ void check_plan(const AttentionDesc& desc, const AttentionPlan& plan) {
           std::tie(item.sequence, item.kv_head, item.q_begin, item.q_end));
     CHECK((item.kv_end == plan.items[0].kv_end || item.kv_begin < item.kv_end));
     const int chunks = (item.kv_end - item.kv_begin + kKvChunk - 1) / kKvChunk;
-    for (int i = 0; i < chunks; ++i) CHECK(slots.insert(item.partial + i).second);
+    const int rows = (item.q_end - item.q_begin) * desc.num_heads / desc.num_kv_heads;
+    const int taken = chunks * ((rows + plan.partial_rows - 1) / plan.partial_rows);
+    for (int i = 0; i < taken; ++i) CHECK(slots.insert(item.partial + i).second);
   }
   CHECK(static_cast<int>(slots.size()) == plan.num_partials);
+  check_units(desc, plan);
   for (size_t i = 0; i < plan.merges.size(); ++i)
     CHECK(items_of_merge[static_cast<int>(i)] == plan.merges[i].num_items);
   for (size_t b = 0; b < plan.sequences.size(); ++b) {
@@ -133,6 +167,56 @@ TEST_CASE("a plan covers every visible key of every row once") {
     const Paged paged(q_lens, seq_lens, desc.block_size);
     const PlanTraits traits{pick({1, 2, 16, 200}), pick({1, 4, 64, 384})};
     check_plan(desc, plan(desc, paged.batch(), traits));
+  }
+}
+
+TEST_CASE("sequences that begin with the same blocks share units") {
+  std::mt19937 rng(2);
+  int64_t shared = 0, paying = 0;
+  for (int round = 0; round < 200; ++round) {
+    AttentionDesc desc = paged_desc();
+    desc.block_size = round % 3 ? 16 : 60;
+    desc.causal = rng() % 4 > 0;
+    desc.window_left = rng() % 3 ? -1 : 900;
+    std::vector<int32_t> q_lens, seq_lens;
+    for (int b = 2 + rng() % 12; b > 0; --b) {
+      q_lens.push_back(rng() % 4 ? 1 : 1 + rng() % 30);
+      seq_lens.push_back(rng() % 5000);
+    }
+    Paged paged(q_lens, seq_lens, desc.block_size);
+    for (size_t b = 1; b < seq_lens.size(); ++b) {  // like an earlier one for a while
+      const int like = rng() % b;
+      const int blocks = std::min(seq_lens[b], seq_lens[like]) / desc.block_size;
+      const int count = blocks ? rng() % (blocks + 1) : 0;
+      std::copy_n(&paged.block_table[like * paged.max_blocks], count,
+                  &paged.block_table[b * paged.max_blocks]);
+    }
+    for (Sharing sharing : {Sharing::kAlways, Sharing::kWherePays}) {
+      const PlanTraits traits{rng() % 2 ? 1 : 8, rng() % 2 ? 20 : 384, sharing};
+      const AttentionPlan p = plan(desc, paged.batch(), traits);
+      check_plan(desc, p);
+      (sharing == Sharing::kAlways ? shared : paying) += p.num_shared_items;
+    }
+  }
+  CHECK(paying > 0);
+  CHECK(shared > paying);
+}
+
+TEST_CASE("a shared prefix becomes one unit a kv head, however the batch is ordered") {
+  const AttentionDesc desc = paged_desc();
+  for (bool backwards : {false, true}) {
+    Paged paged(std::vector<int32_t>(9, 1), std::vector<int32_t>(9, 1100), 16);
+    for (int b = 0; b < 9; ++b)  // the one in the middle is a stranger
+      if (b != 4)
+        for (int i = 0; i < 64; ++i)
+          paged.block_table[b * paged.max_blocks + i] = backwards ? 5000 - i : 5000 + i;
+    const AttentionPlan p = plan(desc, paged.batch(), {1, 384, Sharing::kWherePays});
+    CHECK(p.num_shared_items == 2 * 8);  // of two kv heads
+    REQUIRE(p.units.size() == 2 * (1 + 8 + 1));
+    CHECK(p.units[0].end - p.units[0].begin == 8);
+    CHECK(p.items[0].kv_end == 1024);
+    CHECK(p.merges.size() == 2 * 8);  // the stranger's item sees all it needs
+    CHECK(plan(desc, paged.batch(), {1, 384}).num_shared_items == 0);
   }
 }
 

@@ -172,6 +172,20 @@ TEST_CASE("attention: a batch and its tensors") {
   out_view.ndim = 3;
   REQUIRE(quire_attention_run(attention, plan, &tensors) == QUIRE_OK);
   CHECK(out == std::vector<float>(8, 2));
+
+  std::vector<uint32_t> workspace(bytes / 4 + 1);
+  const auto run_part = [&](int ith, int nth, size_t size) {
+    return quire_attention_run_part(attention, plan, &tensors, workspace.data(), size, ith, nth);
+  };
+  out.assign(8, -1);
+  CHECK(error_of(run_part(2, 2, bytes)) == "run_part: ith: expected 0 to 1, got 2");
+  CHECK(error_of(run_part(0, 0, bytes)).find("nth: expected at least 1") != std::string::npos);
+  CHECK(error_of(run_part(0, 2, bytes - 1)).find("workspace: expected") != std::string::npos);
+  CHECK(error_of(quire_attention_run_part(attention, plan, &tensors, nullptr, bytes, 0, 2)) ==
+        "quire_attention_run_part: workspace: expected a pointer, got NULL");
+  CHECK(out == std::vector<float>(8, -1));
+  for (int ith : {1, 0}) REQUIRE(run_part(ith, 2, bytes) == QUIRE_OK);
+  CHECK(out == std::vector<float>(8, 2));
   quire_attention_plan_delete(plan);
   quire_attention_delete(attention);
 }

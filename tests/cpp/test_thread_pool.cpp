@@ -7,11 +7,17 @@
 
 #include <atomic>
 #include <chrono>
+#include <cmath>
+#include <cstdlib>
 #include <ctime>
+#include <filesystem>
+#include <fstream>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "cpu/available_cpus.h"
 #include "cpu/thread_pool.h"
 #include "quire/backend.h"
 #include "quire/error.h"
@@ -121,4 +127,40 @@ TEST_CASE("a pool has at least one thread") {
   set_num_threads(2);
   CHECK_THROWS_AS(set_num_threads(0), InvalidArgument);
   CHECK(num_threads() == 2);
+}
+
+TEST_CASE("the quotas of control groups count, the least of them") {
+  std::string root = (std::filesystem::temp_directory_path() / "quire_cgroup_XXXXXX").string();
+  REQUIRE(mkdtemp(root.data()));
+  const auto write = [&](const std::string& file, const std::string& text) {
+    const std::filesystem::path path = root + file;
+    std::filesystem::create_directories(path.parent_path());
+    std::ofstream(path) << text;
+  };
+  const std::string v2 = "0::/slice/pod/job\n";
+  const std::string v1 = "9:name=systemd:/x\n4:cpu,cpuacct:/pod\n3:cpuset:/\n0::/\n";
+  CHECK(std::isinf(cpu::cgroup_quota(v2, root)));
+  write("/slice/pod/job/cpu.max", "max 100000\n");
+  CHECK(std::isinf(cpu::cgroup_quota(v2, root)));
+  write("/slice/pod/cpu.max", "350000 100000\n");
+  CHECK(cpu::cgroup_quota(v2, root) == 3.5);
+  write("/slice/pod/job/cpu.max", "800000 100000\n");
+  write("/slice/cpu.max", "400000 100000\n");
+  CHECK(cpu::cgroup_quota(v2, root) == 3.5);
+  CHECK(cpu::cgroup_quota("0::/slice\n", root) == 4);
+  CHECK(cpu::cgroup_quota("0::/a/path/of/the/host\n", root + "/slice") == 4);
+
+  CHECK(std::isinf(cpu::cgroup_quota(v1, root)));
+  write("/cpu,cpuacct/pod/cpu.cfs_quota_us", "-1\n");
+  write("/cpu,cpuacct/pod/cpu.cfs_period_us", "100000\n");
+  CHECK(std::isinf(cpu::cgroup_quota(v1, root)));
+  write("/cpu,cpuacct/pod/cpu.cfs_quota_us", "150000\n");
+  CHECK(cpu::cgroup_quota(v1, root) == 1.5);
+  write("/cpu/cpu.cfs_quota_us", "50000\n");
+  write("/cpu/cpu.cfs_period_us", "100000\n");
+  CHECK(cpu::cgroup_quota(v1, root) == 0.5);
+  for (const char* nonsense : {"", "4", "4:cpu", "4:cpu:", "no colons\n\n::\n"})
+    CHECK(std::isinf(cpu::cgroup_quota(nonsense, root)));
+  std::filesystem::remove_all(root);
+  CHECK(cpu::available_cpus() >= 1);
 }

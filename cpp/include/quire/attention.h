@@ -6,8 +6,10 @@
 //   for (auto& layer : layers) attention.run(plan, {.q = ..., .k = ..., .v = ..., .out = ...});
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -53,21 +55,35 @@ struct AttentionBatch {
   int dense_k = -1;
 };
 
+// Whether sequences whose block tables begin with the same blocks read those keys together. No bit
+// of a result depends on it.
+enum class Sharing { kNever, kWherePays, kAlways };
+
 // How finely the backend likes its work cut.
 struct PlanTraits {
-  int parallelism = 1;  // workers that share the list
-  int max_rows = 64;    // query rows x heads of a kv head in one work item
+  int parallelism = 1;                // workers that share the list
+  int max_rows = 64;                  // query rows x heads of a kv head in one work item
+  Sharing sharing = Sharing::kNever;  // else the backend is to run units, not items
+};
+
+// Items [begin, end) of a plan: what a worker runs at once. Where there are several, they are of
+// one kv head and read the same keys, of different sequences: whole chunks of blocks in common.
+struct WorkUnit {
+  int32_t begin, end;
 };
 
 // A step's list of work. Immutable; shared by layers and threads.
 struct AttentionPlan {
   std::vector<Sequence> sequences;
   std::vector<WorkItem> items;  // longest first
+  std::vector<WorkUnit> units;  // cover the items in order
   std::vector<MergeItem> merges;
-  int num_partials = 0;  // slots of the workspace, each of partial_rows rows
-  int partial_rows = 0;  // most rows (query rows x heads of a kv head) of an item that is split
-  int64_t total_q = 0;   // rows that q must have (dense: rows of each sequence)
-  int64_t total_k = 0;   // rows that k and v must have (dense: of each sequence; paged: 0)
+  int num_partials = 0;      // slots of the workspace, each of partial_rows rows
+  int partial_rows = 0;      // with kNever: most rows of an item that is split, else those of one
+                             // query; a chunk of an item takes as many slots as its rows need
+  int num_shared_items = 0;  // in units of several
+  int64_t total_q = 0;       // rows that q must have (dense: rows of each sequence)
+  int64_t total_k = 0;       // rows that k and v must have (dense: of each sequence; paged: 0)
   bool dense = false;
   std::vector<int32_t> block_ids;  // paged: the used entries of all rows of the block table
   int32_t max_block_id = -1;       // largest block id in use: the cache must be larger
@@ -120,11 +136,21 @@ class Attention {
 
   AttentionPlan plan(const AttentionBatch& batch) const;
   void run(const AttentionPlan& plan, const AttentionTensors& tensors) const;
+  // For hosts with threads of their own: run() as `nth` calls, ith = 0 ... nth - 1, in any order
+  // and on any threads; when all have returned, `out` has the bits that run() gives. Parts draw
+  // work as they come, wait for nobody, and whoever ends the last piece of a row merges it.
+  //
+  // `workspace` is workspace_size(plan) bytes, aligned to 4, all zeros before its first use and
+  // left ready for the next run, of any plan that fits; one run at a time. CPU only.
+  void run_part(const AttentionPlan& plan, const AttentionTensors& tensors,
+                std::span<std::byte> workspace, int ith, int nth) const;
   size_t workspace_size(const AttentionPlan& plan) const;  // bytes that run() uses for itself
   std::string explain() const { return dispatch_.explain(); }
   const AttentionDesc& desc() const { return desc_; }
 
  private:
+  void check_device(const AttentionTensors& tensors) const;
+
   AttentionDesc desc_;
   Device device_;
   Dispatch dispatch_;

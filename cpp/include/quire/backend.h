@@ -39,13 +39,13 @@ class Backend {
   // Arguments of the functions below have been validated. Index arrays (slots, positions, block
   // pairs) may lie on the host whatever the backend; on the device their values are not checked.
   virtual size_t workspace_size(const AttentionDesc& desc, const AttentionPlan& plan) const = 0;
-<<<<<<< HEAD
   virtual void run(const AttentionPlan& plan, const AttentionParams& params,
                    const Stream& stream) const = 0;
-=======
-  virtual void run(const AttentionPlan& plan, const AttentionParams& params) const = 0;
-  virtual void attention_backward(const BackwardParams& params) const;  // default: Unsupported
->>>>>>> cpud
+  // One of the `nth` parts of a run whose counters are in `workspace`; see Attention::run_part.
+  virtual void run_part(const AttentionPlan& plan, const AttentionParams& params,
+                        std::span<std::byte> workspace,
+                        int nth) const;  // throws Unsupported unless overridden
+  virtual void attention_backward(const BackwardParams& params) const;  // likewise
   virtual void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
                          const TensorView& v_cache, const TensorView& slot_mapping,
                          const Rope* rope, const KvScales& scales, const Stream& stream) const = 0;

@@ -145,6 +145,15 @@ QuireStatus quire_attention_workspace_size(const QuireAttention* attention,
 QuireStatus quire_attention_run(const QuireAttention* attention, const QuireAttentionPlan* plan,
                                 const QuireAttentionTensors* tensors);
 
+/* For hosts with threads of their own: run() as nth calls, ith = 0 ... nth - 1, in any order and on
+ * any threads; when all have returned, out has the bits that run() gives. workspace: at least
+ * quire_attention_workspace_size() bytes, aligned to 4, all zeros before its first use and left
+ * ready for the next run; one run at a time. CPU only. */
+QuireStatus quire_attention_run_part(const QuireAttention* attention,
+                                     const QuireAttentionPlan* plan,
+                                     const QuireAttentionTensors* tensors, void* workspace,
+                                     size_t workspace_size, int32_t ith, int32_t nth);
+
 /* One-shot: describe, plan and run. */
 typedef struct QuireAttentionOptions {
   size_t struct_size;

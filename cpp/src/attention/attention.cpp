@@ -145,10 +145,29 @@ AttentionPlan Attention::plan(const AttentionBatch& batch) const {
 
 void Attention::run(const AttentionPlan& plan, const AttentionTensors& tensors) const {
   validate(desc_, plan, tensors);
-  QUIRE_CHECK_ARG(tensors.q.device == device_, "attention: q: expected a tensor on ",
-                  to_string(device_), ", got ", describe(tensors.q));
+  check_device(tensors);
   if (plan.items.empty()) return;
   dispatch_.backend->run(plan, make_params(desc_, plan, tensors), {device_, tensors.stream});
+}
+
+void Attention::run_part(const AttentionPlan& plan, const AttentionTensors& tensors,
+                         std::span<std::byte> workspace, int ith, int nth) const {
+  QUIRE_CHECK_ARG(nth >= 1, "run_part: nth: expected at least 1, got ", nth);
+  QUIRE_CHECK_ARG(ith >= 0 && ith < nth, "run_part: ith: expected 0 to ", nth - 1, ", got ", ith);
+  const size_t size = workspace_size(plan);
+  QUIRE_CHECK_ARG(workspace.size() >= size, "run_part: workspace: expected at least ", size,
+                  " bytes, got ", workspace.size());
+  QUIRE_CHECK_ARG(reinterpret_cast<uintptr_t>(workspace.data()) % alignof(float) == 0,
+                  "run_part: workspace: expected an address aligned to ", alignof(float), " bytes");
+  validate(desc_, plan, tensors);
+  check_device(tensors);
+  if (plan.items.empty()) return;
+  dispatch_.backend->run_part(plan, make_params(desc_, plan, tensors), workspace, nth);
+}
+
+void Attention::check_device(const AttentionTensors& tensors) const {
+  QUIRE_CHECK_ARG(tensors.q.device == device_, "attention: q: expected a tensor on ",
+                  to_string(device_), ", got ", describe(tensors.q));
 }
 
 size_t Attention::workspace_size(const AttentionPlan& plan) const {

@@ -3,37 +3,17 @@
 //
 // Query rows are cut into tiles and, where one tile's keys would keep a worker busy for too long,
 // keys into runs of whole chunks (kKvChunk). Chunk boundaries are counted from the start of the
-// sequence, so cutting differently never changes a bit of the result.
+// sequence, so cutting differently never changes a bit of the result; nor does it when tiles of
+// several sequences meet the chunks that they have in common in one unit of work.
 #include <algorithm>
 #include <limits>
+#include <utility>
 
-#include "quire/attention.h"
+#include "attention/tile.h"
 #include "quire/error.h"
 
 namespace quire {
 namespace {
-
-// Query rows [q_begin, q_end) of a sequence and the keys that at least one of them sees.
-struct Tile {
-  int32_t sequence;
-  int32_t q_begin, q_end;
-  int32_t kv_begin, kv_end;
-  int64_t cost;  // for each kv head, in rows x keys
-};
-
-struct KeyRange {
-  int64_t begin, end;
-};
-
-// Keys that query row `row` sees through causality and window.
-KeyRange visible_keys(const AttentionDesc& desc, const Sequence& sequence, int64_t row) {
-  const int64_t position = int64_t{sequence.seq_len} - sequence.q_len + row;
-  const int right = desc.causal ? 0 : desc.window_right;  // causal with any right window: 0
-  int64_t begin = desc.window_left < 0 ? 0 : std::max<int64_t>(0, position - desc.window_left);
-  int64_t end =
-      right < 0 ? sequence.seq_len : std::min<int64_t>(sequence.seq_len, position + right + 1);
-  return {begin, std::max(begin, end)};
-}
 
 std::vector<Sequence> make_sequences(const AttentionDesc& desc, const AttentionBatch& batch) {
   std::vector<Sequence> sequences(batch.batch_size);
@@ -55,9 +35,6 @@ std::vector<Sequence> make_sequences(const AttentionDesc& desc, const AttentionB
   return sequences;
 }
 
-// Fewest rows that a tile's keys are charged for: a decode row is bound by reading them.
-constexpr int64_t kMinRowCost = 16;
-
 std::vector<Tile> make_tiles(const AttentionDesc& desc, const std::vector<Sequence>& sequences,
                              const PlanTraits& traits) {
   const int group = desc.num_heads / desc.num_kv_heads;
@@ -68,44 +45,200 @@ std::vector<Tile> make_tiles(const AttentionDesc& desc, const std::vector<Sequen
     const Sequence& sequence = sequences[b];
     for (int q_begin = 0; q_begin < sequence.q_len; q_begin += tile_rows) {
       const int q_end = std::min(sequence.q_len, q_begin + tile_rows);
-      const int64_t begin = visible_keys(desc, sequence, q_begin).begin;
-      const int64_t end = visible_keys(desc, sequence, q_end - 1).end;
-      Tile tile{static_cast<int32_t>(b), q_begin, q_end, 0, 0, 1};
-      if (begin < end) {
-        tile.kv_begin = static_cast<int32_t>(begin / kKvChunk * kKvChunk);
-        tile.kv_end = static_cast<int32_t>(end);
-        tile.cost = (end - begin) * std::max<int64_t>(kMinRowCost, (q_end - q_begin) * group);
+      const KeyRange first = visible_keys(desc, sequence, q_begin);
+      const KeyRange last = visible_keys(desc, sequence, q_end - 1);
+      Tile tile{static_cast<int32_t>(b), q_begin, q_end, 0, 0, 0, 0, (q_end - q_begin) * group};
+      if (first.begin < last.end) {
+        tile.kv_begin = static_cast<int32_t>(first.begin / kKvChunk * kKvChunk);
+        tile.kv_end = static_cast<int32_t>(last.end);
+        tile.whole_begin = static_cast<int32_t>((last.begin + kKvChunk - 1) / kKvChunk);
+        tile.whole_end = static_cast<int32_t>(first.end / kKvChunk);
       }
       tiles.push_back(tile);
     }
   }
-  std::stable_sort(tiles.begin(), tiles.end(),
-                   [](const Tile& a, const Tile& b) { return a.cost > b.cost; });
   return tiles;
 }
 
-// Work items of a tile for one kv head; with more than one they share a MergeItem.
-void emit(const Tile& tile, int kv_head, int num_items, int group, AttentionPlan& plan) {
-  const int chunks = (tile.kv_end - tile.kv_begin + kKvChunk - 1) / kKvChunk;
-  if (num_items <= 1) {
-    plan.items.push_back(
-        {tile.sequence, kv_head, tile.q_begin, tile.q_end, tile.kv_begin, tile.kv_end, -1, -1});
-    return;
+// Cuts the tiles into pieces, gives those of a tile their places to meet, and lists the items.
+class Cutter {
+ public:
+  Cutter(const AttentionDesc& desc, const PlanTraits& traits, const std::vector<Tile>& tiles,
+         Runs runs, AttentionPlan& plan)
+      : num_kv_heads_(desc.num_kv_heads),
+        group_(desc.num_heads / desc.num_kv_heads),
+        traits_(traits),
+        tiles_(tiles),
+        runs_(std::move(runs)),
+        plan_(plan),
+        places_(tiles.size()) {}
+
+  void cut() {
+    add_private_runs();
+    int64_t total = 0;
+    for (const Run& run : runs_.runs) total += cost(run) * num_kv_heads_;
+    // A run is cut when it alone would take more than a quarter of a worker's fair share.
+    share_ = traits_.parallelism == 1
+                 ? std::numeric_limits<int64_t>::max()
+                 : std::max<int64_t>(1, total / (4 * int64_t{traits_.parallelism}));
+    for (const Run& run : runs_.runs) cut(run);
+    place_partials();
+    emit();
   }
-  const int chunks_per_item = (chunks + num_items - 1) / num_items;
-  const int merge = static_cast<int>(plan.merges.size());
-  int items = 0;
-  for (int chunk = 0; chunk < chunks; chunk += chunks_per_item, ++items) {
-    const int begin = tile.kv_begin + chunk * kKvChunk;
-    plan.items.push_back({tile.sequence, kv_head, tile.q_begin, tile.q_end, begin,
-                          std::min(tile.kv_end, begin + chunks_per_item * kKvChunk),
-                          plan.num_partials + chunk, merge});
+
+ private:
+  struct Piece {
+    Run run;
+    int64_t cost;
+  };
+  struct Place {  // of a tile's results
+    int32_t num_pieces = 0;
+    bool is_shared = false;
+    int32_t merge = -1;    // of kv head 0, then those of the others
+    int32_t partial = -1;  // first slot, likewise
+  };
+
+  static int32_t end_key(const Run& run, const Tile& tile) {
+    return static_cast<int32_t>(std::min<int64_t>(int64_t{run.chunk_end} * kKvChunk, tile.kv_end));
   }
-  plan.merges.push_back(
-      {tile.sequence, kv_head, tile.q_begin, tile.q_end, plan.num_partials, chunks, items});
-  plan.num_partials += chunks;
-  plan.partial_rows = std::max(plan.partial_rows, (tile.q_end - tile.q_begin) * group);
-}
+
+  // In rows x keys, for each kv head.
+  int64_t cost(const Run& run) const {
+    int64_t rows = 0;
+    for (int i = run.member_begin; i < run.member_end; ++i) rows += tiles_[runs_.members[i]].rows;
+    const Tile& tile = tiles_[runs_.members[run.member_begin]];
+    const int64_t keys = std::max<int64_t>(0, end_key(run, tile) - run.chunk_begin * kKvChunk);
+    return keys * (runs_.size(run) > 1 ? kReadCost + rows : std::max(kReadCost, rows));
+  }
+
+  // What is left of each tile when its shared runs are taken out.
+  void add_private_runs() {
+    std::vector<int32_t> next(tiles_.size());
+    for (size_t i = 0; i < tiles_.size(); ++i) next[i] = tiles_[i].first_chunk();
+    const auto add = [&](int32_t tile, int32_t begin, int32_t end) {
+      const auto member = static_cast<int32_t>(runs_.members.size());
+      runs_.members.push_back(tile);
+      runs_.runs.push_back({member, member + 1, begin, end});
+    };
+    const size_t num_shared = runs_.runs.size();
+    for (size_t r = 0; r < num_shared; ++r) {
+      const Run run = runs_.runs[r];
+      for (int i = run.member_begin; i < run.member_end; ++i) {
+        const int32_t tile = runs_.members[i];
+        if (next[tile] < run.chunk_begin) add(tile, next[tile], run.chunk_begin);
+        next[tile] = run.chunk_end;
+        places_[tile].is_shared = true;
+      }
+    }
+    for (size_t i = 0; i < tiles_.size(); ++i)
+      if (next[i] < tiles_[i].end_chunk() || !places_[i].is_shared)
+        add(static_cast<int32_t>(i), next[i], tiles_[i].end_chunk());
+  }
+
+  // A run by its chunks, and where those do not suffice or its rows are too many, by its members.
+  void cut(const Run& run) {
+    const int64_t chunks = std::max(1, run.chunk_end - run.chunk_begin);
+    const int64_t parts = std::min(chunks, 1 + std::max<int64_t>(0, cost(run) - 1) / share_);
+    const int64_t step = (chunks + parts - 1) / parts;
+    for (Run part = run; part.member_begin < run.member_end; part.member_begin = part.member_end) {
+      part.member_end = end_of_part(part, run.member_end);
+      for (int64_t begin = 0; begin < chunks; begin += step) {
+        part.chunk_begin = static_cast<int32_t>(run.chunk_begin + begin);
+        part.chunk_end =
+            static_cast<int32_t>(std::min<int64_t>(run.chunk_end, part.chunk_begin + step));
+        pieces_.push_back({part, cost(part)});
+      }
+    }
+    for (int i = run.member_begin; i < run.member_end; ++i)
+      places_[runs_.members[i]].num_pieces += static_cast<int32_t>((chunks + step - 1) / step);
+  }
+
+  // As many members as a worker's share and the most rows of an item allow, but enough rows to be
+  // worth the reading.
+  int32_t end_of_part(const Run& part, int32_t end) const {
+    const int64_t least = 4 * kReadCost;
+    const int64_t most =
+        std::min<int64_t>(traits_.max_rows, std::max(least, share_ / kKvChunk - kReadCost));
+    int64_t rows = 0;
+    for (int32_t i = part.member_begin; i < end; ++i) {
+      rows += tiles_[runs_.members[i]].rows;
+      if (rows > most && i > part.member_begin) return i;
+    }
+    return end;
+  }
+
+  // Tiles of several pieces, and those whose piece is shared, leave a result for each chunk.
+  void place_partials() {
+    const auto needs_merge = [&](size_t i) {
+      return places_[i].num_pieces > 1 || places_[i].is_shared;
+    };
+    for (size_t i = 0; i < tiles_.size(); ++i)
+      if (needs_merge(i)) plan_.partial_rows = std::max(plan_.partial_rows, tiles_[i].rows);
+    if (traits_.sharing != Sharing::kNever)
+      plan_.partial_rows = std::min(plan_.partial_rows, group_);
+    for (size_t i = 0; i < tiles_.size(); ++i) {
+      if (!needs_merge(i)) continue;
+      const Tile& tile = tiles_[i];
+      Place& place = places_[i];
+      place.merge = static_cast<int32_t>(plan_.merges.size());
+      place.partial = plan_.num_partials;
+      const int chunks = tile.end_chunk() - tile.first_chunk();
+      for (int kv_head = 0; kv_head < num_kv_heads_; ++kv_head) {
+        plan_.merges.push_back({tile.sequence, kv_head, tile.q_begin, tile.q_end,
+                                plan_.num_partials, chunks, place.num_pieces});
+        plan_.num_partials += chunks * slots_a_chunk(tile);
+      }
+    }
+  }
+
+  int slots_a_chunk(const Tile& tile) const {
+    return (tile.rows + plan_.partial_rows - 1) / plan_.partial_rows;
+  }
+
+  void emit() {
+    std::stable_sort(pieces_.begin(), pieces_.end(),
+                     [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
+    plan_.items.reserve(pieces_.size() * num_kv_heads_);
+    plan_.units.reserve(pieces_.size() * num_kv_heads_);
+    for (const Piece& piece : pieces_)
+      for (int kv_head = 0; kv_head < num_kv_heads_; ++kv_head) emit(piece.run, kv_head);
+  }
+
+  void emit(const Run& run, int kv_head) {
+    const auto begin = static_cast<int32_t>(plan_.items.size());
+    for (int i = run.member_begin; i < run.member_end; ++i) {
+      const Tile& tile = tiles_[runs_.members[i]];
+      const Place& place = places_[runs_.members[i]];
+      WorkItem item{tile.sequence,
+                    kv_head,
+                    tile.q_begin,
+                    tile.q_end,
+                    run.chunk_begin * kKvChunk,
+                    end_key(run, tile),
+                    -1,
+                    -1};
+      if (place.merge >= 0) {
+        const int chunks = tile.end_chunk() - tile.first_chunk();
+        item.partial = place.partial + (kv_head * chunks + run.chunk_begin - tile.first_chunk()) *
+                                           slots_a_chunk(tile);
+        item.merge = place.merge + kv_head;
+      }
+      plan_.items.push_back(item);
+    }
+    const auto end = static_cast<int32_t>(plan_.items.size());
+    plan_.units.push_back({begin, end});
+    if (end - begin > 1) plan_.num_shared_items += end - begin;
+  }
+
+  const int num_kv_heads_, group_;
+  const PlanTraits& traits_;
+  const std::vector<Tile>& tiles_;
+  Runs runs_;
+  AttentionPlan& plan_;
+  std::vector<Place> places_;  // of the tiles
+  std::vector<Piece> pieces_;
+  int64_t share_ = 0;
+};
 
 void add_statistics(const AttentionDesc& desc, AttentionPlan& plan) {
   const int64_t dims = desc.head_dim + (desc.head_dim_v ? desc.head_dim_v : desc.head_dim);
@@ -154,19 +287,7 @@ AttentionPlan plan(const AttentionDesc& desc, const AttentionBatch& batch,
   plan.sequences = make_sequences(desc, batch);
   add_extents(desc, batch, plan);
   const std::vector<Tile> tiles = make_tiles(desc, plan.sequences, traits);
-
-  // A tile is split when it alone would take more than a quarter of a worker's fair share.
-  int64_t total_cost = 0;
-  for (const Tile& tile : tiles) total_cost += tile.cost * desc.num_kv_heads;
-  const int64_t share = std::max<int64_t>(1, total_cost / (4 * int64_t{traits.parallelism}));
-  plan.items.reserve(tiles.size() * desc.num_kv_heads);
-  for (const Tile& tile : tiles) {
-    const int64_t wanted = traits.parallelism == 1 ? 1 : (tile.cost + share - 1) / share;
-    const int chunks = (tile.kv_end - tile.kv_begin + kKvChunk - 1) / kKvChunk;
-    for (int kv_head = 0; kv_head < desc.num_kv_heads; ++kv_head)
-      emit(tile, kv_head, static_cast<int>(std::min<int64_t>(wanted, chunks)),
-           desc.num_heads / desc.num_kv_heads, plan);
-  }
+  Cutter(desc, traits, tiles, find_shared_runs(desc, plan, tiles, traits.sharing), plan).cut();
   add_statistics(desc, plan);
   return plan;
 }

@@ -134,6 +134,19 @@ QuireStatus quire_attention_run(const QuireAttention* attention, const QuireAtte
   });
 }
 
+QuireStatus quire_attention_run_part(const QuireAttention* attention,
+                                     const QuireAttentionPlan* plan,
+                                     const QuireAttentionTensors* tensors, void* workspace,
+                                     size_t workspace_size, int32_t ith, int32_t nth) {
+  return guard([&] {
+    const auto& self = deref("quire_attention_run_part: attention", attention).attention;
+    const auto& work = deref("quire_attention_run_part: plan", plan).plan;
+    deref("quire_attention_run_part: workspace", static_cast<char*>(workspace));
+    self.run_part(work, as_tensors("quire_attention_run_part", tensors),
+                  {static_cast<std::byte*>(workspace), workspace_size}, ith, nth);
+  });
+}
+
 QuireStatus quire_attention(const QuireAttentionTensors* tensors,
                             const QuireAttentionOptions* options, const QuireTensor* cu_seqlens_q,
                             const QuireTensor* cu_seqlens_k) {

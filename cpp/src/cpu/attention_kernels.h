@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A work item from end to end: chunk after chunk through the kernel for its sequence, then out and
-// lse; where keys are split, each chunk's result goes to its slot instead, and a merge folds those.
+// A unit of work from end to end: chunk after chunk through the kernel for its sequence, then out
+// and lse; where keys are split or shared, each chunk's result goes to its slot instead, and a
+// merge folds those.
 // Included inside the namespace of the tier, after simd_*.h.
 #pragma once
 
@@ -13,23 +14,14 @@
 #include "cpu/words.h"
 #include "cpu/decode.h"
 #include "cpu/prefill.h"
+#include "cpu/shared.h"
 #include "cpu/backward_kernel.h"
 // clang-format on
-
-// Leaves the rows' state over one chunk in its slot.
-inline void store_partial(const Run& run, const Task& task, const State& state, int64_t slot) {
-  for (int r = 0; r < task.rows; ++r) {
-    float* partial = run.partial(slot, r);
-    partial[0] = state.seen[r].maximum;
-    partial[1] = state.seen[r].sum;
-    std::copy_n(state.row(r), task.p.head_dim_v, partial + 2);
-  }
-}
 
 template <class Kernel>
 void attend_with(const Run& run, const Task& task) {
   const int rows = Kernel::padded_rows(task.rows);
-  const int stride = (task.p.head_dim_v + 2 * kWidth - 1) / (2 * kWidth) * (2 * kWidth);
+  const int stride = value_stride(task);
   const size_t seen_floats = padded(rows * sizeof(Seen) / sizeof(float));
   const size_t value_floats = padded(static_cast<size_t>(rows) * stride);
   float* scratch = thread_scratch(seen_floats + value_floats + Kernel::scratch_floats(task));
@@ -41,7 +33,8 @@ void attend_with(const Run& run, const Task& task) {
   for (int64_t begin = item.kv_begin; begin < item.kv_end; begin += kKvChunk) {
     kernel.chunk(begin, std::min<int64_t>(begin + kKvChunk, item.kv_end), state);
     if (item.partial < 0) continue;
-    store_partial(run, task, state, slot++);
+    for (int r = 0; r < task.rows; ++r) store_partial(run, task, r, slot, state, r);
+    slot += run.slots(task.rows);
     state.clear(rows);
   }
   if (item.partial >= 0) return;
@@ -52,9 +45,10 @@ void attend_with(const Run& run, const Task& task) {
 
 // T is the type of k and v.
 template <class T>
-void attend_as(const Run& run, const WorkItem& item) {
-  const Task task(run.params, item);
-  if (int64_t{task.sequence.q_len} * task.group <= kDecodeRows)
+void attend_as(const Run& run, std::span<const WorkItem> unit) {
+  if (unit.size() > 1) return attend_shared<T>(run, unit);
+  const Task task(run.params, unit[0]);
+  if (is_decode(task))
     attend_with<Decode<T>>(run, task);
   else
     attend_with<Prefill<T>>(run, task);
@@ -67,31 +61,32 @@ void merge_as(const Run& run, const MergeItem& merge) {
   const Task task(run.params, item);
   const int dim = task.p.head_dim_v;
   float* values = thread_scratch(dim);
+  const int64_t slots = run.slots(task.rows);
   for (int r = 0; r < task.rows; ++r) {
     Seen seen;
     std::fill_n(values, dim, 0.0f);
     for (int i = 0; i < merge.num_partials; ++i) {
-      const float* partial = run.partial(int64_t{merge.partial} + i, r);
+      const float* partial = run.partial(merge.partial + i * slots, r);
       fold_values(values, partial + 2, dim, fold(seen, {partial[0], partial[1]}));
     }
     finish_row<T>(task, r, seen, values);
   }
 }
 
-inline void attend(const Run& run, const WorkItem& item) {
+inline void attend(const Run& run, std::span<const WorkItem> unit) {
   switch (run.params.kv_dtype) {
     case ElementType::kFloat32:
-      return attend_as<float>(run, item);
+      return attend_as<float>(run, unit);
     case ElementType::kFloat16:
-      return attend_as<Float16>(run, item);
+      return attend_as<Float16>(run, unit);
     case ElementType::kBFloat16:
-      return attend_as<BFloat16>(run, item);
+      return attend_as<BFloat16>(run, unit);
     case ElementType::kFloat8E4M3:
-      return attend_as<Float8E4M3>(run, item);
+      return attend_as<Float8E4M3>(run, unit);
     case ElementType::kFloat8E5M2:
-      return attend_as<Float8E5M2>(run, item);
+      return attend_as<Float8E5M2>(run, unit);
     case ElementType::kInt8:
-      return attend_as<Int8>(run, item);
+      return attend_as<Int8>(run, unit);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <span>
 
 #include "cpu/backward.h"
 #include "cpu/cache_ops.h"
@@ -42,27 +43,76 @@ std::string reason_against(const Tier& tier, bool is_better, const AttentionDesc
   return "";
 }
 
-// Partial results and counters of one run, kept by the calling thread for its next one.
+// The memory of one run: how far it is, how many items of each merge have ended, and results of
+// chunks. The counters are zero before a run and again when all of it has ended. They have the
+// first quarter, whatever the plan, so that another plan's results were never in their place.
 class Workspace {
  public:
-  Run prepare(const AttentionPlan& plan, const AttentionParams& params) {
-    const size_t slot = static_cast<size_t>(plan.partial_rows) * (2 + params.head_dim_v);
-    if (partials_.size() < slot * plan.num_partials) partials_.resize(slot * plan.num_partials);
-    if (plan.merges.size() > num_counters_) {
-      counters_ = std::make_unique<std::atomic<int>[]>(plan.merges.size());
-      num_counters_ = plan.merges.size();
-    }
-    for (size_t i = 0; i < plan.merges.size(); ++i) counters_[i] = plan.merges[i].num_items;
-    return {params, partials_.data(), plan.partial_rows};
+  static size_t size(const AttentionPlan& plan, int head_dim_v) {
+    const size_t counters = sizeof(uint32_t) * (kNumCounters + plan.merges.size());
+    const size_t partials = sizeof(float) * plan.num_partials * plan.partial_rows *
+                            (2 + static_cast<size_t>(head_dim_v));
+    return std::max(4 * (counters + kCacheLine), (partials + 2) / 3 * 4);
+  }
+
+  Workspace(const AttentionPlan& plan, std::span<std::byte> memory)
+      : plan_(plan),
+        counters_(reinterpret_cast<uint32_t*>(memory.data())),
+        partials_(reinterpret_cast<float*>(memory.data() +
+                                           memory.size() / 4 / kCacheLine * kCacheLine)) {}
+
+  float* partials() const { return partials_; }
+  void clear() const { std::fill_n(counters_, kNumCounters + plan_.merges.size(), 0u); }
+
+  // The next unit of work for whoever asks.
+  size_t draw() const { return counter(kNext).fetch_add(1, std::memory_order_relaxed); }
+  // To be told by each of `count` parts that draws no more.
+  void leave(int count) const {
+    if (counter(kLeft).fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(count))
+      std::fill_n(counters_, kNumCounters, 0u);
   }
   // True for the last of a merge's items to arrive.
-  bool arrive(int merge) { return counters_[merge].fetch_sub(1, std::memory_order_acq_rel) == 1; }
+  bool arrive(int merge) const {
+    const auto last = static_cast<uint32_t>(plan_.merges[merge].num_items - 1);
+    if (counter(kNumCounters + merge).fetch_add(1, std::memory_order_acq_rel) != last) return false;
+    counters_[kNumCounters + merge] = 0;
+    return true;
+  }
 
  private:
-  std::vector<float> partials_;
-  std::unique_ptr<std::atomic<int>[]> counters_;
-  size_t num_counters_ = 0;
+  enum { kNext, kLeft, kNumCounters };
+  static constexpr size_t kCacheLine = 64;
+  std::atomic_ref<uint32_t> counter(size_t i) const {
+    return std::atomic_ref<uint32_t>(counters_[i]);
+  }
+
+  const AttentionPlan& plan_;
+  uint32_t* counters_;  // draws, parts that have left, then one a merge
+  float* partials_;
 };
+
+// The calling thread's memory, kept for its next run; contents are undefined.
+std::span<std::byte> thread_memory(size_t size) {
+  thread_local std::unique_ptr<std::byte[]> memory;
+  thread_local size_t capacity = 0;
+  if (size > capacity) {
+    memory.reset();
+    capacity = 0;
+    memory = std::make_unique_for_overwrite<std::byte[]>(size);
+    capacity = size;
+  }
+  return {memory.get(), capacity};
+}
+
+void run_unit(const Kernels& kernels, const AttentionPlan& plan, const Run& run,
+              const Workspace& workspace, size_t index) {
+  const WorkUnit& unit = plan.units[index];
+  const std::span items(plan.items.data() + unit.begin, plan.items.data() + unit.end);
+  kernels.attend(run, items);
+  for (const WorkItem& item : items)
+    if (item.merge >= 0 && workspace.arrive(item.merge))
+      kernels.merge(run, plan.merges[item.merge]);
+}
 
 class CpuBackend final : public Backend {
  public:
@@ -88,7 +138,8 @@ class CpuBackend final : public Backend {
     constexpr int kCacheBytes = 576 << 10;
     const int most = device.parallelism > 16 ? 192 : 384;
     const int bytes_a_row = 4 * (desc.head_dim + 2 * desc.head_dim_v);
-    return {device.parallelism, std::clamp(kCacheBytes / bytes_a_row, 48, most)};
+    return {device.parallelism, std::clamp(kCacheBytes / bytes_a_row, 48, most),
+            Sharing::kWherePays};
   }
 
   std::shared_ptr<void> prepare(const AttentionDesc&, const AttentionPlan&, Device) const override {
@@ -96,20 +147,27 @@ class CpuBackend final : public Backend {
   }
 
   size_t workspace_size(const AttentionDesc& desc, const AttentionPlan& plan) const override {
-    const size_t slot = static_cast<size_t>(plan.partial_rows) * (2 + desc.head_dim_v);
-    return slot * plan.num_partials * sizeof(float) + plan.merges.size() * sizeof(int);
+    return Workspace::size(plan, desc.head_dim_v);
   }
 
   void run(const AttentionPlan& plan, const AttentionParams& params, const Stream&) const override {
-    thread_local Workspace workspace;
-    Workspace& shared = workspace;  // the caller's, also in the other threads
-    const Run run = shared.prepare(plan, params);
+    const Workspace workspace(plan, thread_memory(Workspace::size(plan, params.head_dim_v)));
+    workspace.clear();
+    const Run run{params, workspace.partials(), plan.partial_rows};
     const Kernels& kernels = kernels_in_use();
-    parallel_for(static_cast<int64_t>(plan.items.size()), [&](int64_t i) {
-      const WorkItem& item = plan.items[i];
-      kernels.attend(run, item);
-      if (item.merge >= 0 && shared.arrive(item.merge)) kernels.merge(run, plan.merges[item.merge]);
+    parallel_for(static_cast<int64_t>(plan.units.size()), [&](int64_t i) {
+      run_unit(kernels, plan, run, workspace, static_cast<size_t>(i));
     });
+  }
+
+  void run_part(const AttentionPlan& plan, const AttentionParams& params,
+                std::span<std::byte> memory, int nth) const override {
+    const Workspace workspace(plan, memory);
+    const Run run{params, workspace.partials(), plan.partial_rows};
+    const Kernels& kernels = kernels_in_use();
+    for (size_t i; (i = workspace.draw()) < plan.units.size();)
+      run_unit(kernels, plan, run, workspace, i);
+    workspace.leave(nth);
   }
 
   void attention_backward(const BackwardParams& params) const override {

@@ -8,6 +8,10 @@
 // alone: the two kernels add in different orders.
 constexpr int kDecodeRows = 16;
 
+inline bool is_decode(const Task& task) {
+  return int64_t{task.sequence.q_len} * task.group <= kDecodeRows;
+}
+
 constexpr int kTileRows = 4;  // rows of a register tile, of both products
 constexpr int kTileKeys = kRegisters == 32 ? 4 : 2;
 constexpr int kTileColumns = kRegisters == 32 ? 4 : 2;  // vectors
@@ -19,14 +23,14 @@ QUIRE_INLINE void dot_tile(const float* q, int q_stride, const T* const* keys, i
                            int s_stride) {
   constexpr int kSums = R * kTileKeys;
   Vec acc[(kSums + 3) / 4 * 4];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (Vec& a : acc) a = zero();
   // C vectors from d on.
   const auto step = [&]<int C>(int d, auto load_key) {
     Vec k[kTileKeys][C];
 #pragma GCC unroll 4
     for (int t = 0; t < kTileKeys; ++t) load_key(keys[t] + d, k[t]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int c = 0; c < C; ++c) {
@@ -43,9 +47,9 @@ QUIRE_INLINE void dot_tile(const float* q, int q_stride, const T* const* keys, i
     step.template operator()<1>(
         d, [n = dim - d](const T* p, Vec* v) { *v = n < kWidth ? load(p, n) : load(p); });
   float sums[(kSums + 3) / 4 * 4];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < kSums; i += 4) sums4(acc + i, sums + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) std::copy_n(sums + r * kTileKeys, kTileKeys, s + r * s_stride);
 }
 
@@ -54,21 +58,21 @@ template <int R, int C, class T, class Load>
 QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const T* const* rows,
                              int count, int d, const State& state, Load load_value) {
   Vec acc[R][C];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) acc[r][c] = load(state.row(r) + d + c * kWidth);
   for (int t = 0; t < count; ++t) {
     Vec v[C];
     load_value(rows[t] + d, v);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec w = set(weights[r * weight_stride + t]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r][c] = fma(w, v[c], acc[r][c]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) store(state.row(r) + d + c * kWidth, acc[r][c]);
@@ -138,7 +142,7 @@ class Decode {
     const int offset = static_cast<int>(first - begin), count = static_cast<int>(last - first);
     find_rows(first, last);
     score(offset, count);
-    scale_keys(task_.p.k_scale, first, last, offset);
+    scale_tokens<T>(task_, task_.p.k_scale, first, last, s_ + offset, task_.rows, kScores);
     chunk_.clear(task_.rows);
     Fold folds[kDecodeRows];
     const int s_begin = offset / kWidth * kWidth;
@@ -146,7 +150,7 @@ class Decode {
     for (int r = 0; r < task_.rows; ++r)
       folds[r] =
           fold(state.seen[r], softmax_row(task_, r, begin, s_ + r * kScores, s_begin, s_end));
-    scale_keys(task_.p.v_scale, first, last, offset);
+    scale_tokens<T>(task_, task_.p.v_scale, first, last, s_ + offset, task_.rows, kScores);
     weigh(offset, count);
     for (int r = 0; r < task_.rows; ++r) {
       if (kIsQuantised<T>) folds[r].take *= v_scale_;
@@ -188,20 +192,6 @@ class Decode {
           dot_tile<R>(q_ + r * q_stride_, q_stride_, keys, task_.p.head_dim,
                       s_ + r * kScores + offset + t, kScores);
         });
-    }
-  }
-
-  // Multiplies s_[offset ...) of all rows, logits or weights of keys [first, last), by the scales
-  // of their tokens' k or v.
-  void scale_keys(const KvScale& scale, int64_t first, int64_t last, int offset) {
-    if (!kIsQuantised<T> || !scale.is_per_token) return;
-    float scales[kKvChunk + 16];  // a vector may end beyond the last key
-    const int count = static_cast<int>(last - first);
-    std::fill_n(scales, count + 16, 1.0f);
-    multiply_token_scales(task_, scale, first, last, scales);
-    for (int r = 0; r < task_.rows; ++r) {
-      float* s = s_ + r * kScores + offset;
-      for (int j = 0; j < count; j += kWidth) store(s + j, mul(load(s + j), load(scales + j)));
     }
   }
 

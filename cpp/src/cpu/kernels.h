@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
+#include <vector>
 
 #include "cpu/backward.h"
 #include "quire/kernel_params.h"
@@ -15,6 +17,9 @@ struct Run {
   float* partials;  // [slots][partial_rows][2 + head_dim_v]: maximum, sum, values
   int64_t partial_rows;
 
+  // Slots that one chunk of an item of that many rows takes.
+  int64_t slots(int64_t rows) const { return (rows + partial_rows - 1) / partial_rows; }
+
   float* partial(int64_t slot, int64_t row) const {
     return partials + (slot * partial_rows + row) * (2 + int64_t{params.head_dim_v});
   }
@@ -22,7 +27,7 @@ struct Run {
 
 struct Kernels {
   const char* isa;
-  void (*attend)(const Run& run, const WorkItem& item);
+  void (*attend)(const Run& run, std::span<const WorkItem> unit);  // see WorkUnit
   void (*merge)(const Run& run, const MergeItem& item);
   // Gradients: first of all tiles of rows, then of all chunks of keys.
   void (*prepare_backward)(const BackwardRun& run, const BackwardHead& head, int tile);

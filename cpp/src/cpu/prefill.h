@@ -60,10 +60,10 @@ class Prefill {
   Prefill(const Task& task, float* scratch)
       : task_(task),
         depth_(static_cast<int>(depth_of(task))),
-        q_(scratch),
-        s_(q_ + padded(static_cast<size_t>(padded_rows(task.rows)) * depth_)),
+        s_(scratch),
         k_(s_ + kMicroRows * kScores),
         v_(k_ + static_cast<size_t>(kKvChunk) * depth_),
+        q_(v_ + kKvChunk * value_panels(task) * kPanel),
         first_key_(task.first_key(0)),
         end_key_(task.end_key(task.rows - 1)) {
     for (int r = 0; r < task.rows; ++r) pack_query(r);
@@ -76,6 +76,11 @@ class Prefill {
     const int last = static_cast<int>(std::min(end, end_key_) - begin);
     if (first >= last) return;
     pack(begin, first, last);
+    fold_packed(begin, last, state);
+  }
+
+  // Adds the packed keys to the state: those before key `last` of the chunk at `begin`.
+  void fold_packed(int64_t begin, int last, const State& state) {
     for (int r = 0; r < task_.rows; r += kMicroRows) {
       const int rows = std::min(kMicroRows, task_.rows - r);
       if (rows > kMicroRows * 2 / 3)
@@ -85,6 +90,23 @@ class Prefill {
       else
         row_tile<kMicroRows / 3>(r, rows, begin, last, state);
     }
+  }
+
+  // Keys [first, last) of the chunk; others in the same panels become zeros, unread. Quantised ones
+  // are packed times their scales: that is done once for all rows of q.
+  void pack(int64_t chunk_begin, int first, int last) {
+    static constexpr T kZeros[512] = {};
+    const T* rows[kKvChunk + kWidth];
+    float scales[kKvChunk + kWidth];
+    std::fill(rows, rows + kKvChunk + kWidth, kZeros);
+    task_.k_rows(chunk_begin + first, chunk_begin + last, rows + first);
+    find_scales(task_.p.k_scale, chunk_begin, first, last, scales);
+    for (int key = first / kPanel * kPanel; key < last; key += kWidth)
+      pack_keys(rows + key, scales + key, key);
+    task_.v_rows(chunk_begin + first, chunk_begin + last, rows + first);
+    find_scales(task_.p.v_scale, chunk_begin, first, last, scales);
+    for (int key = first / W::kElements * W::kElements; key < last; key += W::kElements)
+      pack_values(rows + key, scales[key], key);
   }
 
  private:
@@ -107,23 +129,6 @@ class Prefill {
     } else {
       load_query(task_, r, task_.q_scale(), to);
     }
-  }
-
-  // Keys [first, last) of the chunk; others in the same panels become zeros, unread. Quantised ones
-  // are packed times their scales: that is done once for all rows of q.
-  void pack(int64_t chunk_begin, int first, int last) {
-    static constexpr T kZeros[512] = {};
-    const T* rows[kKvChunk + kWidth];
-    float scales[kKvChunk + kWidth];
-    std::fill(rows, rows + kKvChunk + kWidth, kZeros);
-    task_.k_rows(chunk_begin + first, chunk_begin + last, rows + first);
-    find_scales(task_.p.k_scale, chunk_begin, first, last, scales);
-    for (int key = first / kPanel * kPanel; key < last; key += kWidth)
-      pack_keys(rows + key, scales + key, key);
-    task_.v_rows(chunk_begin + first, chunk_begin + last, rows + first);
-    find_scales(task_.p.v_scale, chunk_begin, first, last, scales);
-    for (int key = first / W::kElements * W::kElements; key < last; key += W::kElements)
-      pack_values(rows + key, scales[key], key);
   }
 
   // scales[i] of key chunk_begin + i, [first, last); anything finite for the others.
@@ -191,10 +196,11 @@ class Prefill {
   }
 
   const Task& task_;
-  int depth_;                    // words of a row of q and k
-  float* q_;                     // [rows][depth], scaled unless the logits are
+  int depth_;  // words of a row of q and k
+  // In the scratch memory those that do not depend on the task's rows come first.
   float* s_;                     // [kMicroRows][kScores]: logits, then weights
   float* k_;                     // [kKvChunk / kPanel][depth][kPanel]
   float* v_;                     // [panels][kKvChunk / W::kElements][kPanel]
+  float* q_;                     // [rows][depth], scaled unless the logits are
   int64_t first_key_, end_key_;  // seen by any row
 };

@@ -21,3 +21,17 @@ inline void multiply_token_scales(const Task& task, const KvScale& scale, int64_
   task.scale_rows(scale, begin, end, where);
   for (int64_t i = 0; i < end - begin; ++i) out[i] *= *where[i];
 }
+
+// Multiplies `rows` rows s[r * stride ...), logits or weights of keys [first, last), by the scales of
+// their tokens' k or v. Up to kWidth - 1 elements behind them are written as they were.
+template <class T>
+void scale_tokens(const Task& task, const KvScale& scale, int64_t first, int64_t last, float* s,
+                  int rows, int stride) {
+  if (!kIsQuantised<T> || !scale.is_per_token) return;
+  float scales[kKvChunk + 16];
+  const int count = static_cast<int>(last - first);
+  std::fill_n(scales, count + 16, 1.0f);
+  multiply_token_scales(task, scale, first, last, scales);
+  for (int r = 0; r < rows; ++r, s += stride)
+    for (int j = 0; j < count; j += kWidth) store(s + j, mul(load(s + j), load(scales + j)));
+}

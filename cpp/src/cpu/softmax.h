@@ -52,6 +52,11 @@ struct State {
   }
 };
 
+// Room for a row of values in whole pairs of vectors.
+inline int value_stride(const Task& task) {
+  return (task.p.head_dim_v + 2 * kWidth - 1) / (2 * kWidth) * (2 * kWidth);
+}
+
 // Softcap and ALiBi, then base 2, on logits s[begin, end) of a row: s[j] is of key first + j.
 inline void bend_logits(const Task& task, int row, int64_t first, float* s, int begin, int end) {
   const AttentionParams& p = task.p;
@@ -108,6 +113,15 @@ inline Seen softmax_row(const Task& task, int row, int64_t first, float* s, int 
     total = add(total, weight);
   }
   return {maximum, sum(total)};
+}
+
+// Leaves what row `row` of the task has seen of a chunk, row `from` of the state, in its slot.
+inline void store_partial(const Run& run, const Task& task, int row, int64_t slot,
+                          const State& state, int from) {
+  float* partial = run.partial(slot, row);
+  partial[0] = state.seen[from].maximum;
+  partial[1] = state.seen[from].sum;
+  std::copy_n(state.row(from), task.p.head_dim_v, partial + 2);
 }
 
 // Divides by the sum and writes out and lse. A sink joins the denominator only.

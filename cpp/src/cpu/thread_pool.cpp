@@ -4,20 +4,19 @@
 #include "cpu/thread_pool.h"
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
-#include <fstream>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "cpu/available_cpus.h"
 #include "quire/backend.h"
 #include "quire/error.h"
 
@@ -129,21 +128,9 @@ class Workers {
   std::vector<std::thread> threads_;
 };
 
-// CPUs that the process may use: its affinity mask, and the quota of its control group.
-int available_cpus() {
-  int count = static_cast<int>(std::thread::hardware_concurrency());
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) count = CPU_COUNT(&set);
-  std::ifstream quota_file("/sys/fs/cgroup/cpu.max");  // "max 100000" or "150000 100000"
-  double quota, period;
-  if (quota_file >> quota >> period && period > 0)
-    count = std::min(count, std::max(1, static_cast<int>(quota / period)));
-  return std::clamp(count, 1, kMaxThreads);
-}
-
 int default_num_threads() {
   const char* text = std::getenv("QUIRE_NUM_THREADS");
-  if (!text || !*text) return available_cpus();
+  if (!text || !*text) return std::min(available_cpus(), kMaxThreads);
   char* end = nullptr;
   const long count = std::strtol(text, &end, 10);
   QUIRE_CHECK_ARG(*end == '\0' && count >= 1 && count <= kMaxThreads,

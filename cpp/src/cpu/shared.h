@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+// Items of many sequences that read the same chunks of keys: K and V are read once for all of
+// them. Rows go through the arithmetic of their own kernel, decode or prefill, in its order, so
+// that sharing changes no bit; each chunk's result goes to the row's slot, for its merge to fold.
+// Every row sees every key of these chunks. Included inside the namespace of the tier.
+#pragma once
+
+// Rows of sequences that decode. There are many together, so the work is arithmetic: keys are
+// widened to float once a chunk, and register tiles are as large as the registers allow.
+template <class T>
+class SharedDecode {
+ public:
+  SharedDecode(const Run& run, std::span<const Task> tasks) : run_(run), first_(tasks[0]) {
+    for (const Task& task : tasks)
+      for (int r = 0; r < task.rows; ++r) rows_.push_back({&task, r});
+    q_ = thread_scratch(rows_.size() * q_stride() + kRowsAtOnce * (kScores + v_stride()) +
+                        kKvChunk * (q_stride() + v_stride()));
+    s_ = q_ + rows_.size() * q_stride();
+    values_ = s_ + kRowsAtOnce * kScores;
+    k_ = values_ + kRowsAtOnce * v_stride();
+    v_ = k_ + kKvChunk * q_stride();
+    std::fill_n(q_, rows_.size() * q_stride(), 0.0f);
+    const float scale = first_.q_scale() * item_scale<T>(first_, first_.p.k_scale);
+    for (size_t i = 0; i < rows_.size(); ++i)
+      load_query(*rows_[i].task, rows_[i].index, scale, q_ + i * q_stride());
+  }
+
+  void attend() {
+    const WorkItem& item = first_.item;
+    for (int64_t begin = item.kv_begin; begin < item.kv_end; begin += kKvChunk) {
+      const T* from[kKvChunk];
+      first_.k_rows(begin, begin + kKvChunk, from);
+      widen(from, first_.p.head_dim, k_, q_stride());
+      first_.v_rows(begin, begin + kKvChunk, from);
+      widen(from, first_.p.head_dim_v, v_, v_stride());
+      for (size_t i = 0; i < rows_.size(); i += kRowsAtOnce)
+        chunk(begin, i, static_cast<int>(std::min<size_t>(kRowsAtOnce, rows_.size() - i)));
+    }
+  }
+
+ private:
+  struct Row {
+    const Task* task;
+    int index;
+  };
+  static constexpr int kTile = 6;  // rows of a register tile
+  static constexpr int kRowsAtOnce = 2 * kTile;
+  static constexpr int kScores = kKvChunk + 16;
+  static constexpr int kValueKeys = 32;  // a visit of the values: they stay in the L1 cache
+  static constexpr int kAhead = 16;      // keys from use to prefetch
+
+  size_t q_stride() const { return padded(first_.p.head_dim); }
+  size_t v_stride() const { return padded(first_.p.head_dim_v); }
+  static int whole_vectors(int dim) { return (dim + kWidth - 1) / kWidth * kWidth; }
+
+  // The rows of a chunk as floats, zeros behind them.
+  static void widen(const T* const* from, int dim, float* to, size_t stride) {
+    for (int key = 0; key < kKvChunk; ++key, to += stride) {
+      const T* next = from[std::min(key + kAhead, kKvChunk - 1)];
+      for (size_t byte = 0; byte < dim * sizeof(T); byte += 64)
+        prefetch(reinterpret_cast<const char*>(next) + byte);
+      int d = 0;
+      for (; d + kWidth <= dim; d += kWidth) store(to + d, load(from[key] + d));
+      if (d < dim) store(to + d, load(from[key] + d, dim - d));
+    }
+  }
+
+  // f.operator()<R>() for the R = min(count, kTile) next rows.
+  template <class F>
+  static void with_tile(int count, F f) {
+    if (count >= kTile) return f.template operator()<kTile>();
+    if (count == 5) return f.template operator()<5>();
+    with_rows(count, f);
+  }
+
+  // `count` rows from `i` on against the widened chunk.
+  void chunk(int64_t begin, size_t i, int count) {
+    const int64_t end = begin + kKvChunk;
+    score(i, count);
+    scale_tokens<T>(first_, first_.p.k_scale, begin, end, s_, count, kScores);
+    Seen seen[kRowsAtOnce];
+    const State state{seen, values_, static_cast<int>(v_stride())};
+    state.clear(count);
+    for (int r = 0; r < count; ++r)
+      seen[r] =
+          softmax_row(*rows_[i + r].task, rows_[i + r].index, begin, s_ + r * kScores, 0, kKvChunk);
+    scale_tokens<T>(first_, first_.p.v_scale, begin, end, s_, count, kScores);
+    weigh(count, state);
+    if (kIsQuantised<T>) scale_values(count);
+    for (int r = 0; r < count; ++r) {
+      const auto& [task, index] = rows_[i + r];
+      const int64_t chunks_before = (begin - task->item.kv_begin) / kKvChunk;
+      store_partial(run_, *task, index, task->item.partial + chunks_before * run_.slots(task->rows),
+                    state, r);
+    }
+  }
+
+  void scale_values(int count) {
+    const float scale = item_scale<T>(first_, first_.p.v_scale);
+    for (size_t i = 0; i < count * v_stride(); ++i) values_[i] *= scale;
+  }
+
+  void score(size_t i, int count) {
+    const int stride = static_cast<int>(q_stride());
+    for (int t = 0; t < kKvChunk; t += kTileKeys) {
+      const float* keys[kTileKeys];
+      for (int j = 0; j < kTileKeys; ++j) keys[j] = k_ + (t + j) * q_stride();
+      for (int r = 0; r < count; r += kTile)
+        with_tile(count - r, [&]<int R>() {
+          dot_tile<R>(q_ + (i + r) * q_stride(), stride, keys, whole_vectors(first_.p.head_dim),
+                      s_ + r * kScores + t, kScores);
+        });
+    }
+  }
+
+  void weigh(int count, const State& state) {
+    const float* rows[kValueKeys];
+    for (int t = 0; t < kKvChunk; t += kValueKeys) {
+      for (int j = 0; j < kValueKeys; ++j) rows[j] = v_ + (t + j) * v_stride();
+      for (int r = 0; r < count; r += kTile)
+        with_tile(count - r, [&]<int R>() {
+          weigh_rows<R>(s_ + r * kScores + t, kScores, rows, kValueKeys,
+                        whole_vectors(first_.p.head_dim_v),
+                        {state.seen, state.row(r), state.stride});
+        });
+    }
+  }
+
+  const Run& run_;
+  const Task& first_;      // whose keys are read
+  std::vector<Row> rows_;  // of all tasks
+  float* q_;               // [rows][q_stride], scaled
+  float* s_;               // [kRowsAtOnce][kScores]: logits of a chunk, then weights
+  float* values_;          // [kRowsAtOnce][v_stride]
+  float* k_;               // [kKvChunk][q_stride]
+  float* v_;               // [kKvChunk][v_stride]
+};
+
+// Rows of longer sequences: each chunk is packed once.
+template <class T>
+void attend_shared_prefill(const Run& run, std::span<const Task> tasks) {
+  using Kernel = Prefill<T>;
+  const Task& widest = *std::max_element(
+      tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.rows < b.rows; });
+  const int rows = Kernel::padded_rows(widest.rows), stride = value_stride(widest);
+  const size_t state_floats = padded(static_cast<size_t>(rows) * stride);
+  float* scratch = thread_scratch(state_floats + Kernel::scratch_floats(widest));
+  std::vector<Seen> seen(rows);
+  const State state{seen.data(), scratch, stride};
+  int64_t chunk = 0;
+  const WorkItem& item = tasks[0].item;
+  for (int64_t begin = item.kv_begin; begin < item.kv_end; begin += kKvChunk, ++chunk) {
+    bool is_packed = false;
+    for (const Task& task : tasks) {
+      Kernel kernel(task, scratch + state_floats);
+      if (!std::exchange(is_packed, true)) kernel.pack(begin, 0, kKvChunk);
+      state.clear(Kernel::padded_rows(task.rows));
+      kernel.fold_packed(begin, kKvChunk, state);
+      const int64_t slot = task.item.partial + chunk * run.slots(task.rows);
+      for (int r = 0; r < task.rows; ++r) store_partial(run, task, r, slot, state, r);
+    }
+  }
+}
+
+template <class T>
+void attend_shared(const Run& run, std::span<const WorkItem> unit) {
+  std::vector<Task> few, many;
+  for (const WorkItem& item : unit) {
+    const Task task(run.params, item);
+    (is_decode(task) ? few : many).push_back(task);
+  }
+  if (!few.empty()) SharedDecode<T>(run, few).attend();
+  if (!many.empty()) attend_shared_prefill<T>(run, many);
+}
