@@ -38,9 +38,6 @@ bool parse_format(const char* format, Py_ssize_t itemsize, DType& dtype) {
     case 'B':
       dtype = DType::kUInt8;
       return true;
-    case 'b':
-      dtype = DType::kInt8;
-      return true;
     default:
       return false;
   }
@@ -71,23 +68,6 @@ bool parse_dlpack(nb::dlpack::dtype type, DType& dtype) {
     }
   return false;
 }
-
-// A type of ml_dtypes by its name; false for all others.
-bool parse_ml_dtype(const std::string& name, DType& dtype) {
-  if (name == "bfloat16")
-    dtype = DType::kBFloat16;
-  else if (name == "float8_e4m3fn")
-    dtype = DType::kFloat8E4M3;
-  else if (name == "float8_e5m2")
-    dtype = DType::kFloat8E5M2;
-  else
-    return false;
-  return true;
-}
-
-constexpr const char* kExpectedDtypes =
-    ": expected float32, float16, bfloat16, float8_e4m3, float8_e5m2, int8, int32, int64 or uint8, "
-    "got ";
 
 std::string python_type(nb::handle object) { return nb::cast<std::string>(nb::inst_name(object)); }
 
@@ -272,6 +252,12 @@ TensorView TensorArgs::optional_input(nb::handle object, const char* name) {
   return view;
 }
 
+TensorView TensorArgs::optional_output(nb::handle object, const char* name) {
+  if (object.is_none()) return {};
+  TensorView view = output(object, name);
+  QUIRE_CHECK_ARG(view.ndim > 0, name, ": expected an array, got one of no dimensions");
+  return view;
+}
 TensorView TensorArgs::scale(nb::handle object, const char* name, float& number) {
   const bool is_int = PyLong_CheckExact(object.ptr());
   if (!is_int && !PyFloat_Check(object.ptr())) {
@@ -285,12 +271,6 @@ TensorView TensorArgs::scale(nb::handle object, const char* name, float& number)
   return {&number, DType::kFloat32, {1}};
 }
 
-TensorView TensorArgs::optional_output(nb::handle object, const char* name) {
-  if (object.is_none()) return {};
-  TensorView view = output(object, name);
-  QUIRE_CHECK_ARG(view.ndim > 0, name, ": expected an array, got one of no dimensions");
-  return view;
-}
 Int32Arg::Int32Arg(nb::handle object, const char* name) {
   if (nb::isinstance<nb::list>(object) || nb::isinstance<nb::tuple>(object)) {
     if (!nb::try_cast(object, copy_)) {
