@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """quire: a framework-neutral runtime for attention over paged KV caches."""
 
+from ._call_log import RecordedKVCacheManager
 from ._core import (
     Attention,
     AttentionPlan,
@@ -15,6 +16,7 @@ from ._core import (
     cpu_isa,
     cuda_state,
     num_threads,
+    replay_calls,
     set_num_threads,
     supported_cpu_isas,
 )
@@ -42,6 +44,7 @@ __all__ = [
     "KVCacheManager",
     "KVStore",
     "KVTicket",
+    "RecordedKVCacheManager",
     "Rope",
     "Scheduler",
     "append_kv",
@@ -57,6 +60,7 @@ __all__ = [
     "merge_states",
     "num_threads",
     "paged_attention",
+    "replay_calls",
     "set_num_threads",
     "supported_cpu_isas",
     "swap_blocks",
