@@ -2,6 +2,7 @@
 """quire: a framework-neutral runtime for attention over paged KV caches."""
 
 from ._backward import attention_backward
+from ._call_log import RecordedKVCacheManager
 from ._core import (
     Attention,
     AttentionPlan,
@@ -16,6 +17,7 @@ from ._core import (
     cpu_isa,
     cuda_state,
     num_threads,
+    replay_calls,
     set_num_threads,
     supported_cpu_isas,
 )
@@ -43,6 +45,7 @@ __all__ = [
     "KVCacheManager",
     "KVStore",
     "KVTicket",
+    "RecordedKVCacheManager",
     "Rope",
     "Scheduler",
     "append_kv",
@@ -59,6 +62,7 @@ __all__ = [
     "merge_states",
     "num_threads",
     "paged_attention",
+    "replay_calls",
     "set_num_threads",
     "supported_cpu_isas",
     "swap_blocks",

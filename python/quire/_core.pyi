@@ -1,5 +1,6 @@
 """Bindings of the quire runtime; use the package `quire`."""
 
+from collections.abc import Sequence as _Sequence
 from typing import Any
 
 import numpy
@@ -690,3 +691,26 @@ class FileStore(KVStore):
     """
 
     def __init__(self, path: str, capacity_bytes: int, block_bytes: int, identity: str = '', max_pending: int = 64) -> None: ...
+
+class CallLogWriter:
+    """Used by RecordedKVCacheManager."""
+
+    def __init__(self, path: str, num_blocks: int, block_size: int, prefix_caching: bool, async_depth: int) -> None: ...
+
+    def write(self, operation: int, outcome: int, seqs: _Sequence[int], values: _Sequence[int], counts: _Sequence[int], salt: str | None, number: int, results: list) -> None:
+        """One call and its results."""
+
+def replay_calls(path: str) -> tuple[int, str | None]:
+    """
+    Runs the calls of a log of RecordedKVCacheManager on a new manager.
+
+    Returns how many calls gave what they gave when recorded, block ids included, and the
+    first difference as text or None. A log that ends within a call, as after a crash, is
+    replayed up to there. Raises ValueError for what is no log, OSError for a file that
+    can't be read, RuntimeError where the manager ends up inconsistent.
+
+    Example::
+
+        num_calls, difference = quire.replay_calls("calls.quirelog")
+        assert difference is None, difference
+    """

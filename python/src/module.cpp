@@ -23,4 +23,5 @@ NB_MODULE(_core, m) {
   quire::python::bind_kv_cache(m);
   quire::python::bind_chain_key(m);
   quire::python::bind_kv_store(m);
+  quire::python::bind_call_log(m);
 }

@@ -13,19 +13,36 @@ int32_t StoreIndex::take() {
   }
   if (static_cast<int32_t>(keys_.size()) == capacity_) return kNone;
   keys_.emplace_back();
+  links_.emplace_back();
   return static_cast<int32_t>(keys_.size()) - 1;
 }
 
 void StoreIndex::fill(int32_t slot, const ChainKey& key) {
   slots_.emplace(key, slot);
   keys_[slot] = key;
-  lru_.insert(slot);
+  link_last(slot + 1);
 }
 
 void StoreIndex::erase(int32_t slot) {
   slots_.erase(keys_[slot]);
-  lru_.remove(slot);
+  unlink(slot + 1);
   free_.push_back(slot);
+}
+
+void StoreIndex::touch(int32_t slot) {
+  unlink(slot + 1);
+  link_last(slot + 1);
+}
+
+void StoreIndex::link_last(int32_t at) {
+  const int32_t last = links_[0].prev;
+  links_[at] = {last, 0};
+  links_[last].next = links_[0].prev = at;
+}
+
+void StoreIndex::unlink(int32_t at) {
+  links_[links_[at].prev].next = links_[at].next;
+  links_[links_[at].next].prev = links_[at].prev;
 }
 
 int32_t store_capacity(const char* function, int64_t capacity_bytes, int64_t block_bytes) {

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+// KVTraffic: calls of a KVCacheManager chosen by a stream of bytes; for fuzzing, soaking,
+// recording.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "quire/error.h"
+#include "quire/kv_cache_manager.h"
+
+namespace kv_traffic {
+
+struct Shape {
+  int32_t num_blocks, block_size;
+  bool prefix_caching;
+  int32_t async_depth;
+  int32_t max_seqs;    // beyond it sequences are freed instead of created
+  int32_t max_tokens;  // of a sequence
+};
+
+// Source: uint32_t next(), any bits. Manager: a KVCacheManager, or what has its functions; `view`
+// is the manager to ask. Some calls are wrong on purpose: they must be refused.
+template <class Manager, class Source>
+class Traffic {
+ public:
+  Traffic(Manager& manager, const quire::KVCacheManager& view, const Shape& shape, Source& source)
+      : manager_(manager), view_(view), shape_(shape), source_(source) {}
+
+  void call() {
+    try {
+      choose();
+    } catch (const quire::InvalidArgument&) {
+      ++num_refused_;
+    }
+  }
+
+  void free_all() {
+    manager_.free(live_);
+    live_.clear();
+    if (shape_.async_depth > 0 && view_.batch().ticket() > retired_)
+      manager_.retire(view_.batch().ticket());
+    retired_ = view_.batch().ticket();
+  }
+
+  int64_t num_refused() const { return num_refused_; }
+
+ private:
+  uint32_t below(uint32_t bound) { return source_.next() % bound; }
+  quire::SequenceId any() { return live_[below(static_cast<uint32_t>(live_.size()))]; }
+
+  void choose() {
+    const uint32_t action = below(16);
+    if (live_.empty() || action == 0) return create();
+    if (action < 6) return step_and_commit(true);
+    if (action < 8) return step_and_commit(false);
+    if (action < 9) return fork();
+    if (action < 11) return truncate();
+    if (action < 13) return free_some();
+    if (action < 14) return retire();
+    if (action < 15) return create();
+    misuse();
+  }
+
+  // Few different tokens and often a prefix of an older prompt, so that much is shared.
+  void create() {
+    if (static_cast<int32_t>(live_.size()) >= shape_.max_seqs) return free_some();
+    std::vector<int32_t> tokens;
+    if (!live_.empty() && below(2)) {
+      const auto known = view_.tokens(any());
+      tokens.assign(known.begin(), known.begin() + below(static_cast<uint32_t>(known.size())) + 1);
+    }
+    for (uint32_t n = 1 + below(2 * shape_.block_size); n > 0; --n)
+      tokens.push_back(static_cast<int32_t>(below(3)));
+    if (static_cast<int32_t>(tokens.size()) > shape_.max_tokens) tokens.resize(shape_.max_tokens);
+    static constexpr const char* kSalts[] = {"", "a"};
+    const uint32_t salt = below(8);
+    live_.push_back(salt < 2 ? manager_.create(tokens, kSalts[salt]) : manager_.create(tokens));
+  }
+
+  void step_and_commit(bool commits) {
+    if (!view_.may_step()) return retire();
+    pick_batch();
+    if (!manager_.step(batch_, counts_)) {
+      if (below(2)) free_some();
+      return;
+    }
+    if (commits) commit();
+  }
+
+  // Some of the live sequences; mostly all of what each has to compute, sometimes a part.
+  void pick_batch() {
+    batch_.clear();
+    counts_.clear();
+    const uint32_t share = 1 + below(4);
+    for (quire::SequenceId seq : live_) {
+      if (below(4) >= share) continue;
+      const auto todo =
+          static_cast<uint32_t>(view_.num_tokens(seq) - view_.num_computed_tokens(seq));
+      batch_.push_back(seq);
+      counts_.push_back(static_cast<int32_t>(below(4) ? todo : below(todo + 1)));
+    }
+  }
+
+  void commit() {
+    sampled_.clear();
+    num_sampled_.clear();
+    for (size_t i = 0; i < batch_.size(); ++i) {
+      const int64_t left =
+          view_.num_tokens(batch_[i]) - view_.num_computed_tokens(batch_[i]) - counts_[i];
+      const bool is_full = view_.num_tokens(batch_[i]) + 3 > shape_.max_tokens;
+      const uint32_t count = left > 0 || is_full ? 0 : below(4) ? 1 : below(4);
+      num_sampled_.push_back(static_cast<int32_t>(count));
+      for (uint32_t n = 0; n < count; ++n) sampled_.push_back(static_cast<int32_t>(below(3)));
+    }
+    manager_.commit(batch_, sampled_, num_sampled_);
+  }
+
+  void fork() {
+    if (static_cast<int32_t>(live_.size()) >= shape_.max_seqs) return free_some();
+    live_.push_back(manager_.fork(any()));
+  }
+
+  void truncate() {
+    const quire::SequenceId seq = any();
+    const int64_t num_tokens = view_.num_tokens(seq);
+    const int64_t cut = below(4) ? below(4) : below(static_cast<uint32_t>(num_tokens));
+    manager_.truncate(seq, std::max<int64_t>(1, num_tokens - cut));
+  }
+
+  void free_some() {
+    for (uint32_t n = 1 + below(3); n > 0 && !live_.empty(); --n) {
+      std::swap(live_[below(static_cast<uint32_t>(live_.size()))], live_.back());
+      last_freed_ = live_.back();
+      live_.pop_back();
+      manager_.free({&last_freed_, 1});
+    }
+  }
+
+  void retire() {
+    const int64_t running = view_.batch().ticket() - retired_;
+    if (shape_.async_depth == 0 || running <= 0) return;
+    const int64_t ticket = retired_ + 1 + below(static_cast<uint32_t>(running));
+    manager_.retire(ticket);
+    retired_ = ticket;
+  }
+
+  void misuse() {
+    const quire::SequenceId twice[] = {live_[0], live_[0]};
+    const int32_t one = 1, many = 1 << 30;
+    switch (below(7)) {
+      case 0:
+        manager_.free(twice);
+        break;
+      case 1:
+        manager_.free({&last_freed_, 1});
+        break;
+      case 2:
+        manager_.step({&live_[0], 1}, {&many, 1});
+        break;
+      case 3:
+        manager_.step(live_, {});
+        break;
+      case 4:
+        manager_.truncate(live_[0], 0);
+        break;
+      case 5:
+        manager_.commit({&live_[0], 1}, {&one, 1}, {&many, 1});
+        break;
+      default:
+        manager_.retire(view_.batch().ticket() + 1);
+    }
+    throw quire::InvariantError("a wrong call was not refused");
+  }
+
+  Manager& manager_;
+  const quire::KVCacheManager& view_;
+  const Shape shape_;
+  Source& source_;
+  std::vector<quire::SequenceId> live_, batch_;
+  std::vector<int32_t> counts_, sampled_, num_sampled_;
+  quire::SequenceId last_freed_;
+  int64_t retired_ = 0;
+  int64_t num_refused_ = 0;
+};
+
+}  // namespace kv_traffic
