@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os.path  # pathlib would be half of the time that importing quire takes
 
 from . import _core
 
-_ROOT = Path(_core.__file__).parent  # where an editable install has them, too
+_ROOT = os.path.dirname(_core.__file__)  # where an editable install has them, too
 
 
 def get_include() -> str:
@@ -17,7 +17,7 @@ def get_include() -> str:
 
         cc engine.c -I$(python -c "import quire; print(quire.get_include())")
     """
-    return str(_ROOT / "include")
+    return os.path.join(_ROOT, "include")
 
 
 def get_cmake_dir() -> str:
@@ -28,4 +28,4 @@ def get_cmake_dir() -> str:
         cmake -S . -B build -Dquire_DIR=$(python -m quire --cmakedir)
         # find_package(quire) gives quire::quire (shared) and quire::quire_static
     """
-    return str(_ROOT / "lib/cmake/quire")
+    return os.path.join(_ROOT, "lib", "cmake", "quire")

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ._arrays import numpy_dtype
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 class KVCache:

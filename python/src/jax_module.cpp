@@ -124,7 +124,7 @@ NB_MODULE(_jax, m) {
         add("merge_states", merge_states_handler);
         return handlers;
       },
-      "A capsule for each operation, by name.");
+      nb::sig("def handlers() -> dict[str, typing.Any]"), "A capsule for each operation, by name.");
 }
 
 }  // namespace quire::python

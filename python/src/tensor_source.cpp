@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tensor_source.h"
 
+#include <nanobind/stl/string.h>
+
 #include <array>
 #include <atomic>
 #include <mutex>

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes python/quire/_core.pyi anew from the installed module."""
+"""Writes the stubs of python/quire anew from the installed modules."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
-TARGET = Path(__file__).resolve().parents[2] / "python/quire/_core.pyi"
+PACKAGE = Path(__file__).resolve().parents[2] / "python/quire"
 
 if __name__ == "__main__":
-    subprocess.run(
-        [sys.executable, "-m", "nanobind.stubgen", "-m", "quire._core", "-o", str(TARGET)],
-        check=True,
-    )
+    for module in ("_core", "_jax"):
+        if importlib.util.find_spec(f"quire.{module}"):
+            target = str(PACKAGE / f"{module}.pyi")
+            stubgen = [sys.executable, "-m", "nanobind.stubgen", "-m", f"quire.{module}"]
+            subprocess.run([*stubgen, "-o", target], check=True)
