@@ -5,30 +5,53 @@
 
 namespace quire {
 
+std::vector<int32_t> BlockTable::ids() const {
+  std::vector<int32_t> result(shared_.begin(), shared_.end());
+  result.insert(result.end(), own_.begin(), own_.end());
+  return result;
+}
+
 void BlockTable::append(std::span<const int32_t> blocks) {
-  ids_.insert(ids_.end(), blocks.begin(), blocks.end());
+  own_.insert(own_.end(), blocks.begin(), blocks.end());
 }
 
 void BlockTable::replace(int32_t index, int32_t block) {
-  ids_[index] = block;
+  own_[index - num_shared()] = block;
   num_written_ = std::min(num_written_, index);
 }
 
 void BlockTable::truncate(int32_t num_blocks) {
-  ids_.resize(num_blocks);
+  own_.resize(num_blocks - num_shared());
   num_written_ = std::min(num_written_, num_blocks);
 }
 
-BlockTable BlockTable::fork(int32_t num_blocks) const {
-  BlockTable child(block_size_);
-  child.ids_.assign(ids_.begin(), ids_.begin() + num_blocks);
-  return child;
+void BlockTable::share(std::span<const int32_t> shared) {
+  const size_t num_moved = std::min(own_.size(), shared.size() - shared_.size());
+  own_.erase(own_.begin(), own_.begin() + static_cast<int64_t>(num_moved));
+  shared_ = shared;
 }
 
-void BlockTable::write_row(int32_t* out, int32_t row, bool is_kept, int32_t num_blocks) {
+void BlockTable::unshare() {
+  own_.insert(own_.begin(), shared_.begin(), shared_.end());
+  shared_ = {};
+}
+
+void BlockTable::clear() {
+  own_.clear();
+  shared_ = {};
+  row_ = -1;
+  num_written_ = 0;
+}
+
+int32_t BlockTable::write_row(int32_t* out, int32_t row, bool is_kept, int32_t num_blocks) {
   if (!is_kept || row_ != row) num_written_ = 0;
   row_ = row;
-  for (; num_written_ < num_blocks; ++num_written_) out[num_written_] = ids_[num_written_];
+  const int32_t first = num_written_;
+  for (; num_written_ < std::min(num_blocks, num_shared()); ++num_written_)
+    out[num_written_] = shared_[num_written_];
+  for (; num_written_ < num_blocks; ++num_written_)
+    out[num_written_] = own_[num_written_ - num_shared()];
+  return first;
 }
 
 }  // namespace quire

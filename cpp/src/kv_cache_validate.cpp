@@ -2,34 +2,45 @@
 // KVCacheManager's statistics, and validate(): recounts every reference from the sequences.
 #include <algorithm>
 #include <unordered_map>
+#include <utility>
 
 #include "quire/error.h"
 #include "quire/kv_cache_manager.h"
 
 namespace quire {
 
-// Used blocks hold block_size tokens each, but for those that no sequence has filled.
-int64_t KVCacheManager::count_used_tokens() const {
+// What only a walk over the sequences tells. Used blocks hold block_size tokens each, but for those
+// that no sequence has filled.
+void KVCacheManager::count_used(KVCacheStats* stats) const {
   struct Holders {
     int32_t num_tokens = 0;  // the most that a sequence among these has computed
-    int32_t count = 0;
+    int32_t num_sequences = 0;
+    int32_t num_deferred = 0;
   };
   std::unordered_map<int32_t, Holders> unfilled;
   for (const Sequence& seq : sequences_) {
-    if (seq.serial == 0) continue;
-    int32_t num_tokens = static_cast<int32_t>(seq.num_computed % block_size_);
-    for (int32_t i = static_cast<int32_t>(seq.num_computed / block_size_); i < seq.table.size();
-         ++i, num_tokens = 0) {
+    if (seq.id == SequenceId{}) continue;
+    const int64_t computed = num_computed(seq);
+    int32_t num_tokens = static_cast<int32_t>(computed % block_size_);
+    for (int32_t i = static_cast<int32_t>(computed / block_size_); i < seq.table.size(); ++i) {
       Holders& holders = unfilled[seq.table[i]];
-      holders.num_tokens = std::max(holders.num_tokens, num_tokens);
-      ++holders.count;
+      holders.num_tokens = std::max(holders.num_tokens, std::exchange(num_tokens, 0));
+      ++holders.num_sequences;
     }
   }
-  for (const Deferred& deferred : deferred_) ++unfilled[deferred.block].count;
-  int64_t result = int64_t{allocator_.num_used()} * block_size_;
-  for (const auto& [block, holders] : unfilled)
-    if (allocator_.refcount(block) == holders.count) result -= block_size_ - holders.num_tokens;
-  return result;
+  for (const Deferred& deferred : deferred_) ++unfilled[deferred.block].num_deferred;
+  stats->used_tokens = int64_t{stats->used_blocks} * block_size_;
+  stats->fenced_blocks = 0;
+  for (const auto& [block, holders] : unfilled) {
+    if (allocator_.refcount(block) > holders.num_sequences + holders.num_deferred) continue;
+    stats->used_tokens -= block_size_ - holders.num_tokens;
+    stats->fenced_blocks += holders.num_sequences == 0;
+  }
+  stats->waste_tokens = int64_t{stats->used_blocks} * block_size_ - stats->used_tokens;
+}
+
+int64_t KVCacheManager::num_bytes() const {
+  return allocator_.num_bytes() + (cache_ ? cache_->num_bytes() : 0);
 }
 
 KVCacheStats KVCacheManager::stats() const {
@@ -41,11 +52,11 @@ KVCacheStats KVCacheManager::stats() const {
   stats.cached_blocks = allocator_.num_cached();
   stats.high_water_blocks = allocator_.high_water();
   stats.deferred_refs = num_deferred_refs();
-  stats.used_tokens = count_used_tokens();
-  stats.waste_tokens = int64_t{stats.used_blocks} * block_size_ - stats.used_tokens;
   stats.prefix_query_tokens = prefix_query_tokens_;
   stats.prefix_hit_tokens = prefix_hit_tokens_;
   stats.evicted_blocks = evicted_blocks_;
+  stats.pinned_blocks = static_cast<int32_t>(pins_.size());
+  count_used(&stats);
   return stats;
 }
 
@@ -54,6 +65,7 @@ void KVCacheManager::validate_sequence(const Sequence& seq) const {
   QUIRE_INVARIANT(seq.num_planned >= 0 && planned <= seq.num_tokens(), "a sequence of ",
                   seq.num_tokens(), " tokens has ", planned, " planned");
   QUIRE_INVARIANT(seq.table.blocks_for(planned) <= seq.table.size(), "a sequence lacks blocks");
+  const std::vector<int32_t> known = tokens(seq.id);
   for (int32_t i = 0; i < seq.table.size(); ++i) {
     const int32_t block = seq.table[i];
     const int64_t held =
@@ -64,21 +76,37 @@ void KVCacheManager::validate_sequence(const Sequence& seq) const {
     const std::vector<int32_t> cached = cache_->tokens(block);
     QUIRE_INVARIANT(static_cast<int64_t>(cached.size()) >= held &&
                         std::equal(cached.begin(), cached.begin() + held,
-                                   &seq.tokens[int64_t{i} * block_size_]),
+                                   known.begin() + int64_t{i} * block_size_),
                     "block ", block, ": cached with other tokens");
   }
 }
 
-void KVCacheManager::validate() const {
-  allocator_.validate();
-  if (cache_) cache_->validate();
+// The references that sequences, trunks, pins and steps in flight should hold on each block.
+std::vector<int32_t> KVCacheManager::count_references() const {
   std::vector<int32_t> refcounts(allocator_.num_blocks(), 0);
+  std::unordered_map<const Trunk*, int32_t> trunks;
   for (const Sequence& seq : sequences_) {
-    if (seq.serial == 0) continue;
-    validate_sequence(seq);
-    for (int32_t block : seq.table.ids()) ++refcounts[block];
+    if (seq.id == SequenceId{}) continue;
+    for (int32_t i = seq.table.num_shared(); i < seq.table.size(); ++i) ++refcounts[seq.table[i]];
+    if (seq.trunk) ++trunks[seq.trunk];
+  }
+  for (const auto& [trunk, num_holders] : trunks) {
+    QUIRE_INVARIANT(trunk->num_holders == num_holders, "a trunk of ", num_holders,
+                    " sequences counts ", trunk->num_holders);
+    for (int32_t block : trunk->blocks) ++refcounts[block];
   }
   for (const Deferred& deferred : deferred_) ++refcounts[deferred.block];
+  for (const auto& [block, count] : pins_) ++refcounts[block];
+  return refcounts;
+}
+
+void KVCacheManager::validate() const {
+  settle();
+  allocator_.validate();
+  if (cache_) cache_->validate();
+  for (const Sequence& seq : sequences_)
+    if (seq.id != SequenceId{}) validate_sequence(seq);
+  const std::vector<int32_t> refcounts = count_references();
   for (int32_t block = 0; block < allocator_.num_blocks(); ++block) {
     QUIRE_INVARIANT(refcounts[block] == allocator_.refcount(block), "block ", block, ": ",
                     refcounts[block], " holders, refcount ", allocator_.refcount(block));

@@ -192,9 +192,8 @@ void Scheduler::write_batch() {
     batch_.request_ids[i] = request.id;
     batch_.num_new_tokens[i] = row.num_new;
     if (row.samples) batch_.sampling.push_back(static_cast<int32_t>(i));
-    const auto first =
-        manager_.tokens(request.seq).begin() + manager_.num_computed_tokens(request.seq);
-    token_ids = std::copy(first, first + row.num_new, token_ids);
+    const auto pending = manager_.pending_tokens(request.seq).first(row.num_new);
+    token_ids = std::copy(pending.begin(), pending.end(), token_ids);
   }
   batch_.step = manager_.step(seqs_, {batch_.num_new_tokens.data(), batch_.num_new_tokens.size()});
   batch_.num_preempted = std::exchange(num_preempted_, 0);

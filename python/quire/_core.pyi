@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as _Sequence
 from typing import Any
+from typing import Any, overload
 
 import numpy
 import numpy.typing
@@ -202,6 +203,12 @@ class Sequence:
         """Leading tokens whose KV was there when the sequence was created."""
 
     @property
+    def id(self) -> int:
+        """
+        A number unique in the process; step(), commit() and free() take int64 arrays of them.
+        """
+
+    @property
     def token_ids(self) -> numpy.typing.NDArray[numpy.int32]:
         """The known tokens, int32 [num_tokens], a copy."""
 
@@ -255,12 +262,25 @@ class StepBatch:
         Blocks (source, destination) to copy before KV is written, int32 [copies, 2].
         """
 
+    @property
+    def changes(self) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        Entries of block_table that this step wrote, int32 [changes, 2]: (index, block).
+
+        The index is row * stride + column, with the row stride of block_table in elements.
+        A copy on a device that had all changes so far needs these alone, unless block_table's
+        stride or memory is another than before: then all entries in use are here.
+        """
+
 class KVCacheManager:
     """
     The sequences of an engine and the blocks that hold their KV.
 
-    `prefix_caching` shares full blocks of equal prefixes; `async_depth` is how many
+    `prefix_caching` shares the blocks of equal prefixes; `async_depth` is how many
     steps may run while the host plans on (see retire). Not thread-safe.
+
+    Steps of the same sequences with one token each cost least, with all arguments as
+    arrays: `ids = np.array([seq.id for seq in seqs])`.
 
     Raises ValueError for counts below 1. Every method either does all it says or
     raises and changes nothing.
@@ -304,27 +324,39 @@ class KVCacheManager:
         Computed tokens of live sequences, those in shared blocks counted once.
         """
 
-    def create(self, token_ids: numpy.typing.ArrayLike, salt: str | None = None) -> Sequence:
+    def create(self, token_ids: numpy.typing.ArrayLike, salt: str | None = None, *, priority: int = 0, ttl: float | None = None) -> Sequence:
         """
         A sequence of these tokens, int32 [n], that shares the cached prefix.
 
-        At least the last token is left to compute. Sequences of different salts share
-        nothing. Raises ValueError for no tokens.
+        At least the last token is left to compute. A prefix may end inside a block: the
+        first step copies its tokens (StepBatch.copies). Sequences of different salts share
+        nothing.
+
+        Once nobody uses its blocks, those of lower `priority` (0 to 100) are evicted first,
+        and of one priority the least recently used; `ttl` seconds later they count as the
+        lowest. Of several sequences that held a block the highest priority counts.
+
+        Raises ValueError for no tokens, a priority outside 0 to 100, or a negative ttl.
 
         Example::
 
             seq = manager.create(np.array([1, 2, 3], np.int32))
         """
 
-    def fork(self, seq: Sequence) -> Sequence:
+    @typing.overload
+    def fork(self, seq: Sequence, n: None = None) -> Sequence: ...
+    @overload
+    def fork(self, seq: Sequence, n: int) -> list[Sequence]:
         """
         A sequence of the same tokens that shares every block with computed tokens.
 
-        The first write into a shared partial block copies it: see StepBatch.copies.
+        With `n` a list of n such sequences. The first write into a shared partial block
+        copies it: see StepBatch.copies. Raises ValueError for a negative n.
 
         Example::
 
             child = manager.fork(seq)
+            beams = manager.fork(seq, 8)
         """
 
     def truncate(self, seq: Sequence, num_tokens: int) -> None:
@@ -338,7 +370,7 @@ class KVCacheManager:
             manager.truncate(seq, seq.num_tokens - num_rejected)
         """
 
-    def free(self, seqs: list[Sequence]) -> None:
+    def free(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64]) -> None:
         """
         Ends sequences; what they computed stays cached as long as there is room.
 
@@ -358,9 +390,33 @@ class KVCacheManager:
             hit = manager.match(prompt)
         """
 
-    def step(self, seqs: list[Sequence], num_new_tokens: numpy.typing.ArrayLike) -> StepBatch | None:
+    def pin(self, what: Sequence | numpy.typing.ArrayLike, salt: str | None = None) -> int:
+        """
+        Keeps cached blocks from eviction until they are unpinned as often.
+
+        `what`: a sequence, for its computed tokens, or the tokens of a prefix, int32 [n].
+        Returns how many tokens that are: those of the whole blocks that are cached.
+
+        Example::
+
+            manager.pin(system_prompt)
+        """
+
+    def unpin(self, what: Sequence | numpy.typing.ArrayLike, salt: str | None = None) -> int:
+        """
+        Takes one pin() back; returns how many tokens were pinned.
+
+        Example::
+
+            manager.unpin(system_prompt)
+        """
+
+    def step(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64], num_new_tokens: numpy.typing.ArrayLike, *, lookahead: int = 0) -> StepBatch | None:
         """
         Gives slots to the next tokens of each sequence, int32 [batch] known ones.
+
+        `seqs`: a list, or an int64 array of Sequence.id. With `lookahead` the rows of
+        block_table reach that many tokens farther: room for drafts not yet known.
 
         None when out of blocks: then nothing has changed. A second step without commit
         plans the same tokens again. Raises ValueError for a freed sequence, one named
@@ -371,7 +427,7 @@ class KVCacheManager:
             batch = manager.step(seqs, np.ones(len(seqs), np.int32))
         """
 
-    def commit(self, seqs: list[Sequence], sampled: numpy.typing.ArrayLike | list[numpy.typing.ArrayLike] | None = None) -> None:
+    def commit(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64], sampled: numpy.typing.ArrayLike | list[numpy.typing.ArrayLike] | None = None) -> None:
         """
         The KV of the stepped tokens is written: full blocks become shareable.
 
@@ -402,7 +458,8 @@ class KVCacheManager:
 
         Keys: num_blocks, block_size, free_blocks, used_blocks, cached_blocks,
         high_water_blocks, deferred_refs, used_tokens, waste_tokens, prefix_query_tokens,
-        prefix_hit_tokens, evicted_blocks.
+        prefix_hit_tokens, evicted_blocks, pinned_blocks (held by pin), fenced_blocks (that
+        wait for retire alone), num_bytes (of the bookkeeping: 64 a block of 16 tokens).
 
         Example::
 

@@ -16,34 +16,91 @@ using Manager = nb::handle_t<PyManager>;
 
 PyManager& of(Manager self) { return *nb::inst_ptr<PyManager>(self); }
 
-nb::object copy_of(std::span<const int32_t> values) {
-  auto* copy = new int32_t[values.size()];
-  std::copy(values.begin(), values.end(), copy);
-  const nb::capsule owner(copy, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
-  const size_t shape[] = {values.size()};
-  return nb::cast(nb::ndarray<nb::numpy, int32_t>(copy, 1, shape, owner));
+// Takes the values over.
+nb::object array_of(std::vector<int32_t> values) {
+  auto* kept = new std::vector<int32_t>(std::move(values));
+  const nb::capsule owner(kept,
+                          [](void* p) noexcept { delete static_cast<std::vector<int32_t>*>(p); });
+  const size_t shape[] = {kept->size()};
+  return nb::cast(nb::ndarray<nb::numpy, int32_t>(kept->data(), 1, shape, owner));
 }
 
-// The handles of a list of Sequence, in manager.seqs.
-std::span<const SequenceId> parse_seqs(PyManager& manager, const char* function, nb::list seqs) {
-  const nb::handle type = nb::type<PySequence>();
-  manager.seqs.clear();
-  for (size_t i = 0, n = nb::len(seqs); i < n; ++i) {
-    PyObject* seq = PyList_GetItem(seqs.ptr(), static_cast<Py_ssize_t>(i));
-    if (Py_TYPE(seq) != reinterpret_cast<PyTypeObject*>(type.ptr())) {
-      const std::string message = concat(function, ": seqs[", i, "]: expected a Sequence, got ",
-                                         nb::cast<std::string>(nb::inst_name(seq)));
-      throw nb::type_error(message.c_str());
-    }
-    manager.seqs.push_back(nb::inst_ptr<PySequence>(seq)->id);
+// The sequences of a call: an int64 array of Sequence.id (read in place), or a list of Sequence.
+class SeqsArg {
+ public:
+  SeqsArg(PyManager& manager, const char* function, nb::handle seqs) {
+    if (nb::isinstance<nb::list>(seqs))
+      parse_list(manager, function, nb::borrow<nb::list>(seqs));
+    else
+      parse_array(concat(function, ": seqs").c_str(), seqs);
   }
-  return manager.seqs;
+  operator std::span<const SequenceId>() const { return ids_; }
+  size_t size() const { return ids_.size(); }
+
+ private:
+  void parse_list(PyManager& manager, const char* function, nb::list seqs) {
+    const nb::handle type = nb::type<PySequence>();
+    manager.seqs.clear();
+    for (size_t i = 0, n = nb::len(seqs); i < n; ++i) {
+      PyObject* seq = PyList_GetItem(seqs.ptr(), static_cast<Py_ssize_t>(i));
+      if (Py_TYPE(seq) != reinterpret_cast<PyTypeObject*>(type.ptr())) {
+        const std::string message = concat(function, ": seqs[", i, "]: expected a Sequence, got ",
+                                           nb::cast<std::string>(nb::inst_name(seq)));
+        throw nb::type_error(message.c_str());
+      }
+      manager.seqs.push_back(nb::inst_ptr<PySequence>(seq)->id);
+    }
+    ids_ = manager.seqs;
+  }
+
+  void parse_array(const char* name, nb::handle seqs) {
+    static_assert(sizeof(SequenceId) == sizeof(int64_t));
+    const TensorView view = args_.input(seqs, name);
+    QUIRE_CHECK_ARG(view.dtype == DType::kInt64 && view.ndim == 1, name,
+                    ": expected a list of Sequence or a one-dimensional int64 array of their ids, "
+                    "got ",
+                    describe(view));
+    QUIRE_CHECK_ARG(view.shape[0] <= 1 || view.strides[0] == 1, name,
+                    ": expected a contiguous array, got stride ", view.strides[0]);
+    ids_ = {reinterpret_cast<const SequenceId*>(view.data), static_cast<size_t>(view.shape[0])};
+  }
+
+  TensorArgs args_;
+  std::span<const SequenceId> ids_;
+};
+
+PySequence create(Manager self, nb::handle token_ids, Salt salt, int32_t priority,
+                  std::optional<double> ttl) {
+  const Int32Arg tokens(token_ids, "create: token_ids");
+  Retention retention;
+  retention.priority = priority;
+  if (ttl) retention.ttl = *ttl;
+  return {nb::borrow(self), &of(self),
+          of(self).manager.create({tokens.data(), tokens.size()}, salt, retention)};
 }
 
-PySequence create(Manager self, nb::handle token_ids, Salt salt) {
-  const Int32Arg tokens(token_ids, "create: token_ids");
-  return {nb::borrow(self), &of(self),
-          of(self).manager.create({tokens.data(), tokens.size()}, salt)};
+nb::object fork(Manager self, const PySequence& seq, std::optional<int64_t> n) {
+  PyManager& manager = of(self);
+  if (!n) return nb::cast(PySequence{nb::borrow(self), &manager, manager.manager.fork(seq.id)});
+  QUIRE_CHECK_ARG(*n >= 0, "fork: n: expected 0 or more, got ", *n);
+  manager.seqs.resize(static_cast<size_t>(*n));
+  manager.manager.fork(seq.id, manager.seqs);
+  nb::list children;
+  for (SequenceId id : manager.seqs)
+    children.append(nb::cast(PySequence{nb::borrow(self), &manager, id}));
+  return children;
+}
+
+// pin() and unpin(): of a Sequence, or of a cached prefix.
+int64_t change_pins(PyManager& self, nb::handle what, Salt salt, bool pins) {
+  KVCacheManager& manager = self.manager;
+  if (nb::isinstance<PySequence>(what)) {
+    const SequenceId id = nb::inst_ptr<PySequence>(what)->id;
+    return pins ? manager.pin(id) : manager.unpin(id);
+  }
+  const Int32Arg tokens(what, pins ? "pin: what" : "unpin: what");
+  const std::span<const int32_t> ids(tokens.data(), tokens.size());
+  return pins ? manager.pin(ids, salt) : manager.unpin(ids, salt);
 }
 
 int64_t match(Manager self, nb::handle token_ids, Salt salt) {
@@ -51,11 +108,12 @@ int64_t match(Manager self, nb::handle token_ids, Salt salt) {
   return of(self).manager.match({tokens.data(), tokens.size()}, salt).num_tokens;
 }
 
-std::optional<PyStepBatch> step(Manager self, nb::list seqs, nb::handle num_new_tokens) {
+std::optional<PyStepBatch> step(Manager self, nb::handle seqs, nb::handle num_new_tokens,
+                                int32_t lookahead) {
   PyManager& manager = of(self);
   const Int32Arg counts(num_new_tokens, "step: num_new_tokens");
-  const auto ids = parse_seqs(manager, "step", seqs);
-  const StepBatch* batch = manager.manager.step(ids, {counts.data(), counts.size()});
+  const SeqsArg ids(manager, "step", seqs);
+  const StepBatch* batch = manager.manager.step(ids, {counts.data(), counts.size()}, lookahead);
   if (!batch) return std::nullopt;
   return PyStepBatch{nb::borrow(self), &manager, batch->ticket()};
 }
@@ -67,9 +125,9 @@ bool is_ragged(nb::handle sampled) {
   return nb::len(items) > 0 && nb::hasattr(items[0], "__len__");
 }
 
-void commit(Manager self, nb::list seqs, nb::handle sampled) {
+void commit(Manager self, nb::handle seqs, nb::handle sampled) {
   PyManager& manager = of(self);
-  const auto ids = parse_seqs(manager, "commit", seqs);
+  const SeqsArg ids(manager, "commit", seqs);
   if (sampled.is_none()) return manager.manager.commit(ids);
   if (!is_ragged(sampled)) {
     const Int32Arg tokens(sampled, "commit: sampled");
@@ -101,6 +159,9 @@ nb::dict stats(const PyManager& self) {
   d["prefix_query_tokens"] = stats.prefix_query_tokens;
   d["prefix_hit_tokens"] = stats.prefix_hit_tokens;
   d["evicted_blocks"] = stats.evicted_blocks;
+  d["pinned_blocks"] = stats.pinned_blocks;
+  d["fenced_blocks"] = stats.fenced_blocks;
+  d["num_bytes"] = self.manager.num_bytes();
   return d;
 }
 
@@ -123,12 +184,16 @@ void bind_sequence(nb::module_& m) {
           [](const PySequence& s) { return s.manager->manager.num_cached_tokens(s.id); },
           "Leading tokens whose KV was there when the sequence was created.")
       .def_prop_ro(
-          "token_ids", [](const PySequence& s) { return copy_of(s.manager->manager.tokens(s.id)); },
+          "id", [](const PySequence& s) { return s.id.value; },
+          "A number unique in the process; step(), commit() and free() take int64 arrays of them.")
+      .def_prop_ro(
+          "token_ids",
+          [](const PySequence& s) { return array_of(s.manager->manager.tokens(s.id)); },
           nb::for_getter(nb::sig("def token_ids(self) -> numpy.typing.NDArray[numpy.int32]")),
           "The known tokens, int32 [num_tokens], a copy.")
       .def_prop_ro(
           "block_table",
-          [](const PySequence& s) { return copy_of(s.manager->manager.block_table(s.id)); },
+          [](const PySequence& s) { return array_of(s.manager->manager.block_table(s.id)); },
           nb::for_getter(nb::sig("def block_table(self) -> numpy.typing.NDArray[numpy.int32]")),
           "Ids of the sequence's blocks, int32 [num_blocks], a copy.");
 }
@@ -181,15 +246,28 @@ void bind_batch(nb::module_& m) {
             return b.manager->copies.get(array, array.size() / 2, 2, 2);
           },
           nb::for_getter(nb::sig("def copies(self) -> numpy.typing.NDArray[numpy.int32]")),
-          "Blocks (source, destination) to copy before KV is written, int32 [copies, 2].");
+          "Blocks (source, destination) to copy before KV is written, int32 [copies, 2].")
+      .def_prop_ro(
+          "changes",
+          [](const PyStepBatch& b) {
+            const auto& array = b.get().changes();
+            return b.manager->changes.get(array, array.size() / 2, 2, 2);
+          },
+          nb::for_getter(nb::sig("def changes(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "Entries of block_table that this step wrote, int32 [changes, 2]: (index, block).\n\n"
+          "The index is row * stride + column, with the row stride of block_table in elements.\n"
+          "A copy on a device that had all changes so far needs these alone, unless block_table's\n"
+          "stride or memory is another than before: then all entries in use are here.");
 }
 
 nb::class_<PyManager> bind_manager(nb::module_& m) {
   return nb::class_<PyManager>(
              m, "KVCacheManager",
              "The sequences of an engine and the blocks that hold their KV.\n\n"
-             "`prefix_caching` shares full blocks of equal prefixes; `async_depth` is how many\n"
+             "`prefix_caching` shares the blocks of equal prefixes; `async_depth` is how many\n"
              "steps may run while the host plans on (see retire). Not thread-safe.\n\n"
+             "Steps of the same sequences with one token each cost least, with all arguments as\n"
+             "arrays: `ids = np.array([seq.id for seq in seqs])`.\n\n"
              "Raises ValueError for counts below 1. Every method either does all it says or\n"
              "raises and changes nothing.\n\n"
              "Example::\n\n"
@@ -223,22 +301,28 @@ nb::class_<PyManager> bind_manager(nb::module_& m) {
 
 void bind_sequence_methods(nb::class_<PyManager>& manager) {
   manager
-      .def("create", &create, nb::arg("token_ids"), nb::arg("salt") = nb::none(),
-           nb::sig("def create(self, token_ids: numpy.typing.ArrayLike, salt: str | None = None) "
-                   "-> Sequence"),
+      .def("create", &create, nb::arg("token_ids"), nb::arg("salt") = nb::none(), nb::kw_only(),
+           nb::arg("priority") = 0, nb::arg("ttl") = nb::none(),
+           nb::sig("def create(self, token_ids: numpy.typing.ArrayLike, salt: str | None = None, "
+                   "*, priority: int = 0, ttl: float | None = None) -> Sequence"),
            "A sequence of these tokens, int32 [n], that shares the cached prefix.\n\n"
-           "At least the last token is left to compute. Sequences of different salts share\n"
-           "nothing. Raises ValueError for no tokens.\n\n"
+           "At least the last token is left to compute. A prefix may end inside a block: the\n"
+           "first step copies its tokens (StepBatch.copies). Sequences of different salts share\n"
+           "nothing.\n\n"
+           "Once nobody uses its blocks, those of lower `priority` (0 to 100) are evicted first,\n"
+           "and of one priority the least recently used; `ttl` seconds later they count as the\n"
+           "lowest. Of several sequences that held a block the highest priority counts.\n\n"
+           "Raises ValueError for no tokens, a priority outside 0 to 100, or a negative ttl.\n\n"
            "Example::\n\n    seq = manager.create(np.array([1, 2, 3], np.int32))")
-      .def(
-          "fork",
-          [](Manager self, const PySequence& seq) {
-            return PySequence{nb::borrow(self), &of(self), of(self).manager.fork(seq.id)};
-          },
-          nb::arg("seq"),
-          "A sequence of the same tokens that shares every block with computed tokens.\n\n"
-          "The first write into a shared partial block copies it: see StepBatch.copies.\n\n"
-          "Example::\n\n    child = manager.fork(seq)")
+      .def("fork", &fork, nb::arg("seq"), nb::arg("n") = nb::none(),
+           nb::sig("@typing.overload\n"
+                   "def fork(self, seq: Sequence, n: None = None) -> Sequence: ...\n"
+                   "@typing.overload\n"
+                   "def fork(self, seq: Sequence, n: int) -> list[Sequence]"),
+           "A sequence of the same tokens that shares every block with computed tokens.\n\n"
+           "With `n` a list of n such sequences. The first write into a shared partial block\n"
+           "copies it: see StepBatch.copies. Raises ValueError for a negative n.\n\n"
+           "Example::\n\n    child = manager.fork(seq)\n    beams = manager.fork(seq, 8)")
       .def(
           "truncate",
           [](PyManager& self, const PySequence& seq, int64_t num_tokens) {
@@ -250,8 +334,10 @@ void bind_sequence_methods(nb::class_<PyManager>& manager) {
           "Example::\n\n    manager.truncate(seq, seq.num_tokens - num_rejected)")
       .def(
           "free",
-          [](PyManager& self, nb::list seqs) { self.manager.free(parse_seqs(self, "free", seqs)); },
-          nb::arg("seqs"), nb::sig("def free(self, seqs: list[Sequence]) -> None"),
+          [](PyManager& self, nb::handle seqs) { self.manager.free(SeqsArg(self, "free", seqs)); },
+          nb::arg("seqs"),
+          nb::sig("def free(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64]) -> "
+                  "None"),
           "Ends sequences; what they computed stays cached as long as there is room.\n\n"
           "Raises ValueError for a sequence that was freed before, or is named twice.\n\n"
           "Example::\n\n    manager.free([seq])")
@@ -259,22 +345,49 @@ void bind_sequence_methods(nb::class_<PyManager>& manager) {
            nb::sig("def match(self, token_ids: numpy.typing.ArrayLike, salt: str | None = None) "
                    "-> int"),
            "How many tokens create() would find cached; no side effect.\n\n"
-           "Example::\n\n    hit = manager.match(prompt)");
+           "Example::\n\n    hit = manager.match(prompt)")
+      .def(
+          "pin",
+          [](PyManager& self, nb::handle what, Salt salt) {
+            return change_pins(self, what, salt, true);
+          },
+          nb::arg("what"), nb::arg("salt") = nb::none(),
+          nb::sig("def pin(self, what: Sequence | numpy.typing.ArrayLike, "
+                  "salt: str | None = None) -> int"),
+          "Keeps cached blocks from eviction until they are unpinned as often.\n\n"
+          "`what`: a sequence, for its computed tokens, or the tokens of a prefix, int32 [n].\n"
+          "Returns how many tokens that are: those of the whole blocks that are cached.\n\n"
+          "Example::\n\n    manager.pin(system_prompt)")
+      .def(
+          "unpin",
+          [](PyManager& self, nb::handle what, Salt salt) {
+            return change_pins(self, what, salt, false);
+          },
+          nb::arg("what"), nb::arg("salt") = nb::none(),
+          nb::sig("def unpin(self, what: Sequence | numpy.typing.ArrayLike, "
+                  "salt: str | None = None) -> int"),
+          "Takes one pin() back; returns how many tokens were pinned.\n\n"
+          "Example::\n\n    manager.unpin(system_prompt)");
 }
 
 void bind_step_methods(nb::class_<PyManager>& manager) {
   manager
-      .def("step", &step, nb::arg("seqs"), nb::arg("num_new_tokens"),
-           nb::sig("def step(self, seqs: list[Sequence], num_new_tokens: "
-                   "numpy.typing.ArrayLike) -> StepBatch | None"),
+      .def("step", &step, nb::arg("seqs"), nb::arg("num_new_tokens"), nb::kw_only(),
+           nb::arg("lookahead") = 0,
+           nb::sig("def step(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64], "
+                   "num_new_tokens: numpy.typing.ArrayLike, *, lookahead: int = 0) -> "
+                   "StepBatch | None"),
            "Gives slots to the next tokens of each sequence, int32 [batch] known ones.\n\n"
+           "`seqs`: a list, or an int64 array of Sequence.id. With `lookahead` the rows of\n"
+           "block_table reach that many tokens farther: room for drafts not yet known.\n\n"
            "None when out of blocks: then nothing has changed. A second step without commit\n"
            "plans the same tokens again. Raises ValueError for a freed sequence, one named\n"
            "twice, or a count that is negative or beyond the known tokens.\n\n"
            "Example::\n\n    batch = manager.step(seqs, np.ones(len(seqs), np.int32))")
       .def("commit", &commit, nb::arg("seqs"), nb::arg("sampled") = nb::none(),
-           nb::sig("def commit(self, seqs: list[Sequence], sampled: numpy.typing.ArrayLike | "
-                   "list[numpy.typing.ArrayLike] | None = None) -> None"),
+           nb::sig("def commit(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64], "
+                   "sampled: numpy.typing.ArrayLike | list[numpy.typing.ArrayLike] | None = None) "
+                   "-> None"),
            "The KV of the stepped tokens is written: full blocks become shareable.\n\n"
            "`sampled` appends new tokens: int32 [batch], one each, or a list of arrays.\n"
            "Raises ValueError for a wrong length, or tokens for a sequence whose step left\n"
@@ -291,7 +404,8 @@ void bind_step_methods(nb::class_<PyManager>& manager) {
            "Counts of blocks and tokens now, and of prefix hits and evictions since the start.\n\n"
            "Keys: num_blocks, block_size, free_blocks, used_blocks, cached_blocks,\n"
            "high_water_blocks, deferred_refs, used_tokens, waste_tokens, prefix_query_tokens,\n"
-           "prefix_hit_tokens, evicted_blocks.\n\n"
+           "prefix_hit_tokens, evicted_blocks, pinned_blocks (held by pin), fenced_blocks (that\n"
+           "wait for retire alone), num_bytes (of the bookkeeping: 64 a block of 16 tokens).\n\n"
            "Example::\n\n    manager.stats()[\"waste_tokens\"]")
       .def(
           "validate", [](const PyManager& self) { self.manager.validate(); },

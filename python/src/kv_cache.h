@@ -43,8 +43,8 @@ class StepView {
 // A manager and the views of its StepBatch.
 struct PyManager {
   KVCacheManager manager;
-  StepView block_table, slot_mapping, seq_lens, cu_seqlens_q, positions, copies;
-  std::vector<SequenceId> seqs;  // of the latest call
+  StepView block_table, slot_mapping, seq_lens, cu_seqlens_q, positions, copies, changes;
+  std::vector<SequenceId> seqs;  // of the latest call with a list
 
   PyManager(int32_t num_blocks, int32_t block_size, bool prefix_caching, int32_t async_depth)
       : manager(num_blocks, block_size, prefix_caching, async_depth) {}

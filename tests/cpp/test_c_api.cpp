@@ -299,7 +299,7 @@ TEST_CASE("manager: refusals and out of blocks change nothing") {
   error_of(quire_kv_cache_manager_truncate(manager, seq, 0));
   error_of(quire_kv_cache_manager_create(manager, nullptr, nullptr));
   QuireSequenceId far = seq;
-  far.index += int64_t{1} << 32;  // must not be cut down to a live one
+  far.value += int64_t{1} << 32;  // an id that was never given
   CHECK(error_of(quire_kv_cache_manager_free(manager, &far, 1)).find("live sequence") !=
         std::string::npos);
   CHECK(stats_of(manager).used_blocks == 0);

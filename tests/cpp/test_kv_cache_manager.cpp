@@ -34,10 +34,7 @@ struct Engine {
       : manager(num_blocks, block_size, prefix_caching, depth),
         kv(size_t(num_blocks) * block_size, -1) {}
 
-  Ids blocks(SequenceId seq) const {
-    const auto ids = manager.block_table(seq);
-    return {ids.begin(), ids.end()};
-  }
+  Ids blocks(SequenceId seq) const { return manager.block_table(seq); }
 
   // What the model's append_kv and copy_blocks would do.
   void write(const StepBatch& batch, const std::vector<SequenceId>& seqs) {
@@ -45,9 +42,12 @@ struct Engine {
     for (size_t i = 0; i < batch.copies().size(); i += 2)
       std::copy_n(&kv[int64_t{batch.copies()[i]} * size], size,
                   &kv[int64_t{batch.copies()[i + 1]} * size]);
-    for (size_t i = 0; i < seqs.size(); ++i)
+    for (size_t i = 0; i < seqs.size(); ++i) {
+      const auto pending = manager.pending_tokens(seqs[i]);
+      const int64_t computed = manager.num_computed_tokens(seqs[i]);
       for (int32_t t = batch.cu_seqlens_q()[i]; t < batch.cu_seqlens_q()[i + 1]; ++t)
-        kv[batch.slot_mapping()[t]] = manager.tokens(seqs[i])[batch.positions()[t]];
+        kv[batch.slot_mapping()[t]] = pending[batch.positions()[t] - computed];
+    }
   }
 
   bool step(const std::vector<SequenceId>& seqs, const Ids& counts) {
@@ -84,8 +84,9 @@ struct Engine {
   void check(SequenceId seq) const {
     manager.validate();
     const int32_t size = manager.allocator().block_size();
+    const Ids ids = blocks(seq), tokens = manager.tokens(seq);
     for (int64_t t = 0; t < manager.num_computed_tokens(seq); ++t)
-      REQUIRE(kv[int64_t{blocks(seq)[t / size]} * size + t % size] == manager.tokens(seq)[t]);
+      REQUIRE(kv[int64_t{ids[t / size]} * size + t % size] == tokens[t]);
   }
 };
 
@@ -293,7 +294,9 @@ TEST_CASE("fork at every offset, then both sides write") {
         const SequenceId order[] = {child_first ? child : parent, child_first ? parent : child};
         int32_t num_copies = 0;
         for (SequenceId seq : order) {
-          engine.manager.commit({&seq, 1}, Ids{int32_t(100 + seq.serial), 101, 102}, Ids{3});
+          engine.manager.commit({&seq, 1},
+                                Ids{int32_t(100 + (seq.value >> SequenceId::kIndexBits)), 101, 102},
+                                Ids{3});
           engine.run(seq);
           num_copies += static_cast<int32_t>(engine.manager.batch().copies().size()) / 2;
           engine.check(parent);

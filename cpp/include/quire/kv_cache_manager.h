@@ -16,19 +16,26 @@
 // others hold (after fork() or truncate()). Its first write there goes to a copy:
 // StepBatch::copies.
 //
+// Steps of the same sequences with one new token each are the common case and cost least: only
+// sequences that begin or fill a block are looked at (DecodeLoop).
+//
 // Every function either does all it says or throws InvalidArgument and changes nothing.
 #pragma once
 
 #include <cstdint>
 #include <deque>
+#include <limits>
 #include <optional>
+#include <queue>
 #include <span>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "quire/block_allocator.h"
 #include "quire/block_table.h"
+#include "quire/decode_loop.h"
 #include "quire/prefix_cache.h"
 #include "quire/step_batch.h"
 
@@ -36,8 +43,12 @@ namespace quire {
 
 // A safe handle: one that was freed, or comes from another manager, is refused.
 struct SequenceId {
-  int32_t index = -1;
-  int64_t serial = 0;  // unique in the process
+  static constexpr int kIndexBits = 24;  // below a serial number
+
+  int64_t value = 0;  // unique in the process; 0: no sequence
+
+  size_t index() const { return static_cast<size_t>(value & ((int64_t{1} << kIndexBits) - 1)); }
+  bool operator==(const SequenceId&) const = default;
 };
 
 // A prefix that create() would find. It may end inside a block, whose leading tokens are copied.
@@ -48,17 +59,29 @@ struct PrefixMatch {
   int32_t num_idle_blocks = 0;
 };
 
+// How long the blocks of a sequence are worth keeping once nobody uses them. Lower priorities are
+// evicted first, and of one priority the least recently used. `ttl` seconds after a block was
+// given up it counts as of the lowest priority of all. Of several sequences that held a block, the
+// highest priority counts, with its ttl.
+struct Retention {
+  static constexpr int32_t kMaxPriority = 100;
+  int32_t priority = 0;  // 0 ... kMaxPriority
+  double ttl = std::numeric_limits<double>::infinity();
+};
+
 // Block counts add up: free + used + cached == num_blocks.
 struct KVCacheStats {
   int32_t num_blocks, block_size;
   int32_t free_blocks, used_blocks, cached_blocks;
   int32_t high_water_blocks;    // most blocks ever used at once
   int64_t deferred_refs;        // references that wait for retire(); their blocks count as used
-  int64_t used_tokens;          // computed tokens of live sequences, in shared blocks once
+  int64_t used_tokens;          // computed tokens of live sequences and pins, in shared blocks once
   int64_t waste_tokens;         // room in used blocks beyond those
   int64_t prefix_query_tokens;  // asked of the prefix cache by create(),
   int64_t prefix_hit_tokens;    // and found in it
   int64_t evicted_blocks;       // cached blocks whose contents were given up
+  int32_t pinned_blocks;        // of the used ones, those that pin() holds
+  int32_t fenced_blocks;        // of the used ones, those that wait for retire() alone
 };
 
 class KVCacheManager {
@@ -67,14 +90,17 @@ class KVCacheManager {
   KVCacheManager(int32_t num_blocks, int32_t block_size, bool prefix_caching = true,
                  int32_t async_depth = 0);
   KVCacheManager(const KVCacheManager&) = delete;
+  ~KVCacheManager();
 
   // A sequence of these tokens. Takes references on the cached prefix, and leaves at least the
   // last token to compute.
-  SequenceId create(std::span<const int32_t> token_ids, Salt salt = {});
+  SequenceId create(std::span<const int32_t> token_ids, Salt salt = {}, Retention retention = {});
 
-  // Gives slots to the next num_new_tokens[i] known tokens of each sequence. Null when out of
-  // blocks: then nothing has changed. A second step without commit() plans the same tokens again.
-  const StepBatch* step(std::span<const SequenceId> seqs, std::span<const int32_t> num_new_tokens);
+  // Gives slots to the next num_new_tokens[i] known tokens of each sequence, and blocks (no slots)
+  // to `lookahead` tokens behind them. Null when out of blocks: then nothing has changed. A second
+  // step without commit() plans the same tokens again.
+  const StepBatch* step(std::span<const SequenceId> seqs, std::span<const int32_t> num_new_tokens,
+                        int32_t lookahead = 0);
 
   // The KV of the planned tokens is written. `sampled` holds new token ids, num_sampled[i] of each
   // sequence; without num_sampled one of each, or none at all.
@@ -84,6 +110,7 @@ class KVCacheManager {
   // A sequence of the same tokens that shares every block with computed tokens. The first write
   // to a shared partial block copies it, whoever writes.
   SequenceId fork(SequenceId seq);
+  void fork(SequenceId seq, std::span<SequenceId> children);  // fills `children`
 
   // Keeps the first num_tokens tokens, 1 or more.
   void truncate(SequenceId seq, int64_t num_tokens);
@@ -96,10 +123,17 @@ class KVCacheManager {
   // What create() would find; no side effect.
   PrefixMatch match(std::span<const int32_t> token_ids, Salt salt = {}) const;
 
+  // The cached whole blocks of a prefix, or of a sequence's computed tokens, are not evicted until
+  // they are unpinned as often. Both return how many tokens that are.
+  int64_t pin(std::span<const int32_t> token_ids, Salt salt = {});
+  int64_t pin(SequenceId seq);
+  int64_t unpin(std::span<const int32_t> token_ids, Salt salt = {});
+  int64_t unpin(SequenceId seq);
+
   // For schedulers. A sequence may be known without holding blocks: open() makes one so, attach()
   // takes the cached prefix (create() is both), detach() gives all blocks back and keeps the
   // tokens.
-  SequenceId open(std::span<const int32_t> token_ids, Salt salt = {});
+  SequenceId open(std::span<const int32_t> token_ids, Salt salt = {}, Retention retention = {});
   void attach(SequenceId seq);
   void detach(SequenceId seq);
   PrefixMatch match(SequenceId seq) const;
@@ -109,10 +143,11 @@ class KVCacheManager {
   // block included where it shares that.
   int32_t num_missing_blocks(SequenceId seq, int64_t num_tokens) const;
 
-  std::span<const int32_t> tokens(SequenceId seq) const { return get(seq).tokens; }
-  std::span<const int32_t> block_table(SequenceId seq) const { return get(seq).table.ids(); }
-  int64_t num_tokens(SequenceId seq) const { return get(seq).num_tokens(); }
-  int64_t num_computed_tokens(SequenceId seq) const { return get(seq).num_computed; }
+  std::vector<int32_t> tokens(SequenceId seq) const;
+  std::span<const int32_t> pending_tokens(SequenceId seq) const;  // known, and not computed
+  std::vector<int32_t> block_table(SequenceId seq) const { return get(seq).table.ids(); }
+  int64_t num_tokens(SequenceId seq) const;
+  int64_t num_computed_tokens(SequenceId seq) const { return num_computed(get(seq)); }
   int64_t num_cached_tokens(SequenceId seq) const { return get(seq).num_cached; }  // from the cache
 
   // False: async_depth steps run, one must be retired first.
@@ -122,23 +157,40 @@ class KVCacheManager {
   bool prefix_caching() const { return cache_.has_value(); }
   int64_t num_deferred_refs() const { return static_cast<int64_t>(deferred_.size()); }
   int32_t num_sequences() const;
+  int64_t num_bytes() const;  // of all arrays whose size depends on num_blocks
   KVCacheStats stats() const;
 
   // Walks everything; throws InvariantError.
   void validate() const;
 
  private:
+  // Full blocks of computed tokens that forks have in common. It holds one reference on each.
+  struct Trunk {
+    int32_t num_holders = 0;
+    std::vector<int32_t> blocks;
+    std::vector<int32_t> tokens;  // of those blocks
+  };
   struct Sequence {
-    int64_t serial = 0;  // 0: an unused entry
-    int32_t root = 0;    // of the prefix cache
+    SequenceId id;     // no sequence: an unused entry
+    int32_t root = 0;  // of the prefix cache
+    int32_t row = -1;  // of the running DecodeLoop
     bool was_attached = false;
+    Retention retention;
     int64_t num_computed = 0;
     int64_t num_planned = 0;  // beyond num_computed
     int64_t num_cached = 0;
     uint64_t visit = 0;  // the latest call that named this sequence
-    std::vector<int32_t> tokens;
+    Trunk* trunk = nullptr;
+    std::vector<int32_t> tokens;  // behind the trunk's
     BlockTable table{1};
-    int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }
+    int64_t num_trunk_tokens() const {
+      return trunk ? static_cast<int64_t>(trunk->tokens.size()) : 0;
+    }
+    int64_t num_tokens() const { return num_trunk_tokens() + static_cast<int64_t>(tokens.size()); }
+    // From a position behind the trunk to the end.
+    const int32_t* tokens_from(int64_t position) const {
+      return tokens.data() + (position - num_trunk_tokens());
+    }
   };
   struct Copy {  // copy-on-write of a sequence's last, partial block
     Sequence* seq;
@@ -151,38 +203,72 @@ class KVCacheManager {
     int64_t ticket;
     int32_t block;
   };
+  struct Expiry {
+    double ttl;            // seconds
+    int64_t deadline = 0;  // of the steady clock in ns; 0: the block is in use
+  };
+  struct Timer {
+    int64_t deadline;
+    int32_t block;
+    bool operator>(const Timer& other) const { return deadline > other.deadline; }
+  };
 
   bool is_live(SequenceId id) const;
   const Sequence& get(SequenceId id) const;
   Sequence& get(SequenceId id);
+  Sequence& sequence_of(SequenceId id) { return sequences_[id.index()]; }  // a live one
   void visit(const char* function, std::span<const SequenceId> seqs);
+  void reserve_sequences(size_t count);
   Sequence& add_sequence(SequenceId* id);
+  void remove_sequence(Sequence& seq);
+  int64_t num_computed(const Sequence& seq) const;
 
   template <class Visit>
-  int64_t walk_prefix(int32_t root, std::span<const int32_t> tokens, Visit visit) const;
-  bool shares_last_block(const Sequence& seq) const;
+  int64_t walk_prefix(int32_t root, std::span<const int32_t> tokens, int64_t most,
+                      Visit visit) const;
   PrefixMatch match(int32_t root, std::span<const int32_t> tokens) const;
+  bool shares_last_block(const Sequence& seq) const;
 
   struct StepNeed {
-    int64_t num_blocks = 0;
-    int64_t num_new_tokens = 0;
-    int32_t max_blocks = 0;
+    StepBatch::Size size;
+    int64_t num_missing = 0;  // blocks, copies apart
   };
-  StepNeed check_step(std::span<const int32_t> num_new_tokens);
-  void plan_copies(std::span<const int32_t> num_new_tokens);
+  StepNeed check_step(std::span<const int32_t> num_new_tokens, int32_t lookahead);
+  void plan_copies(std::span<const int32_t> num_new_tokens, int32_t lookahead);
   void undo_copies();
   int64_t take_over(int64_t num_short);
   bool allocate(int64_t num_blocks);
   int32_t evict(int32_t victim);
   std::span<const int32_t> apply_copies();
 
+  bool continues_loop(std::span<const SequenceId> seqs) const;
+  void begin_loop(std::span<const SequenceId> seqs);
+  bool fits_loop() const;
+  const StepBatch* step_loop();
+  void commit_loop(std::span<const int32_t> sampled);
+  void settle();
+  void settle() const {  // nobody can tell
+    if (loop_.is_running()) const_cast<KVCacheManager*>(this)->settle();
+  }
+
   void advance(Sequence& seq);
   void publish(Sequence& seq, int32_t index);
   void keep_partial_block(Sequence& seq);
+  void make_trunk(Sequence& seq);
+  void drop_trunk(Sequence& seq);
+  void unshare(Sequence& seq);
   void trim(Sequence& seq, int32_t num_blocks);
+  void give_back(Sequence& seq);
+  void retain(const Retention& retention, int32_t block);
   void release(int32_t block);
-  int64_t count_used_tokens() const;
+  void release_now(int32_t block);
+  void expire();
+  int64_t pin(int32_t root, std::span<const int32_t> tokens);
+  int64_t unpin(int32_t root, std::span<const int32_t> tokens);
+
+  void count_used(KVCacheStats* stats) const;
   void validate_sequence(const Sequence& seq) const;
+  std::vector<int32_t> count_references() const;
 
   BlockAllocator allocator_;
   std::optional<PrefixCache> cache_;
@@ -194,10 +280,20 @@ class KVCacheManager {
   StepBatch batch_;
   int64_t last_ticket_ = 0;
   int64_t last_retired_ = 0;
-  std::deque<Deferred> deferred_;  // in order of tickets
+  std::deque<Deferred> deferred_;              // in order of tickets
+  std::unordered_map<int32_t, int32_t> pins_;  // how often each pinned block is pinned
+  bool has_retention_ = false;                 // some sequence had another than the default
+  std::unordered_map<int32_t, Expiry> expiries_;
+  std::priority_queue<Timer, std::vector<Timer>, std::greater<>> timers_;  // stale ones too
   int64_t prefix_query_tokens_ = 0;
   int64_t prefix_hit_tokens_ = 0;
   int64_t evicted_blocks_ = 0;
+
+  // While the loop runs, its sequences' tokens and counts lag behind: settle() brings them up.
+  DecodeLoop loop_;
+  std::vector<SequenceId> loop_seqs_;   // the rows; or those that the latest commit left ready
+  bool loop_stepped_ = false;           // and not committed
+  std::vector<int32_t> replaced_rows_;  // whose tables a commit has changed
 
   // Scratch of one call, kept for its memory.
   std::vector<Sequence*> visited_;

@@ -191,8 +191,7 @@ typedef struct QuireKVCacheManager QuireKVCacheManager;
 
 /* A handle that is refused once its sequence was freed. */
 typedef struct QuireSequenceId {
-  int64_t serial;
-  int64_t index;
+  int64_t value;
 } QuireSequenceId;
 
 /* Sequences of different salts share nothing; a NULL salt is one of its own. */
@@ -202,8 +201,11 @@ typedef struct QuirePrompt {
   size_t num_tokens;
   const char* salt;
   size_t salt_size;
+  double ttl;       /* seconds that unused blocks keep their priority; below 0: no limit */
+  int32_t priority; /* 0 to 100: cached blocks of lower ones are evicted first */
+  int32_t reserved; /* 0 */
 } QuirePrompt;
-#define QUIRE_PROMPT_INIT {sizeof(QuirePrompt), NULL, 0, NULL, 0}
+#define QUIRE_PROMPT_INIT {sizeof(QuirePrompt), NULL, 0, NULL, 0, -1, 0, 0}
 
 typedef struct QuireKVCacheConfig {
   size_t struct_size;
@@ -229,9 +231,13 @@ typedef struct QuireStepBatch {
   const int32_t* copies;       /* [num_copies, 2]: for copy_blocks, before any KV is written */
   int64_t total_q;
   int64_t num_copies;
+  const int32_t* changes; /* [num_changes, 2]: written entries of block_table (index, block id) */
+  int64_t num_changes;
+  int32_t lookahead; /* given: tokens behind the new ones that block_table is to reach */
+  int32_t reserved;  /* 0 */
 } QuireStepBatch;
 #define QUIRE_STEP_BATCH_INIT \
-  {sizeof(QuireStepBatch), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0}
+  {sizeof(QuireStepBatch), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0, NULL, 0, 0, 0}
 
 typedef struct QuireSequenceInfo {
   size_t struct_size;
@@ -250,8 +256,10 @@ typedef struct QuireKVCacheStats {
   int64_t used_tokens, waste_tokens;
   int64_t prefix_query_tokens, prefix_hit_tokens;
   int64_t evicted_blocks;
+  int32_t pinned_blocks, fenced_blocks;
 } QuireKVCacheStats;
-#define QUIRE_KV_CACHE_STATS_INIT {sizeof(QuireKVCacheStats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+#define QUIRE_KV_CACHE_STATS_INIT \
+  {sizeof(QuireKVCacheStats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
 QuireStatus quire_kv_cache_manager_new(const QuireKVCacheConfig* config,
                                        QuireKVCacheManager** manager);
@@ -275,6 +283,11 @@ QuireStatus quire_kv_cache_manager_truncate(QuireKVCacheManager* manager, QuireS
 QuireStatus quire_kv_cache_manager_retire(QuireKVCacheManager* manager, int64_t ticket);
 QuireStatus quire_kv_cache_manager_match(const QuireKVCacheManager* manager,
                                          const QuirePrompt* prompt, int64_t* num_tokens);
+/* The cached whole blocks of a prompt are not evicted until they are unpinned as often. */
+QuireStatus quire_kv_cache_manager_pin(QuireKVCacheManager* manager, const QuirePrompt* prompt,
+                                       int64_t* num_tokens);
+QuireStatus quire_kv_cache_manager_unpin(QuireKVCacheManager* manager, const QuirePrompt* prompt,
+                                         int64_t* num_tokens);
 QuireStatus quire_kv_cache_manager_sequence(const QuireKVCacheManager* manager, QuireSequenceId seq,
                                             QuireSequenceInfo* info);
 QuireStatus quire_kv_cache_manager_block_table(const QuireKVCacheManager* manager,

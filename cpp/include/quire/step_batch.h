@@ -48,8 +48,8 @@ class StepBatch {
   int32_t max_blocks() const { return max_blocks_; }                  // columns in use
   int64_t block_table_stride() const { return block_table_stride_; }  // elements from row to row
 
-  // [batch, max_blocks]: row i is valid as far as seq_lens[i] reaches; beyond that it holds ids of
-  // no meaning.
+  // [batch, max_blocks]: row i is valid as far as seq_lens[i] and the step's lookahead reach;
+  // beyond that it holds ids of no meaning.
   const StepArray<int32_t>& block_table() const { return block_table_; }
   const StepArray<int32_t>& seq_lens() const { return seq_lens_; }          // [batch], new ones too
   const StepArray<int32_t>& cu_seqlens_q() const { return cu_seqlens_q_; }  // [batch + 1]
@@ -57,16 +57,40 @@ class StepBatch {
   const StepArray<int32_t>& positions() const { return positions_; }        // [total_q]
   // [copies, 2]: whole blocks (source, destination) to copy before any KV of the step is written.
   const StepArray<int32_t>& copies() const { return copies_; }
+  // [changes, 2]: entries of block_table that this step wrote, (row * stride + column, block id).
+  // A copy of the table that had all changes so far is up to date with these, unless the stride
+  // or the memory of block_table is another than before: then all entries in use are here.
+  const StepArray<int32_t>& changes() const { return changes_; }
+
+  // What begin() makes room for.
+  struct Size {
+    int32_t batch_size = 0;
+    int32_t max_blocks = 0;
+    int64_t num_new_tokens = 0;
+    int64_t num_copies = 0;
+    int64_t num_blocks = 0;  // of all rows
+  };
+
+  bool may_hold(const Size& size) const;  // less than 2^31 entries, which `changes` numbers
 
   // Filled by KVCacheManager: begin(), then each row in order, then each copy.
-  void begin(int64_t ticket, int32_t batch_size, int32_t max_blocks, int64_t num_new_tokens,
-             int64_t num_copies);
-  // `serial` names the sequence; its tokens [first, end) are new.
-  void add_row(int64_t serial, BlockTable& table, int64_t first, int64_t end);
+  void begin(int64_t ticket, const Size& size);
+  // `serial` names the sequence; its tokens [first, end) are new, and its row reaches to token
+  // `reach`, at or behind end.
+  void add_row(int64_t serial, BlockTable& table, int64_t first, int64_t end, int64_t reach);
   void add_copy(int32_t source, int32_t destination);
 
+  // Or, where the rows are those of the step before and each has one new token behind its last:
+  // advance(), and then rewrite() of each row whose table is another than before. A new token that
+  // begins a block has its slot from rewrite() too.
+  void advance(int64_t ticket);
+  void rewrite(int32_t row, BlockTable& table);
+
  private:
+  int64_t stride_for(int32_t max_blocks) const;
+  int64_t rows_for(int32_t batch_size) const;
   void reserve_rows(int32_t batch_size, int32_t max_blocks);
+  void write_row(int32_t row, bool is_kept, BlockTable& table, int32_t num_blocks);
 
   int64_t ticket_ = 0;
   int32_t batch_size_ = 0;
@@ -74,7 +98,7 @@ class StepBatch {
   int32_t num_rows_ = 0;  // added so far
   int64_t block_table_stride_ = 0;
   std::vector<int64_t> row_serials_;  // whose table each row of block_table holds, 0: nobody's
-  StepArray<int32_t> block_table_, seq_lens_, cu_seqlens_q_, positions_, copies_;
+  StepArray<int32_t> block_table_, seq_lens_, cu_seqlens_q_, positions_, copies_, changes_;
   StepArray<int64_t> slot_mapping_;
 };
 

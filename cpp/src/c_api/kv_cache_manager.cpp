@@ -8,33 +8,32 @@
 
 struct QuireKVCacheManager {
   quire::KVCacheManager manager;
-  std::vector<quire::SequenceId> seqs;  // of one call, kept for its memory
 };
 
 namespace quire::c {
 namespace {
 
-// Handles come from outside: one whose index is no index at all must stay one that is refused.
-SequenceId as_id(QuireSequenceId seq) {
-  const bool fits = seq.index >= 0 && seq.index <= INT32_MAX;
-  return {fits ? static_cast<int32_t>(seq.index) : -1, seq.serial};
-}
+SequenceId as_id(QuireSequenceId seq) { return {seq.value}; }
 
-std::span<const SequenceId> as_ids(const char* argument, QuireKVCacheManager& self,
-                                   const QuireSequenceId* seqs, size_t num_seqs) {
-  self.seqs.clear();
-  for (QuireSequenceId seq : as_span(argument, seqs, num_seqs)) self.seqs.push_back(as_id(seq));
-  return self.seqs;
+// A handle is one number on both sides.
+std::span<const SequenceId> as_ids(const char* argument, const QuireSequenceId* seqs,
+                                   size_t num_seqs) {
+  static_assert(sizeof(SequenceId) == sizeof(QuireSequenceId));
+  const auto given = as_span(argument, seqs, num_seqs);
+  return {reinterpret_cast<const SequenceId*>(given.data()), given.size()};
 }
 
 struct Prompt {
   std::span<const int32_t> tokens;
   Salt salt;
+  Retention retention;
 };
 
 Prompt as_prompt(const char* argument, const QuirePrompt* prompt) {
   const auto given = read_struct<QuirePrompt>(argument, prompt, QUIRE_PROMPT_INIT);
-  Prompt result{as_span(argument, given.token_ids, given.num_tokens), {}};
+  Prompt result{as_span(argument, given.token_ids, given.num_tokens), {}, {}};
+  result.retention.priority = given.priority;
+  if (given.ttl >= 0) result.retention.ttl = given.ttl;
   if (given.salt) result.salt.emplace(given.salt, given.salt_size);
   return result;
 }
@@ -53,6 +52,8 @@ QuireStepBatch as_c(const StepBatch& batch) {
   c.copies = batch.copies().data();
   c.total_q = static_cast<int64_t>(batch.slot_mapping().size());
   c.num_copies = static_cast<int64_t>(batch.copies().size() / 2);
+  c.changes = batch.changes().data();
+  c.num_changes = static_cast<int64_t>(batch.changes().size() / 2);
   return c;
 }
 
@@ -61,7 +62,7 @@ QuireKVCacheStats as_c(const KVCacheStats& stats) {
           stats.free_blocks,         stats.used_blocks,         stats.cached_blocks,
           stats.high_water_blocks,   stats.deferred_refs,       stats.used_tokens,
           stats.waste_tokens,        stats.prefix_query_tokens, stats.prefix_hit_tokens,
-          stats.evicted_blocks};
+          stats.evicted_blocks,      stats.pinned_blocks,       stats.fenced_blocks};
 }
 
 // How many tokens `sampled` holds; negative counts are the manager's to refuse.
@@ -84,7 +85,7 @@ QuireStatus quire_kv_cache_manager_new(const QuireKVCacheConfig* config,
     const auto given = read_struct<QuireKVCacheConfig>("quire_kv_cache_manager_new: config", config,
                                                        QUIRE_KV_CACHE_CONFIG_INIT);
     out = new QuireKVCacheManager{
-        {given.num_blocks, given.block_size, given.prefix_caching != 0, given.async_depth}, {}};
+        {given.num_blocks, given.block_size, given.prefix_caching != 0, given.async_depth}};
   });
 }
 
@@ -96,8 +97,8 @@ QuireStatus quire_kv_cache_manager_create(QuireKVCacheManager* manager, const Qu
     auto& self = deref("quire_kv_cache_manager_create: manager", manager).manager;
     QuireSequenceId& out = deref("quire_kv_cache_manager_create: seq", seq);
     const Prompt given = as_prompt("quire_kv_cache_manager_create: prompt", prompt);
-    const quire::SequenceId id = self.create(given.tokens, given.salt);
-    out = {id.serial, id.index};
+    const quire::SequenceId id = self.create(given.tokens, given.salt, given.retention);
+    out = {id.value};
   });
 }
 
@@ -105,7 +106,7 @@ QuireStatus quire_kv_cache_manager_free(QuireKVCacheManager* manager, const Quir
                                         size_t num_seqs) {
   return guard([&] {
     auto& self = deref("quire_kv_cache_manager_free: manager", manager);
-    self.manager.free(as_ids("quire_kv_cache_manager_free: seqs", self, seqs, num_seqs));
+    self.manager.free(as_ids("quire_kv_cache_manager_free: seqs", seqs, num_seqs));
   });
 }
 
@@ -114,13 +115,16 @@ QuireStatus quire_kv_cache_manager_step(QuireKVCacheManager* manager, const Quir
                                         QuireStepBatch* batch) {
   return guard([&] {
     auto& self = deref("quire_kv_cache_manager_step: manager", manager);
-    check_struct_size("quire_kv_cache_manager_step: batch", batch);
-    const auto ids = as_ids("quire_kv_cache_manager_step: seqs", self, seqs, num_seqs);
+    const auto given = read_struct<QuireStepBatch>("quire_kv_cache_manager_step: batch", batch,
+                                                   QUIRE_STEP_BATCH_INIT);
+    const auto ids = as_ids("quire_kv_cache_manager_step: seqs", seqs, num_seqs);
     const auto counts =
         as_span("quire_kv_cache_manager_step: num_new_tokens", num_new_tokens, num_seqs);
-    const quire::StepBatch* step = self.manager.step(ids, counts);
+    const quire::StepBatch* step = self.manager.step(ids, counts, given.lookahead);
     if (!step) return QUIRE_OUT_OF_BLOCKS;
-    write_struct(as_c(*step), batch);
+    QuireStepBatch result = as_c(*step);
+    result.lookahead = given.lookahead;
+    write_struct(result, batch);
     return QUIRE_OK;
   });
 }
@@ -130,7 +134,7 @@ QuireStatus quire_kv_cache_manager_commit(QuireKVCacheManager* manager, const Qu
                                           const int32_t* num_sampled) {
   return guard([&] {
     auto& self = deref("quire_kv_cache_manager_commit: manager", manager);
-    const auto ids = as_ids("quire_kv_cache_manager_commit: seqs", self, seqs, num_seqs);
+    const auto ids = as_ids("quire_kv_cache_manager_commit: seqs", seqs, num_seqs);
     if (!sampled && !num_sampled) return self.manager.commit(ids);
     const auto tokens = as_span("quire_kv_cache_manager_commit: sampled", sampled,
                                 count_sampled(num_sampled, num_seqs));
@@ -143,8 +147,7 @@ QuireStatus quire_kv_cache_manager_fork(QuireKVCacheManager* manager, QuireSeque
   return guard([&] {
     auto& self = deref("quire_kv_cache_manager_fork: manager", manager).manager;
     QuireSequenceId& out = deref("quire_kv_cache_manager_fork: child", child);
-    const quire::SequenceId id = self.fork(as_id(seq));
-    out = {id.serial, id.index};
+    out = {self.fork(as_id(seq)).value};
   });
 }
 
@@ -171,6 +174,26 @@ QuireStatus quire_kv_cache_manager_match(const QuireKVCacheManager* manager,
   });
 }
 
+QuireStatus quire_kv_cache_manager_pin(QuireKVCacheManager* manager, const QuirePrompt* prompt,
+                                       int64_t* num_tokens) {
+  return guard([&] {
+    auto& self = deref("quire_kv_cache_manager_pin: manager", manager).manager;
+    int64_t& out = deref("quire_kv_cache_manager_pin: num_tokens", num_tokens);
+    const Prompt given = as_prompt("quire_kv_cache_manager_pin: prompt", prompt);
+    out = self.pin(given.tokens, given.salt);
+  });
+}
+
+QuireStatus quire_kv_cache_manager_unpin(QuireKVCacheManager* manager, const QuirePrompt* prompt,
+                                         int64_t* num_tokens) {
+  return guard([&] {
+    auto& self = deref("quire_kv_cache_manager_unpin: manager", manager).manager;
+    int64_t& out = deref("quire_kv_cache_manager_unpin: num_tokens", num_tokens);
+    const Prompt given = as_prompt("quire_kv_cache_manager_unpin: prompt", prompt);
+    out = self.unpin(given.tokens, given.salt);
+  });
+}
+
 QuireStatus quire_kv_cache_manager_sequence(const QuireKVCacheManager* manager, QuireSequenceId seq,
                                             QuireSequenceInfo* info) {
   return guard([&] {
@@ -187,8 +210,8 @@ QuireStatus quire_kv_cache_manager_block_table(const QuireKVCacheManager* manage
                                                QuireSequenceId seq, int32_t* buffer, size_t* size) {
   return guard([&] {
     const auto& self = deref("quire_kv_cache_manager_block_table: manager", manager).manager;
-    write_array("quire_kv_cache_manager_block_table: size", self.block_table(as_id(seq)), buffer,
-                size);
+    const std::vector<int32_t> ids = self.block_table(as_id(seq));
+    write_array<int32_t>("quire_kv_cache_manager_block_table: size", ids, buffer, size);
   });
 }
 

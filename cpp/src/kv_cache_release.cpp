@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+// How sequences share, shrink and end, and what becomes of the blocks that they give back.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <utility>
+
+#include "quire/error.h"
+#include "quire/kv_cache_manager.h"
+
+namespace quire {
+namespace {
+
+constexpr int32_t kExpiredLevel = 0;
+constexpr int32_t kMinTrunkBlocks = 4;  // fewer are shared one by one
+
+int64_t now_ns() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
+
+}  // namespace
+
+// ---- Sharing
+
+// Moves a sequence's full computed blocks into a trunk that forks can hold, if they are many
+// beyond those of the trunk that it has.
+void KVCacheManager::make_trunk(Sequence& seq) {
+  const int32_t num_whole = static_cast<int32_t>(seq.num_computed / block_size_);
+  if (num_whole - seq.table.num_shared() < kMinTrunkBlocks) return;
+  unshare(seq);
+  const int64_t num_tokens = int64_t{num_whole} * block_size_;
+  Trunk* trunk = new Trunk;
+  trunk->num_holders = 1;
+  trunk->blocks = seq.table.ids();
+  trunk->blocks.resize(num_whole);
+  std::vector<int32_t> rest(seq.tokens.begin() + num_tokens, seq.tokens.end());
+  trunk->tokens = std::exchange(seq.tokens, std::move(rest));
+  trunk->tokens.resize(num_tokens);
+  seq.trunk = trunk;
+  seq.table.share(trunk->blocks);
+}
+
+// Gives up a sequence's hold on its trunk, whose tokens and ids it does not need any more.
+void KVCacheManager::drop_trunk(Sequence& seq) {
+  Trunk* trunk = std::exchange(seq.trunk, nullptr);
+  if (--trunk->num_holders > 0) return;
+  for (size_t i = trunk->blocks.size(); i-- > 0;) release(trunk->blocks[i]);
+  delete trunk;
+}
+
+// Copies what lies in a trunk into the sequence, which then holds all of its blocks itself.
+void KVCacheManager::unshare(Sequence& seq) {
+  if (!seq.trunk) return;
+  for (int32_t block : seq.trunk->blocks) allocator_.share(block);
+  seq.tokens.insert(seq.tokens.begin(), seq.trunk->tokens.begin(), seq.trunk->tokens.end());
+  seq.table.unshare();
+  Trunk* trunk = std::exchange(seq.trunk, nullptr);
+  if (--trunk->num_holders > 0) return;
+  for (int32_t block : trunk->blocks) allocator_.release(block);  // never the last reference
+  delete trunk;
+}
+
+SequenceId KVCacheManager::fork(SequenceId parent) {
+  SequenceId child;
+  fork(parent, {&child, 1});
+  return child;
+}
+
+void KVCacheManager::fork(SequenceId parent_id, std::span<SequenceId> children) {
+  get(parent_id);
+  settle();
+  reserve_sequences(children.size());
+  Sequence& parent = get(parent_id);
+  make_trunk(parent);
+  const int32_t num_blocks = parent.table.blocks_for(parent.num_computed);
+  for (SequenceId& id : children) {
+    Sequence& child = add_sequence(&id);
+    child.tokens = parent.tokens;
+    child.retention = parent.retention;
+    child.num_computed = child.num_cached = parent.num_computed;
+    child.was_attached = true;
+    child.trunk = parent.trunk;
+    if (parent.trunk) {
+      ++parent.trunk->num_holders;
+      child.table.share(parent.trunk->blocks);
+    }
+    for (int32_t i = child.table.num_shared(); i < num_blocks; ++i) {
+      allocator_.share(parent.table[i]);
+      child.table.append(parent.table[i]);
+    }
+    child.root = parent.root;
+    if (cache_) cache_->hold_root(child.root);
+  }
+}
+
+// ---- Shrinking and ending
+
+void KVCacheManager::truncate(SequenceId id, int64_t num_tokens) {
+  get(id);
+  settle();
+  Sequence& seq = get(id);
+  QUIRE_CHECK_ARG(num_tokens >= 1 && num_tokens <= seq.num_tokens(),
+                  "truncate: num_tokens: expected 1 to ", seq.num_tokens(), ", got ", num_tokens);
+  if (num_tokens < seq.num_trunk_tokens()) unshare(seq);
+  const int64_t end = std::min(seq.num_computed + seq.num_planned, num_tokens);
+  seq.tokens.resize(num_tokens - seq.num_trunk_tokens());
+  seq.num_computed = std::min(seq.num_computed, num_tokens);
+  seq.num_planned = end - seq.num_computed;
+  trim(seq, seq.table.blocks_for(end));
+}
+
+void KVCacheManager::free(std::span<const SequenceId> seqs) {
+  visit("free", seqs);
+  settle();
+  for (Sequence* seq : visited_) {
+    give_back(*seq);
+    if (cache_) cache_->close_root(seq->root);
+    remove_sequence(*seq);
+  }
+}
+
+// Gives back all blocks but the first, which reach beyond the trunk; the last goes first, so that
+// leaves are evicted first.
+void KVCacheManager::trim(Sequence& seq, int32_t num_blocks) {
+  if (num_blocks >= seq.table.size()) return;
+  for (int32_t i = seq.table.size() - 1; i >= num_blocks; --i) {
+    retain(seq.retention, seq.table[i]);
+    release(seq.table[i]);
+  }
+  seq.table.truncate(num_blocks);
+}
+
+// Gives back all blocks of a sequence that is about to end or to wait. It keeps its tokens.
+void KVCacheManager::give_back(Sequence& seq) {
+  keep_partial_block(seq);
+  trim(seq, seq.table.num_shared());
+  if (!seq.trunk) return seq.table.clear();
+  for (int32_t block : seq.trunk->blocks) retain(seq.retention, block);
+  seq.tokens.insert(seq.tokens.begin(), seq.trunk->tokens.begin(), seq.trunk->tokens.end());
+  drop_trunk(seq);
+  seq.table.clear();
+}
+
+// Caches the computed tokens of a last, partial block that nobody else holds. Nobody writes to it
+// any more: it is about to be given back.
+void KVCacheManager::keep_partial_block(Sequence& seq) {
+  const int32_t count = static_cast<int32_t>(seq.num_computed % block_size_);
+  if (!cache_ || count == 0 || shares_last_block(seq)) return;
+  const int32_t index = static_cast<int32_t>(seq.num_computed / block_size_);
+  const int32_t parent = index == 0 ? seq.root : seq.table[index - 1];
+  const int32_t block = seq.table[index];
+  const int32_t* tokens = seq.tokens_from(seq.num_computed - count);
+  if (cache_->insert(parent, tokens, count, block) == block) allocator_.mark_cached(block);
+}
+
+// ---- Blocks on their way back
+
+// Says how long a cached block, which a sequence is about to give back, is worth keeping.
+void KVCacheManager::retain(const Retention& retention, int32_t block) {
+  if (!has_retention_ || !allocator_.is_cached(block)) return;
+  const int32_t level = BlockAllocator::kStartLevel + retention.priority;
+  if (level < allocator_.level(block)) return;
+  allocator_.set_level(block, level);
+  if (std::isfinite(retention.ttl))
+    expiries_[block] = {retention.ttl};
+  else
+    expiries_.erase(block);
+}
+
+void KVCacheManager::release(int32_t block) {
+  if (last_ticket_ > last_retired_ && async_depth_ > 0)
+    deferred_.push_back({last_ticket_, block});
+  else
+    release_now(block);
+}
+
+void KVCacheManager::release_now(int32_t block) {
+  allocator_.release(block);
+  if (expiries_.empty() || allocator_.refcount(block) > 0) return;
+  const auto expiry = expiries_.find(block);
+  if (expiry == expiries_.end()) return;
+  expiry->second.deadline = now_ns() + static_cast<int64_t>(expiry->second.ttl * 1e9);
+  timers_.push({expiry->second.deadline, block});
+}
+
+// Blocks that nobody used for their time to live are the first to be evicted from now on.
+void KVCacheManager::expire() {
+  if (timers_.empty()) return;
+  for (const int64_t now = now_ns(); !timers_.empty() && timers_.top().deadline <= now;) {
+    const Timer timer = timers_.top();
+    timers_.pop();
+    const auto expiry = expiries_.find(timer.block);
+    if (expiry == expiries_.end() || expiry->second.deadline != timer.deadline ||
+        allocator_.refcount(timer.block) > 0)
+      continue;  // it was used or evicted since
+    expiries_.erase(expiry);
+    allocator_.set_level(timer.block, kExpiredLevel);
+  }
+}
+
+void KVCacheManager::retire(int64_t ticket) {
+  QUIRE_CHECK_ARG(async_depth_ > 0, "retire: expected a manager with async_depth > 0");
+  QUIRE_CHECK_ARG(ticket > last_retired_ && ticket <= last_ticket_,
+                  "retire: ticket: expected one of a step that still runs, ", last_retired_ + 1,
+                  " to ", last_ticket_, ", got ", ticket);
+  last_retired_ = ticket;
+  for (; !deferred_.empty() && deferred_.front().ticket <= ticket; deferred_.pop_front())
+    release_now(deferred_.front().block);
+}
+
+}  // namespace quire

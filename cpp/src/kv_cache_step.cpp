@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+// step() and commit(): of any batch, and of one that decodes on as it is (the loop).
+#include <algorithm>
+#include <utility>
+
+#include "quire/error.h"
+#include "quire/kv_cache_manager.h"
+
+namespace quire {
+namespace {
+
+bool all_ones(std::span<const int32_t> counts) {
+  int32_t others = 0;  // no early exit: the loop is vectorised
+  for (int32_t count : counts) others |= count ^ 1;
+  return others == 0;
+}
+
+}  // namespace
+
+// ---- Steps
+
+// Checks each count against its sequence in visited_ and adds up what the step needs.
+KVCacheManager::StepNeed KVCacheManager::check_step(std::span<const int32_t> num_new_tokens,
+                                                    int32_t lookahead) {
+  QUIRE_CHECK_ARG(num_new_tokens.size() == visited_.size(),
+                  "step: num_new_tokens: expected one count a sequence, ", visited_.size(),
+                  ", got ", num_new_tokens.size());
+  QUIRE_CHECK_ARG(lookahead >= 0, "step: lookahead: expected 0 or more, got ", lookahead);
+  QUIRE_CHECK_ARG(may_step(), "step: expected at most async_depth=", async_depth_,
+                  " steps at a time; retire() the oldest first");
+  StepNeed need;
+  need.size.batch_size = static_cast<int32_t>(visited_.size());
+  for (size_t i = 0; i < visited_.size(); ++i) {
+    const Sequence& seq = *visited_[i];
+    const int32_t count = num_new_tokens[i];
+    const int64_t known = seq.num_tokens() - seq.num_computed;
+    QUIRE_CHECK_ARG(count >= 0 && count <= known, "step: num_new_tokens[", i, "]: expected 0 to ",
+                    known, " (known and not computed), got ", count);
+    const int32_t num_blocks = seq.table.blocks_for(seq.num_computed + count + lookahead);
+    need.num_missing += std::max(0, num_blocks - seq.table.size());
+    need.size.max_blocks = std::max(need.size.max_blocks, num_blocks);
+    need.size.num_blocks += num_blocks;
+    need.size.num_new_tokens += count;
+  }
+  QUIRE_CHECK_ARG(batch_.may_hold(need.size), "step: seqs: expected a block table of less than ",
+                  "2^31 entries, got ", need.size.batch_size, " rows of ", need.size.max_blocks);
+  return need;
+}
+
+// Finds the writes into blocks that others see too. The last holder of a block that is not cached
+// may write in place, so references are given up as the copies are found. While steps run, the
+// sources stay referenced until this step is retired.
+void KVCacheManager::plan_copies(std::span<const int32_t> num_new_tokens, int32_t lookahead) {
+  copies_.clear();
+  for (size_t i = 0; i < visited_.size(); ++i) {
+    Sequence& seq = *visited_[i];
+    if (num_new_tokens[i] + lookahead == 0 || !shares_last_block(seq)) continue;
+    const int32_t index = static_cast<int32_t>(seq.num_computed / block_size_);
+    const int32_t block = seq.table[index];
+    const bool dropped = allocator_.refcount(block) > 1 && async_depth_ == 0;
+    if (dropped) allocator_.release(block);
+    copies_.push_back({&seq, index, block, dropped});
+  }
+}
+
+void KVCacheManager::undo_copies() {
+  for (const Copy& copy : copies_)
+    if (copy.dropped) allocator_.share(copy.source);
+}
+
+// When blocks run out, a cached block that one sequence alone holds is given up to it instead of
+// copied. (All idle blocks are evicted by then, so it has no children left.) Returns how many of
+// the missing blocks that saves.
+int64_t KVCacheManager::take_over(int64_t num_short) {
+  int64_t num_saved = 0;
+  for (Copy& copy : copies_) {
+    if (num_saved >= num_short) break;
+    copy.in_place = !copy.dropped && allocator_.refcount(copy.source) == 1;
+    num_saved += copy.in_place;
+  }
+  return num_saved;
+}
+
+// Takes the blocks of a whole step into new_blocks_, or none.
+bool KVCacheManager::allocate(int64_t num_blocks) {
+  if (num_blocks > allocator_.num_available()) return false;
+  if (num_blocks > allocator_.num_free()) expire();
+  new_blocks_.resize(num_blocks);
+  return allocator_.allocate(new_blocks_, [this](int32_t victim) { return evict(victim); });
+}
+
+// Gives up what a cached block holds, and first what depends on it: returns the block to take.
+int32_t KVCacheManager::evict(int32_t victim) {
+  while (cache_->has_children(victim)) victim = cache_->any_child(victim);
+  cache_->erase(victim);
+  if (!expiries_.empty()) expiries_.erase(victim);
+  ++evicted_blocks_;
+  return victim;
+}
+
+// Moves the copying sequences to the first of new_blocks_; returns the others.
+std::span<const int32_t> KVCacheManager::apply_copies() {
+  size_t num_taken = 0;
+  for (const Copy& copy : copies_) {
+    if (copy.in_place) {
+      allocator_.unmark_cached(evict(copy.source));
+      continue;
+    }
+    const int32_t block = new_blocks_[num_taken++];
+    batch_.add_copy(copy.source, block);
+    copy.seq->table.replace(copy.index, block);
+    if (!copy.dropped) release(copy.source);
+  }
+  return std::span(new_blocks_).subspan(num_taken);
+}
+
+const StepBatch* KVCacheManager::step(std::span<const SequenceId> seqs,
+                                      std::span<const int32_t> num_new_tokens, int32_t lookahead) {
+  const bool decodes = lookahead == 0 && num_new_tokens.size() == seqs.size() &&
+                       continues_loop(seqs) && all_ones(num_new_tokens);
+  if (decodes && loop_.is_running() && !loop_stepped_ && may_step() && fits_loop())
+    return step_loop();
+  const bool starts_loop =
+      decodes && !loop_.is_running() && block_size_ <= DecodeLoop::kMaxBlockSize;
+  settle();
+  visit("step", seqs);
+  StepNeed need = check_step(num_new_tokens, lookahead);
+  plan_copies(num_new_tokens, lookahead);
+  need.size.num_copies = static_cast<int64_t>(copies_.size());
+  const int64_t num_blocks = need.num_missing + need.size.num_copies;
+  const int64_t num_short = std::max<int64_t>(0, num_blocks - allocator_.num_available());
+  if (!allocate(num_blocks - take_over(num_short))) {
+    undo_copies();
+    return nullptr;
+  }
+  batch_.begin(++last_ticket_, need.size);
+  std::span<const int32_t> fresh = apply_copies();
+  for (size_t i = 0; i < visited_.size(); ++i) {
+    Sequence& seq = *visited_[i];
+    const int64_t end = seq.num_computed + num_new_tokens[i];
+    const int64_t reach = end + lookahead;
+    const int32_t num_missing = std::max(0, seq.table.blocks_for(reach) - seq.table.size());
+    seq.table.append(fresh.first(num_missing));
+    fresh = fresh.subspan(num_missing);
+    seq.num_planned = num_new_tokens[i];
+    batch_.add_row(seq.id.value, seq.table, seq.num_computed, end, reach);
+  }
+  if (starts_loop) begin_loop(seqs);
+  return &batch_;
+}
+
+// ---- Commit
+
+void KVCacheManager::commit(std::span<const SequenceId> seqs, std::span<const int32_t> sampled,
+                            std::span<const int32_t> num_sampled) {
+  const bool one_each = num_sampled.empty() && !sampled.empty();
+  if (one_each && loop_.is_running() && loop_stepped_ && sampled.size() == seqs.size() &&
+      continues_loop(seqs))
+    return commit_loop(sampled);
+  settle();
+  visit("commit", seqs);
+  QUIRE_CHECK_ARG(num_sampled.empty() || num_sampled.size() == seqs.size(),
+                  "commit: sampled: expected tokens of ", seqs.size(), " sequences, got of ",
+                  num_sampled.size());
+  const auto count_of = [&](size_t i) { return num_sampled.empty() ? one_each : num_sampled[i]; };
+  int64_t total = 0;
+  for (size_t i = 0; i < visited_.size(); ++i) {
+    const Sequence& seq = *visited_[i];
+    const int32_t count = count_of(i);
+    QUIRE_CHECK_ARG(count >= 0, "commit: num_sampled[", i, "]: expected 0 or more, got ", count);
+    QUIRE_CHECK_ARG(count == 0 || seq.num_planned == 0 ||
+                        seq.num_computed + seq.num_planned == seq.num_tokens(),
+                    "commit: sampled: expected no token for seqs[", i, "], whose step left ",
+                    seq.num_tokens() - seq.num_computed - seq.num_planned,
+                    " known tokens to compute");
+    total += count;
+  }
+  QUIRE_CHECK_ARG(total == static_cast<int64_t>(sampled.size()), "commit: sampled: expected ",
+                  total, " tokens, got ", sampled.size());
+  bool one_is_pending = true;
+  for (size_t i = 0; i < visited_.size(); ++i) {
+    Sequence& seq = *visited_[i];
+    advance(seq);
+    const int32_t count = count_of(i);
+    seq.tokens.insert(seq.tokens.end(), sampled.begin(), sampled.begin() + count);
+    sampled = sampled.subspan(count);
+    one_is_pending &= seq.num_tokens() - seq.num_computed == 1;
+  }
+  if (one_is_pending) loop_seqs_.assign(seqs.begin(), seqs.end());
+}
+
+// Planned tokens become computed ones.
+void KVCacheManager::advance(Sequence& seq) {
+  const int64_t end = seq.num_computed + seq.num_planned;
+  if (cache_ && seq.num_planned > 0)
+    for (int64_t i = seq.num_computed / block_size_; i < end / block_size_; ++i)
+      publish(seq, static_cast<int32_t>(i));
+  seq.num_computed = end;
+  seq.num_planned = 0;
+}
+
+// Caches a block that has become full, or swaps it for the cached one of the same tokens. So a
+// parent in the tree is always held by whoever holds its child.
+void KVCacheManager::publish(Sequence& seq, int32_t index) {
+  const int32_t block = seq.table[index];
+  const int32_t parent = index == 0 ? seq.root : seq.table[index - 1];
+  const int32_t* tokens = seq.tokens_from(int64_t{index} * block_size_);
+  const int32_t cached = cache_->insert(parent, tokens, block_size_, block);
+  if (cached == block) {
+    allocator_.mark_cached(block);
+    return;
+  }
+  allocator_.share(cached);
+  seq.table.replace(index, cached);
+  release(block);
+}
+
+// ---- The loop
+
+// Whether a call names the sequences of the loop, in order.
+bool KVCacheManager::continues_loop(std::span<const SequenceId> seqs) const {
+  return !seqs.empty() &&
+         std::equal(seqs.begin(), seqs.end(), loop_seqs_.begin(), loop_seqs_.end());
+}
+
+// After a step of one token each of loop_seqs_, none of which has another known token.
+void KVCacheManager::begin_loop(std::span<const SequenceId> seqs) {
+  for (const Sequence* seq : visited_)  // a lookahead may have left blocks, which come first
+    if (seq->table.size() != seq->table.blocks_for(seq->num_tokens())) return;
+  loop_seqs_.assign(seqs.begin(), seqs.end());
+  loop_.begin({batch_.positions().data(), batch_.positions().size()}, block_size_);
+  loop_stepped_ = true;
+  for (size_t i = 0; i < visited_.size(); ++i) visited_[i]->row = static_cast<int32_t>(i);
+}
+
+// Whether the rows that begin a block have a column left for it.
+bool KVCacheManager::fits_loop() const {
+  for (int32_t row : loop_.beginning_rows())
+    if (batch_.seq_lens()[row] / block_size_ >= batch_.block_table_stride()) return false;
+  return true;
+}
+
+const StepBatch* KVCacheManager::step_loop() {
+  const std::span<const int32_t> rows = loop_.beginning_rows();
+  if (!allocate(static_cast<int64_t>(rows.size()))) return nullptr;
+  batch_.advance(++last_ticket_);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    Sequence& seq = sequence_of(loop_seqs_[rows[i]]);
+    seq.table.append(new_blocks_[i]);
+    batch_.rewrite(rows[i], seq.table);
+  }
+  for (int32_t row : replaced_rows_) batch_.rewrite(row, sequence_of(loop_seqs_[row]).table);
+  replaced_rows_.clear();
+  loop_stepped_ = true;
+  return &batch_;
+}
+
+void KVCacheManager::commit_loop(std::span<const int32_t> sampled) {
+  for (int32_t row : loop_.filling_rows()) {
+    Sequence& seq = sequence_of(loop_seqs_[row]);
+    loop_.drain_filling(row, &seq.tokens);
+    if (!cache_) continue;
+    const int32_t index = batch_.positions()[row] / block_size_;
+    const int32_t block = seq.table[index];
+    publish(seq, index);
+    if (seq.table[index] != block) replaced_rows_.push_back(row);
+  }
+  loop_.commit(sampled);
+  loop_stepped_ = false;
+}
+
+// Leaves the loop, if it runs: its sequences get their tokens and counts.
+void KVCacheManager::settle() {
+  for (size_t i = 0; loop_.is_running() && i < loop_seqs_.size(); ++i) {
+    Sequence& seq = sequence_of(loop_seqs_[i]);
+    loop_.drain_at_end(static_cast<int32_t>(i), &seq.tokens);
+    seq.num_computed = num_computed(seq);
+    seq.num_planned = loop_stepped_;
+    seq.row = -1;
+  }
+  loop_.end();
+  loop_seqs_.clear();
+  replaced_rows_.clear();
+}
+
+}  // namespace quire
