@@ -34,7 +34,7 @@ QUIRE_INLINE void dot_tile(const float* q, int q_stride, const T* const* keys, i
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int c = 0; c < C; ++c) {
-        const Vec x = load(q + r * q_stride + d + c * kWidth);
+        const Vec x = in_register(load(q + r * q_stride + d + c * kWidth));
 #pragma GCC unroll 4
         for (int t = 0; t < kTileKeys; ++t)
           acc[r * kTileKeys + t] = fma(x, k[t][c], acc[r * kTileKeys + t]);

@@ -102,23 +102,23 @@ inline void from_float(float x, Float16& out) {
       static_cast<uint16_t>((bits >> 16 & 0x8000) | select(x == x, exponent + significand, 0x7e00));
 }
 
-// Rounds to nearest even and bounds; NaN becomes `nan`. Without branches, so that loops are
-// vectorised.
+// Rounds to nearest even and bounds. Integers stand in for comparisons of floats, and nothing
+// branches, so that loops are vectorised.
 template <int kFraction, int kBias>
-inline uint8_t narrow_float8(float x, float largest, uint32_t nan) {
+inline uint8_t narrow_float8(float x, float largest, int32_t nan) {
   constexpr int kDropped = 23 - kFraction;
   // Adding this leaves a float's last bit with the value of a subnormal's, where it rounds.
-  constexpr uint32_t kShifter = uint32_t{151 - kBias - kFraction} << 23;
-  const uint32_t sign = std::bit_cast<uint32_t>(x) >> 24 & 0x80;
-  const float magnitude = std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0x7fffffffu);
-  const float bounded = magnitude < largest ? magnitude : largest;
-  const uint32_t bits = std::bit_cast<uint32_t>(bounded);
-  const uint32_t half = (1u << (kDropped - 1)) - 1 + (bits >> kDropped & 1);
-  const uint32_t normal = (bits - (uint32_t{127 - kBias} << 23) + half) >> kDropped;
-  const uint32_t subnormal =
-      std::bit_cast<uint32_t>(bounded + std::bit_cast<float>(kShifter)) - kShifter;
-  const uint32_t finite = bits >= (uint32_t{128 - kBias} << 23) ? normal : subnormal;
-  return static_cast<uint8_t>(sign | (magnitude == magnitude ? finite : nan));
+  constexpr int32_t kShifter = (151 - kBias - kFraction) << 23;
+  const int32_t all = std::bit_cast<int32_t>(x), magnitude = all & 0x7fffffff;
+  const int32_t top = std::bit_cast<int32_t>(largest);
+  const int32_t bits = magnitude < top ? magnitude : top;
+  const int32_t half = (1 << (kDropped - 1)) - 1 + (bits >> kDropped & 1);
+  const int32_t normal = (bits - ((127 - kBias) << 23) + half) >> kDropped;
+  const float shifted = std::bit_cast<float>(bits) + std::bit_cast<float>(kShifter);
+  const int32_t subnormal = std::bit_cast<int32_t>(shifted) - kShifter;
+  const int32_t finite = bits >= (128 - kBias) << 23 ? normal : subnormal;
+  const int32_t result = magnitude > 0x7f800000 ? nan : finite;
+  return static_cast<uint8_t>((all >> 24 & 0x80) | result);
 }
 
 inline void from_float(float x, Float8E4M3& out) {
@@ -131,10 +131,12 @@ inline void from_float(float x, Float8E5M2& out) {
 
 inline void from_float(float x, Int8& out) {
   constexpr float kShifter = 0x1.8p23f;  // leaves no room for a fraction
-  const float low = x > -Int8::kLargest ? x : -Int8::kLargest;
-  const float bounded = low < Int8::kLargest ? low : Int8::kLargest;
-  const uint32_t bits = std::bit_cast<uint32_t>(bounded + kShifter);
-  out.value = static_cast<int8_t>(x == x ? bits & 0xff : 0);
+  const int32_t all = std::bit_cast<int32_t>(x), magnitude = all & 0x7fffffff;
+  const int32_t top = std::bit_cast<int32_t>(Int8::kLargest);
+  const int32_t bounded = magnitude < top ? magnitude : top;
+  const int32_t finite = magnitude > 0x7f800000 ? 0 : bounded;
+  const float value = std::bit_cast<float>(finite | (all & ~0x7fffffff));
+  out.value = static_cast<int8_t>(std::bit_cast<int32_t>(value + kShifter) & 0xff);
 }
 
 }  // namespace quire::cpu

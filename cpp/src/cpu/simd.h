@@ -4,6 +4,7 @@
 //
 //   Vec kWidth kRegisters     that many floats; that many of them fit the register file
 //   zero() set(x) iota()      all 0; all x; 0, 1, 2, ...
+//   in_register(v)            v, not to be loaded anew for each use
 //   load(p) load(p, n)        from any element (element.h); the first n elements, then 0
 //   load2(p, v)               two vectors, of 2 * kWidth elements
 //   kLoadUnit<T>              elements are what load() gives times this; 1, or a power of two that

@@ -9,6 +9,10 @@ struct Vec {
   __m256 v;
 };
 
+QUIRE_INLINE Vec in_register(Vec a) {
+  asm("" : "+x"(a.v));
+  return a;
+}
 QUIRE_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
 QUIRE_INLINE Vec set(float x) { return {_mm256_set1_ps(x)}; }
 QUIRE_INLINE Vec iota() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
@@ -35,15 +39,15 @@ QUIRE_INLINE __m128i narrow(Vec a, BFloat16) {  // as from_float()
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 }
 
-// Bytes, sign-extended, as float16: e5m2 is its upper half; e4m3 keeps its fraction and exponent,
-// also of subnormals, as a float16 that is 2^8 too small, and its NaN has to be made one.
-QUIRE_INLINE __m256i halves(__m256i bytes, Float8E5M2) { return _mm256_slli_epi16(bytes, 8); }
-QUIRE_INLINE __m256i halves(__m256i bytes, Float8E4M3) {
-  const __m256i placed =
-      _mm256_and_si256(_mm256_slli_epi16(bytes, 7), _mm256_set1_epi16(static_cast<short>(0xbfff)));
-  const __m256i negative = _mm256_or_si256(placed, _mm256_set1_epi16(static_cast<short>(0x8000)));
-  const __m256i nan = _mm256_cmpeq_epi16(negative, _mm256_set1_epi16(static_cast<short>(0xbf80)));
-  return _mm256_or_si256(placed, nan);
+// e4m3 as float16: fraction and exponent keep their places, also of subnormals, which makes them
+// 2^8 too small (kLoadUnit); NaN has to be made one.
+QUIRE_INLINE __m256i halves(__m128i bytes) {
+  const __m256i kept = _mm256_set1_epi16(static_cast<short>(0xbfff));
+  const __m256i sign = _mm256_set1_epi16(static_cast<short>(0x8000));
+  const __m256i x = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), kept);
+  const __m256i nan =
+      _mm256_cmpeq_epi16(_mm256_or_si256(x, sign), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+  return _mm256_or_si256(x, nan);
 }
 template <class T>
 constexpr float kLoadUnit = 1;
@@ -54,33 +58,40 @@ QUIRE_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 QUIRE_INLINE Vec load(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
 template <class T>
 QUIRE_INLINE Vec load(const T* p) {
-  if constexpr (sizeof(T) == 1) {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    if constexpr (std::is_same_v<T, Int8>)
-      return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
-    else
-      return widen(_mm256_castsi256_si128(halves(_mm256_cvtepi8_epi16(bytes), T{})), Float16{});
-  } else {
-    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
-  }
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
 }
-template <class T>
-QUIRE_INLINE void load2(const T* p, Vec* v) {
-  if constexpr (sizeof(T) == 1 && !std::is_same_v<T, Int8>) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    const __m256i wide = halves(_mm256_cvtepi8_epi16(bytes), T{});
-    v[0] = widen(_mm256_castsi256_si128(wide), Float16{});
-    v[1] = widen(_mm256_extracti128_si256(wide, 1), Float16{});
-  } else {
-    v[0] = load(p);
-    v[1] = load(p + kWidth);
-  }
+QUIRE_INLINE Vec load(const Int8* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+}
+QUIRE_INLINE Vec load(const Float8E5M2* p) {  // the upper halves of float16
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return widen(_mm_unpacklo_epi8(_mm_setzero_si128(), bytes), Float16{});
+}
+QUIRE_INLINE Vec load(const Float8E4M3* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return widen(_mm256_castsi256_si128(halves(bytes)), Float16{});
 }
 template <class T>
 QUIRE_INLINE Vec load(const T* p, int n) {
   T part[8] = {};
   for (int i = 0; i < n; ++i) part[i] = p[i];
   return load(part);
+}
+template <class T>
+QUIRE_INLINE void load2(const T* p, Vec* v) {
+  v[0] = load(p);
+  v[1] = load(p + kWidth);
+}
+QUIRE_INLINE void load2(const Float8E5M2* p, Vec* v) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  v[0] = widen(_mm_unpacklo_epi8(_mm_setzero_si128(), bytes), Float16{});
+  v[1] = widen(_mm_unpackhi_epi8(_mm_setzero_si128(), bytes), Float16{});
+}
+QUIRE_INLINE void load2(const Float8E4M3* p, Vec* v) {
+  const __m256i words = halves(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  v[0] = widen(_mm256_castsi256_si128(words), Float16{});
+  v[1] = widen(_mm256_extracti128_si256(words, 1), Float16{});
 }
 QUIRE_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 QUIRE_INLINE void store(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a.v); }

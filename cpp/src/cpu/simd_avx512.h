@@ -9,6 +9,10 @@ struct Vec {
   __m512 v;
 };
 
+QUIRE_INLINE Vec in_register(Vec a) {
+  asm("" : "+v"(a.v));
+  return a;
+}
 QUIRE_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
 QUIRE_INLINE Vec set(float x) { return {_mm512_set1_ps(x)}; }
 QUIRE_INLINE Vec iota() {
@@ -35,15 +39,16 @@ QUIRE_INLINE __m256i narrow(Vec a, BFloat16) {  // as from_float()
       _mm512_mask_or_epi32(_mm512_srli_epi32(sum, 16), nan, high, _mm512_set1_epi32(0x40)));
 }
 
-// Bytes, sign-extended, as float16: e5m2 is its upper half; e4m3 keeps its fraction and exponent,
-// also of subnormals, as a float16 that is 2^8 too small, and its NaN has to be made one.
-QUIRE_INLINE __m512i halves(__m512i bytes, Float8E5M2) { return _mm512_slli_epi16(bytes, 8); }
-QUIRE_INLINE __m512i halves(__m512i bytes, Float8E4M3) {
-  const __m512i kept = _mm512_set1_epi32(static_cast<int>(0xbfffbfff));
-  const __m512i nans = _mm512_set1_epi32(0x3f803f80);
-  const __m512i placed = _mm512_and_si512(_mm512_slli_epi16(bytes, 7), kept);
-  const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(placed, nans), nans);
-  return _mm512_mask_blend_epi16(nan, placed, _mm512_set1_epi16(0x7e00));
+// Bytes, sign-extended, as float16: e5m2 is its upper half; e4m3 keeps the places of its fraction
+// and exponent, also of subnormals, which makes it 2^8 too small (kLoadUnit), and NaN has to be
+// made one.
+QUIRE_INLINE __m512i halves(__m512i words, Float8E5M2) { return _mm512_slli_epi16(words, 8); }
+QUIRE_INLINE __m512i halves(__m512i words, Float8E4M3) {
+  const __m512i nans = _mm512_set1_epi16(0x3f80);
+  const __m512i kept = _mm512_set1_epi16(static_cast<short>(0xbfff));
+  const __m512i x = _mm512_and_si512(_mm512_slli_epi16(words, 7), kept);
+  const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, nans), nans);
+  return _mm512_mask_blend_epi16(nan, x, _mm512_set1_epi16(0x7e00));
 }
 template <class T>
 constexpr float kLoadUnit = 1;

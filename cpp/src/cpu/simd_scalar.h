@@ -15,6 +15,7 @@ QUIRE_INLINE Vec map(F f) {
   return {{f(0), f(1), f(2), f(3)}};
 }
 
+QUIRE_INLINE Vec in_register(Vec a) { return a; }
 QUIRE_INLINE Vec zero() { return {{0, 0, 0, 0}}; }
 QUIRE_INLINE Vec set(float x) { return {{x, x, x, x}}; }
 QUIRE_INLINE Vec iota() { return {{0, 1, 2, 3}}; }
