@@ -66,8 +66,8 @@ std::vector<Tile> make_tiles(const AttentionDesc& desc, const std::vector<Sequen
   tiles.reserve(sequences.size());
   for (size_t b = 0; b < sequences.size(); ++b) {
     const Sequence& sequence = sequences[b];
-    for (int q_begin = 0; q_begin < sequence.q_len; q_begin += tile_rows) {
-      const int q_end = std::min(sequence.q_len, q_begin + tile_rows);
+    for (int q_begin = 0, q_end; q_begin < sequence.q_len; q_begin = q_end) {
+      q_end = q_begin + std::min(tile_rows, sequence.q_len - q_begin);
       const int64_t begin = visible_keys(desc, sequence, q_begin).begin;
       const int64_t end = visible_keys(desc, sequence, q_end - 1).end;
       Tile tile{static_cast<int32_t>(b), q_begin, q_end, 0, 0, 1};
@@ -84,9 +84,15 @@ std::vector<Tile> make_tiles(const AttentionDesc& desc, const std::vector<Sequen
   return tiles;
 }
 
+// Chunks of a tile's keys. Lengths may be as large as an int32 is: nothing is added before dividing.
+int32_t num_chunks(const Tile& tile) {
+  const int32_t keys = tile.kv_end - tile.kv_begin;
+  return keys / kKvChunk + (keys % kKvChunk > 0);
+}
+
 // Work items of a tile for one kv head; with more than one they share a MergeItem.
 void emit(const Tile& tile, int kv_head, int num_items, int group, AttentionPlan& plan) {
-  const int chunks = (tile.kv_end - tile.kv_begin + kKvChunk - 1) / kKvChunk;
+  const int chunks = num_chunks(tile);
   if (num_items <= 1) {
     plan.items.push_back(
         {tile.sequence, kv_head, tile.q_begin, tile.q_end, tile.kv_begin, tile.kv_end, -1, -1});
@@ -97,8 +103,9 @@ void emit(const Tile& tile, int kv_head, int num_items, int group, AttentionPlan
   int items = 0;
   for (int chunk = 0; chunk < chunks; chunk += chunks_per_item, ++items) {
     const int begin = tile.kv_begin + chunk * kKvChunk;
+    const int64_t end = begin + int64_t{chunks_per_item} * kKvChunk;
     plan.items.push_back({tile.sequence, kv_head, tile.q_begin, tile.q_end, begin,
-                          std::min(tile.kv_end, begin + chunks_per_item * kKvChunk),
+                          static_cast<int32_t>(std::min<int64_t>(tile.kv_end, end)),
                           plan.num_partials + chunk, merge});
   }
   plan.merges.push_back(
@@ -162,7 +169,7 @@ AttentionPlan plan(const AttentionDesc& desc, const AttentionBatch& batch,
   plan.items.reserve(tiles.size() * desc.num_kv_heads);
   for (const Tile& tile : tiles) {
     const int64_t wanted = traits.parallelism == 1 ? 1 : (tile.cost + share - 1) / share;
-    const int chunks = (tile.kv_end - tile.kv_begin + kKvChunk - 1) / kKvChunk;
+    const int chunks = num_chunks(tile);
     for (int kv_head = 0; kv_head < desc.num_kv_heads; ++kv_head)
       emit(tile, kv_head, static_cast<int>(std::min<int64_t>(wanted, chunks)),
            desc.num_heads / desc.num_kv_heads, plan);

@@ -6,8 +6,13 @@
 #include <string>
 #include <vector>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
 #include <sys/auxv.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "quire/backend.h"
@@ -26,12 +31,32 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-const Tier kTiers[] = {
-    {&kAvx512Bf16Kernels, has_avx512() && __builtin_cpu_supports("avx512bf16")},
-    {&kAvx512Kernels, has_avx512()},
-    {&kAvx2Kernels, has_avx2()},
-    {&kScalarKernels, true},
-};
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// The state of tiles is large: Linux keeps it only for processes that ask.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2)
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) && may_use_tiles();
+}
+
+std::vector<Tier> find_tiers() {
+  return {
+      {&kAvx512AmxKernels, has_avx512_bf16() && has_amx()},
+      {&kAvx512Bf16Kernels, has_avx512_bf16()},
+      {&kAvx512Kernels, has_avx512()},
+      {&kAvx2Kernels, has_avx2()},
+      {&kScalarKernels, true},
+  };
+}
 #elif defined(__aarch64__)
 bool has_bf16() {
 #if defined(__linux__)
@@ -41,19 +66,17 @@ bool has_bf16() {
 #endif
 }
 
-const Tier kTiers[] = {
-    {&kNeonBf16Kernels, has_bf16()},
-    {&kNeonKernels, true},
-    {&kScalarKernels, true},
-};
+std::vector<Tier> find_tiers() {
+  return {{&kNeonBf16Kernels, has_bf16()}, {&kNeonKernels, true}, {&kScalarKernels, true}};
+}
 #else
-const Tier kTiers[] = {{&kScalarKernels, true}};
+std::vector<Tier> find_tiers() { return {{&kScalarKernels, true}}; }
 #endif
 
 const Kernels& choose() {
   const char* forced = std::getenv("QUIRE_CPU_ISA");
   const bool is_forced = forced && *forced;
-  for (const Tier& tier : kTiers)
+  for (const Tier& tier : tiers())
     if (tier.is_supported && (!is_forced || std::string(forced) == tier.kernels->isa))
       return *tier.kernels;
   std::string names;
@@ -64,7 +87,10 @@ const Kernels& choose() {
 
 }  // namespace
 
-std::span<const Tier> tiers() { return kTiers; }
+std::span<const Tier> tiers() {
+  static const std::vector<Tier> found = find_tiers();
+  return found;
+}
 
 const Kernels& kernels_in_use() {
   static const Kernels& kernels = choose();
