@@ -22,9 +22,15 @@ namespace quire::cpu {
 namespace {
 
 #if defined(__x86_64__)
+// For what not every compiler's __builtin_cpu_supports knows.
+struct Cpuid {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  explicit Cpuid(unsigned leaf) { __get_cpuid_count(leaf, 0, &eax, &ebx, &ecx, &edx); }
+};
+
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  constexpr unsigned kF16c = 1u << 29;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (Cpuid(1).ecx & kF16c);
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -43,9 +49,8 @@ bool may_use_tiles() {
 #endif
 }
 bool has_amx() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) && may_use_tiles();
+  constexpr unsigned kBf16AndTile = 1u << 22 | 1u << 24;
+  return (Cpuid(7).edx & kBf16AndTile) == kBf16AndTile && may_use_tiles();
 }
 
 std::vector<Tier> find_tiers() {
