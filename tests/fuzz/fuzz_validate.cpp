@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The argument checks of attention. A correct call is built from the input's first bytes and then
 // damaged by the rest: lengths, table entries, shapes, strides, dtypes, addresses. What the checks
-// refuse must be refused by InvalidArgument or Unsupported and nothing else; what they accept, and
-// what lies within its memory, is run under the address and undefined-behaviour sanitizers.
+// refuse must be refused by InvalidArgument and nothing else; of what they accept, every row that
+// the plan sends a kernel to must be a row of the tensors.
 #include <fuzzer/FuzzedDataProvider.h>
 
 #include <algorithm>
@@ -33,28 +33,59 @@ constexpr int64_t kExtremes[] = {0,
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16,
                              DType::kInt32,   DType::kInt64,   DType::kUInt8};
 
-// A tensor with memory of exactly its own size, so that the sanitizer sees a read beyond it.
+// A tensor with memory of its own.
 struct Owned {
   std::vector<uint8_t> bytes;
   TensorView view;
 
-  Owned(DType dtype, std::initializer_list<int64_t> shape) : view(nullptr, dtype, shape) {
-    bytes.assign(static_cast<size_t>(view.num_elements()) * size_of(dtype), 0);
+  Owned(DType dtype, const std::vector<int64_t>& shape) {
+    view.dtype = dtype;
+    view.ndim = static_cast<int>(shape.size());
+    int64_t stride = 1;
+    for (int i = view.ndim - 1; i >= 0; --i) {
+      view.shape[i] = shape[i];
+      view.strides[i] = stride;
+      stride *= shape[i];
+    }
+    bytes.resize(static_cast<size_t>(stride) * size_of(dtype) + 8);  // never null
     view.data = bytes.data();
   }
-  // Whether every element that the view names is in the memory.
-  bool is_inside() const {
-    if (view.is_empty()) return true;
-    __int128 low = static_cast<const uint8_t*>(view.data) - bytes.data(), high = low;
-    for (int i = 0; i < view.ndim; ++i) {
-      const __int128 reach = static_cast<__int128>(view.shape[i] - 1) * view.strides[i] *
-                             static_cast<int64_t>(size_of(view.dtype));
-      (reach < 0 ? low : high) += reach;
-    }
-    return low >= 0 && high + static_cast<int64_t>(size_of(view.dtype)) <=
-                           static_cast<int64_t>(bytes.size());
-  }
 };
+
+void require(bool holds) {
+  if (!holds) std::abort();
+}
+
+int64_t rows_of(const TensorView& tensor) { return tensor.shape[tensor.ndim - 3]; }
+
+// What a kernel derives addresses from, against the extents of the tensors.
+void check_reach(const AttentionDesc& desc, const AttentionPlan& plan, const AttentionTensors& t) {
+  for (const WorkItem& item : plan.items) {
+    require(item.sequence >= 0 && item.sequence < static_cast<int64_t>(plan.sequences.size()));
+    const Sequence& s = plan.sequences[item.sequence];
+    require(item.kv_head >= 0 && item.kv_head < t.k.shape[t.k.ndim - 2]);
+    require(0 <= item.q_begin && item.q_begin < item.q_end && item.q_end <= s.q_len);
+    require(0 <= item.kv_begin && item.kv_begin <= item.kv_end && item.kv_end <= s.seq_len);
+    require(s.q_begin >= 0 && int64_t{s.q_begin} + s.q_len <= rows_of(t.q));
+    require(int64_t{s.q_begin} + s.q_len <= rows_of(t.out));
+    if (t.lse) require(int64_t{s.q_begin} + s.q_len <= t.lse.shape[t.lse.ndim - 1]);
+    if (t.mask) require(int64_t{s.q_begin} + s.q_len <= t.mask.shape[t.mask.ndim - 2]);
+    if (plan.dense)
+      require(item.sequence < t.q.shape[0] && item.sequence < t.k.shape[0] &&
+              item.sequence < t.v.shape[0] && item.sequence < t.out.shape[0]);
+    if (desc.block_size == 0) {
+      require(s.kv_row >= 0 && int64_t{s.kv_row} + s.seq_len <= rows_of(t.k));
+      require(int64_t{s.kv_row} + s.seq_len <= rows_of(t.v));
+    } else if (s.seq_len > 0) {
+      const int64_t last = s.kv_row + (s.seq_len - 1) / desc.block_size;
+      require(s.kv_row >= 0 && last < static_cast<int64_t>(plan.block_ids.size()));
+    }
+  }
+  for (const int32_t id : plan.block_ids)
+    require(id >= 0 && id < t.k.shape[0] && id < t.v.shape[0]);
+  for (const TensorView* tensor : {&t.q, &t.k, &t.v, &t.out})
+    require(tensor->is_empty() || (tensor->data && tensor->device == Device{}));
+}
 
 class Call {
  public:
@@ -63,32 +94,26 @@ class Call {
     make_batch();
     const int64_t heads = desc_.num_heads, kv_heads = desc_.num_kv_heads;
     const int64_t dim_v = desc_.head_dim_v ? desc_.head_dim_v : desc_.head_dim;
-    const int64_t blocks = std::max(1, desc_.block_size > 0 ? num_blocks_ : 0);
-    const bool paged = desc_.block_size > 0;
-    const auto add = [&](int64_t rows, int64_t n, int64_t dim, bool is_cache) {
-      if (is_cache && paged)
-        tensors_.push_back(Owned(desc_.dtype, {blocks, desc_.block_size, n, dim}));
-      else if (dense_)
-        tensors_.push_back(Owned(desc_.dtype, {batch_.batch_size, rows, n, dim}));
+    const auto add = [&](DType dtype, std::vector<int64_t> shape) {
+      if (dense_) shape.insert(shape.begin(), batch_.batch_size);
+      tensors_.push_back(Owned(dtype, shape));
+    };
+    const auto add_keys = [&](int64_t rows, int64_t dim) {
+      if (desc_.block_size > 0)
+        tensors_.push_back(Owned(desc_.dtype, {kBlocks, desc_.block_size, kv_heads, dim}));
       else
-        tensors_.push_back(Owned(desc_.dtype, {rows, n, dim}));
+        add(desc_.dtype, {rows, kv_heads, dim});
     };
     const int64_t total_q = dense_ ? batch_.dense_q : cu_q_.back();
     const int64_t total_k = dense_ ? batch_.dense_k : cu_k_.back();
-    add(total_q, heads, desc_.head_dim, false);
-    add(total_k, kv_heads, desc_.head_dim, true);
-    add(total_k, kv_heads, dim_v, true);
-    add(total_q, heads, dim_v, false);
-    if (dense_)
-      tensors_.push_back(Owned(DType::kFloat32, {batch_.batch_size, heads, total_q}));
-    else
-      tensors_.push_back(Owned(DType::kFloat32, {heads, total_q}));
+    add(desc_.dtype, {total_q, heads, desc_.head_dim});
+    add_keys(total_k, desc_.head_dim);
+    add_keys(total_k, dim_v);
+    add(desc_.dtype, {total_q, heads, dim_v});
+    add(DType::kFloat32, {heads, total_q});
     tensors_.push_back(Owned(DType::kFloat32, {heads}));
     tensors_.push_back(Owned(DType::kFloat32, {heads}));
-    if (dense_)
-      tensors_.push_back(Owned(DType::kUInt8, {batch_.batch_size, total_q, 9}));
-    else
-      tensors_.push_back(Owned(DType::kUInt8, {total_q, 9}));
+    add(DType::kUInt8, {total_q, 9});
     given_ = in_.ConsumeIntegral<uint8_t>();
   }
 
@@ -107,21 +132,15 @@ class Call {
     }
   }
 
-  void run() const {
+  void check() const {
     try {
       validate(desc_);
       const AttentionPlan plan = quire::plan(desc_, batch_, {3, 20});
       const AttentionTensors tensors = given();
       validate(desc_, plan, tensors);
-      for (const Owned& tensor : tensors_)
-        if (!tensor.is_inside()) return;  // the caller's lie about memory
-      if (plan.flops > 10'000'000) return;
-      const Attention attention(desc_);
-      attention.run(attention.plan(batch_), tensors);
+      if (tensors.q.device == Device{}) check_reach(desc_, plan, tensors);
     } catch (const InvalidArgument& error) {
-      // "function: argument: expected ..., got ..."
-      if (std::string(error.what()).find("expected") == std::string::npos) std::abort();
-    } catch (const Unsupported&) {
+      require(std::string(error.what()).find("expected") != std::string::npos);
     }
   }
 
@@ -172,7 +191,7 @@ class Call {
     batch_.max_blocks = 70 / desc_.block_size + 1;
     batch_.block_table_stride = batch_.max_blocks;
     for (int i = 0; i < batch_.batch_size * batch_.max_blocks; ++i)
-      table_.push_back(number(0, num_blocks_ - 1));
+      table_.push_back(number(0, kBlocks - 1));
     batch_.block_table = table_.data();
   }
 
@@ -265,7 +284,7 @@ class Call {
     return t;
   }
 
-  static constexpr int num_blocks_ = 6;
+  static constexpr int kBlocks = 6;
   FuzzedDataProvider& in_;
   AttentionDesc desc_;
   AttentionBatch batch_;
@@ -282,6 +301,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   FuzzedDataProvider input(data, size);
   quire::Call call(input);
   call.damage();
-  call.run();
+  call.check();
   return 0;
 }

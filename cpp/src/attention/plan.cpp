@@ -13,6 +13,16 @@
 namespace quire {
 namespace {
 
+// Costs and statistics of lengths that no memory holds saturate.
+int64_t times(int64_t a, int64_t b) {
+  int64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? std::numeric_limits<int64_t>::max() : product;
+}
+int64_t plus(int64_t a, int64_t b) {
+  int64_t sum;
+  return __builtin_add_overflow(a, b, &sum) ? std::numeric_limits<int64_t>::max() : sum;
+}
+
 // Query rows [q_begin, q_end) of a sequence and the keys that at least one of them sees.
 struct Tile {
   int32_t sequence;
@@ -74,7 +84,8 @@ std::vector<Tile> make_tiles(const AttentionDesc& desc, const std::vector<Sequen
       if (begin < end) {
         tile.kv_begin = static_cast<int32_t>(begin / kKvChunk * kKvChunk);
         tile.kv_end = static_cast<int32_t>(end);
-        tile.cost = (end - begin) * std::max<int64_t>(kMinRowCost, (q_end - q_begin) * group);
+        const int64_t rows = int64_t{q_end - q_begin} * group;
+        tile.cost = times(end - begin, std::max(kMinRowCost, rows));
       }
       tiles.push_back(tile);
     }
@@ -84,7 +95,8 @@ std::vector<Tile> make_tiles(const AttentionDesc& desc, const std::vector<Sequen
   return tiles;
 }
 
-// Chunks of a tile's keys. Lengths may be as large as an int32 is: nothing is added before dividing.
+// Chunks of a tile's keys. Lengths may be as large as an int32 is: nothing is added before
+// dividing.
 int32_t num_chunks(const Tile& tile) {
   const int32_t keys = tile.kv_end - tile.kv_begin;
   return keys / kKvChunk + (keys % kKvChunk > 0);
@@ -115,19 +127,20 @@ void emit(const Tile& tile, int kv_head, int num_items, int group, AttentionPlan
 }
 
 void add_statistics(const AttentionDesc& desc, AttentionPlan& plan) {
-  const int64_t dims = desc.head_dim + (desc.head_dim_v ? desc.head_dim_v : desc.head_dim);
+  const int64_t dims = int64_t{desc.head_dim} + (desc.head_dim_v ? desc.head_dim_v : desc.head_dim);
   int64_t pairs = 0, keys = 0;
   for (const Sequence& sequence : plan.sequences) {
     for (int64_t row = 0; row < sequence.q_len; ++row) {
       const KeyRange range = visible_keys(desc, sequence, row);
-      pairs += range.end - range.begin;
+      pairs = plus(pairs, range.end - range.begin);
     }
     if (sequence.q_len > 0)
       keys += std::max<int64_t>(0, visible_keys(desc, sequence, sequence.q_len - 1).end -
                                        visible_keys(desc, sequence, 0).begin);
   }
-  plan.flops = 2 * pairs * desc.num_heads * dims;
-  plan.kv_bytes = keys * desc.num_kv_heads * dims * static_cast<int64_t>(size_of(desc.kv_dtype));
+  plan.flops = times(times(2 * dims, desc.num_heads), pairs);
+  plan.kv_bytes =
+      times(times(keys, desc.num_kv_heads), dims * static_cast<int64_t>(size_of(desc.kv_dtype)));
 }
 
 void add_extents(const AttentionDesc& desc, const AttentionBatch& batch, AttentionPlan& plan) {
@@ -144,9 +157,10 @@ void add_extents(const AttentionDesc& desc, const AttentionBatch& batch, Attenti
     return;
   }
   for (int b = 0; b < n; ++b) {
-    const int32_t* row = batch.block_table + b * batch.block_table_stride;
     const int64_t used = (int64_t{batch.seq_lens[b]} + desc.block_size - 1) / desc.block_size;
     plan.sequences[b].kv_row = static_cast<int32_t>(plan.block_ids.size());
+    if (used == 0) continue;
+    const int32_t* row = batch.block_table + b * batch.block_table_stride;
     plan.block_ids.insert(plan.block_ids.end(), row, row + used);
   }
   for (const int32_t id : plan.block_ids) plan.max_block_id = std::max(plan.max_block_id, id);
@@ -164,11 +178,11 @@ AttentionPlan plan(const AttentionDesc& desc, const AttentionBatch& batch,
 
   // A tile is split when it alone would take more than a quarter of a worker's fair share.
   int64_t total_cost = 0;
-  for (const Tile& tile : tiles) total_cost += tile.cost * desc.num_kv_heads;
+  for (const Tile& tile : tiles) total_cost = plus(total_cost, times(tile.cost, desc.num_kv_heads));
   const int64_t share = std::max<int64_t>(1, total_cost / (4 * int64_t{traits.parallelism}));
   plan.items.reserve(tiles.size() * desc.num_kv_heads);
   for (const Tile& tile : tiles) {
-    const int64_t wanted = traits.parallelism == 1 ? 1 : (tile.cost + share - 1) / share;
+    const int64_t wanted = traits.parallelism == 1 ? 1 : plus(tile.cost, share - 1) / share;
     const int chunks = num_chunks(tile);
     for (int kv_head = 0; kv_head < desc.num_kv_heads; ++kv_head)
       emit(tile, kv_head, static_cast<int>(std::min<int64_t>(wanted, chunks)),
