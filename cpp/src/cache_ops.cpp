@@ -117,7 +117,7 @@ void check_written_once(const std::string& function, const std::vector<int32_t>&
 
 // True if the byte ranges that the tensors span have no byte in common.
 bool lie_apart(const TensorView& a, const TensorView& b) {
-  if (a.num_elements() == 0 || b.num_elements() == 0) return true;
+  if (a.is_empty() || b.is_empty()) return true;
   const auto span = [](const TensorView& tensor) {
     int64_t low = 0, high = 1;
     for (int i = 0; i < tensor.ndim; ++i) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "quire/tensor.h"
 
+#include <algorithm>
 #include <sstream>
 
 #include "check.h"
@@ -11,7 +12,9 @@ namespace quire {
 std::string describe(const TensorView& tensor) {
   std::ostringstream out;
   out << "[";
-  for (int i = 0; i < tensor.ndim; ++i) out << (i ? ", " : "") << tensor.shape[i];
+  const int dims = std::min(tensor.ndim, TensorView::kMaxDims);  // ndim itself may be what is wrong
+  for (int i = 0; i < dims; ++i) out << (i ? ", " : "") << tensor.shape[i];
+  if (tensor.ndim > dims) out << ", ...";
   out << "] " << name_of(tensor.dtype);
   if (tensor.device.type != DeviceType::kCPU) out << " on " << to_string(tensor.device);
   return out.str();
@@ -41,10 +44,11 @@ void check_tensor(const std::string& argument, const TensorView& tensor,
   bool matches = tensor.ndim == static_cast<int>(shape.size()) && tensor.dtype == dtype &&
                  tensor.device == device;
   for (int i = 0; matches && i < tensor.ndim; ++i)
-    matches = shape[i].value < 0 || shape[i].value == tensor.shape[i];
+    matches = tensor.shape[i] >= 0 && (shape[i].value < 0 || shape[i].value == tensor.shape[i]);
   QUIRE_CHECK_ARG(matches, argument, ": expected ", describe(shape, dtype, device), ", got ",
                   describe(tensor));
-  if (tensor.num_elements() == 0) return;  // strides and address of nothing mean nothing
+  if (tensor.is_empty()) return;  // strides and address of nothing mean nothing
+  QUIRE_CHECK_ARG(tensor.data, argument, ": expected data, got a null pointer");
   const int last = tensor.ndim - 1;
   QUIRE_CHECK_ARG(tensor.shape[last] <= 1 || tensor.strides[last] == 1, argument,
                   ": expected a contiguous last dimension, got stride ", tensor.strides[last]);
@@ -60,7 +64,7 @@ void check_output(const std::string& argument, const TensorView& tensor,
 }
 
 void check_writable(const std::string& argument, const TensorView& tensor) {
-  if (tensor.num_elements() == 0) return;
+  if (tensor.is_empty()) return;
   QUIRE_CHECK_ARG(!tensor.read_only, argument, ": expected writable memory, got a read-only view");
   for (int i = 0; i < tensor.ndim; ++i)
     QUIRE_CHECK_ARG(tensor.strides[i] != 0 || tensor.shape[i] <= 1, argument,
@@ -68,13 +72,13 @@ void check_writable(const std::string& argument, const TensorView& tensor) {
 }
 
 void check_contiguous(const std::string& argument, const TensorView& tensor) {
-  if (tensor.num_elements() == 0) return;
-  int64_t stride = 1;
+  if (tensor.is_empty()) return;
+  uint64_t stride = 1;  // no memory holds a tensor for which it wraps
   for (int i = tensor.ndim - 1; i >= 0; --i) {
-    QUIRE_CHECK_ARG(tensor.shape[i] <= 1 || tensor.strides[i] == stride, argument,
+    QUIRE_CHECK_ARG(tensor.shape[i] <= 1 || tensor.strides[i] == static_cast<int64_t>(stride), argument,
                     ": expected a contiguous tensor, got stride ", tensor.strides[i],
                     " instead of ", stride, " in dimension ", i);
-    stride *= tensor.shape[i];
+    stride *= static_cast<uint64_t>(tensor.shape[i]);
   }
 }
 

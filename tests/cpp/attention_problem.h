@@ -61,9 +61,17 @@ class Array {
   std::vector<uint8_t> bytes_;
 };
 
+template <class T>
+float rounded_as(float x) {
+  T element;
+  cpu::from_float(x, element);
+  return cpu::to_float(element);
+}
 inline float rounded(DType dtype, double x) {
-  Array one(dtype, 1, static_cast<float>(x));
-  return one.get(0);
+  const float single = static_cast<float>(x);
+  if (dtype == DType::kFloat16) return rounded_as<cpu::Float16>(single);
+  if (dtype == DType::kBFloat16) return rounded_as<cpu::BFloat16>(single);
+  return single;
 }
 
 enum class Mask { kNone, kFull, kTree };

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU kernels of every instruction set that this machine supports, called through their table.
+// The CPU kernels of every instruction set that this machine supports or models, called through
+// their table.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
@@ -17,6 +18,12 @@
 using namespace quire;
 using namespace quire::test;
 
+#if defined(__x86_64__)
+namespace quire::cpu {  // see model/immintrin.h
+extern const Kernels kAvx512Model, kAvx512Bf16Model, kAvx512AmxModel;
+}  // namespace quire::cpu
+#endif
+
 namespace {
 
 // Runs a list by a table of kernels, last unit first: order must not matter.
@@ -31,17 +38,32 @@ auto with(const cpu::Kernels& kernels) {
   };
 }
 
+// Those of this machine, and the models of those that it may not have.
+std::vector<const cpu::Kernels*> kernels_under_test() {
+  std::vector<const cpu::Kernels*> result;
+  for (const cpu::Tier& tier : cpu::tiers())
+    if (tier.is_supported) result.push_back(tier.kernels);
+#if defined(__x86_64__)
+  const auto is_avx2 = [](const cpu::Kernels* kernels) {
+    return kernels->isa == std::string("avx2");
+  };
+  if (std::any_of(result.begin(), result.end(), is_avx2))  // which the models are written in
+    result.insert(result.end(),
+                  {&cpu::kAvx512Model, &cpu::kAvx512Bf16Model, &cpu::kAvx512AmxModel});
+#endif
+  return result;
+}
+
 constexpr PlanTraits kWhole{1, 4096};  // one item a sequence and kv head
 constexpr PlanTraits kSplit{64, 20};   // small tiles, chunks dealt out
 
 void check_everywhere(const Case& c) {
   Problem problem(c);
-  for (const cpu::Tier& tier : cpu::tiers()) {
-    if (!tier.is_supported) continue;
-    CAPTURE(tier.kernels->isa);
-    const Result whole = problem.run(problem.plan(kWhole), with(*tier.kernels));
+  for (const cpu::Kernels* kernels : kernels_under_test()) {
+    CAPTURE(kernels->isa);
+    const Result whole = problem.run(problem.plan(kWhole), with(*kernels));
     problem.check(whole, 2);
-    const Result split = problem.run(problem.plan(kSplit), with(*tier.kernels));
+    const Result split = problem.run(problem.plan(kSplit), with(*kernels));
     CHECK(split == whole);  // bit by bit
   }
 }
@@ -130,10 +152,9 @@ TEST_CASE("what is not used may hold anything") {
     for (float poison : {kInf, -kInf, 1e30f, 0.0f}) {
       c.poison = poison;
       Problem poisoned(c);
-      for (const cpu::Tier& tier : cpu::tiers())
-        if (tier.is_supported)
-          CHECK(poisoned.run(poisoned.plan(kWhole), with(*tier.kernels)) ==
-                clean.run(clean.plan(kWhole), with(*tier.kernels)));
+      for (const cpu::Kernels* kernels : kernels_under_test())
+        CHECK(poisoned.run(poisoned.plan(kWhole), with(*kernels)) ==
+              clean.run(clean.plan(kWhole), with(*kernels)));
     }
   }
 }

@@ -176,7 +176,15 @@ def test_forced_isa_is_the_one_in_use():
         env = {**os.environ, "QUIRE_CPU_ISA": isa}
         run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert run.stdout.strip() == isa, run.stderr
-    env = {**os.environ, "QUIRE_CPU_ISA": "avx1024"}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert run.returncode != 0
-    assert "avx1024" in run.stderr and "scalar" in run.stderr
+
+
+def test_an_isa_that_is_unknown_or_not_of_this_cpu_is_refused_with_the_list():
+    code = "import quire; quire.cpu_isa()"
+    compiled = {row["isa"] for row in quire.capabilities() if row["device"] == "cpu"}
+    supported = quire.supported_cpu_isas()
+    for isa in {"avx1024", *compiled} - {*supported}:
+        env = {**os.environ, "QUIRE_CPU_ISA": isa}
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert run.returncode != 0
+        expected = f"QUIRE_CPU_ISA: expected one of {', '.join(supported)} on this CPU, got {isa}"
+        assert expected in run.stderr

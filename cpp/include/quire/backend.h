@@ -69,8 +69,9 @@ std::string cuda_state();  // one plain sentence: "built without CUDA", "no CUDA
 Backend* backend_of(DeviceType type);
 std::vector<Capability> capabilities();
 
-// CPU instruction set in use: "scalar", "avx2", "avx512", "avx512_bf16". The environment variable
-// QUIRE_CPU_ISA forces one; an unknown or unsupported name is refused with the list.
+// CPU instruction set in use: "scalar"; x86-64: "avx2", "avx512", "avx512_bf16", "avx512_amx";
+// AArch64: "neon", "neon_bf16". The environment variable QUIRE_CPU_ISA forces one; an unknown or
+// unsupported name is refused with the list.
 std::string cpu_isa();
 std::vector<std::string> supported_cpu_isas();  // best first
 int num_threads();

@@ -36,6 +36,11 @@ struct TensorView {
     return ndim > 0;
   }  // false: an optional tensor that was not given
 
+  bool is_empty() const {  // some extent is 0; unlike a product it cannot overflow
+    for (int i = 0; i < ndim; ++i)
+      if (shape[i] == 0) return true;
+    return false;
+  }
   int64_t num_elements() const {
     int64_t count = 1;
     for (int i = 0; i < ndim; ++i) count *= shape[i];

@@ -15,6 +15,16 @@
 namespace quire {
 namespace {
 
+// Costs and statistics of lengths that no memory holds saturate.
+int64_t times(int64_t a, int64_t b) {
+  int64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? std::numeric_limits<int64_t>::max() : product;
+}
+int64_t plus(int64_t a, int64_t b) {
+  int64_t sum;
+  return __builtin_add_overflow(a, b, &sum) ? std::numeric_limits<int64_t>::max() : sum;
+}
+
 std::vector<Sequence> make_sequences(const AttentionDesc& desc, const AttentionBatch& batch) {
   std::vector<Sequence> sequences(batch.batch_size);
   for (int b = 0; b < batch.batch_size; ++b) {
@@ -43,8 +53,8 @@ std::vector<Tile> make_tiles(const AttentionDesc& desc, const std::vector<Sequen
   tiles.reserve(sequences.size());
   for (size_t b = 0; b < sequences.size(); ++b) {
     const Sequence& sequence = sequences[b];
-    for (int q_begin = 0; q_begin < sequence.q_len; q_begin += tile_rows) {
-      const int q_end = std::min(sequence.q_len, q_begin + tile_rows);
+    for (int q_begin = 0, q_end; q_begin < sequence.q_len; q_begin = q_end) {
+      q_end = q_begin + std::min(tile_rows, sequence.q_len - q_begin);
       const KeyRange first = visible_keys(desc, sequence, q_begin);
       const KeyRange last = visible_keys(desc, sequence, q_end - 1);
       Tile tile{static_cast<int32_t>(b), q_begin, q_end, 0, 0, 0, 0, (q_end - q_begin) * group};
@@ -76,7 +86,7 @@ class Cutter {
   void cut() {
     add_private_runs();
     int64_t total = 0;
-    for (const Run& run : runs_.runs) total += cost(run) * num_kv_heads_;
+    for (const Run& run : runs_.runs) total = plus(total, times(cost(run), num_kv_heads_));
     // A run is cut when it alone would take more than a quarter of a worker's fair share.
     share_ = traits_.parallelism == 1
                  ? std::numeric_limits<int64_t>::max()
@@ -107,8 +117,9 @@ class Cutter {
     int64_t rows = 0;
     for (int i = run.member_begin; i < run.member_end; ++i) rows += tiles_[runs_.members[i]].rows;
     const Tile& tile = tiles_[runs_.members[run.member_begin]];
-    const int64_t keys = std::max<int64_t>(0, end_key(run, tile) - run.chunk_begin * kKvChunk);
-    return keys * (runs_.size(run) > 1 ? kReadCost + rows : std::max(kReadCost, rows));
+    const int64_t keys =
+        std::max<int64_t>(0, end_key(run, tile) - int64_t{run.chunk_begin} * kKvChunk);
+    return times(keys, runs_.size(run) > 1 ? kReadCost + rows : std::max(kReadCost, rows));
   }
 
   // What is left of each tile when its shared runs are taken out.
@@ -241,19 +252,20 @@ class Cutter {
 };
 
 void add_statistics(const AttentionDesc& desc, AttentionPlan& plan) {
-  const int64_t dims = desc.head_dim + (desc.head_dim_v ? desc.head_dim_v : desc.head_dim);
+  const int64_t dims = int64_t{desc.head_dim} + (desc.head_dim_v ? desc.head_dim_v : desc.head_dim);
   int64_t pairs = 0, keys = 0;
   for (const Sequence& sequence : plan.sequences) {
     for (int64_t row = 0; row < sequence.q_len; ++row) {
       const KeyRange range = visible_keys(desc, sequence, row);
-      pairs += range.end - range.begin;
+      pairs = plus(pairs, range.end - range.begin);
     }
     if (sequence.q_len > 0)
       keys += std::max<int64_t>(0, visible_keys(desc, sequence, sequence.q_len - 1).end -
                                        visible_keys(desc, sequence, 0).begin);
   }
-  plan.flops = 2 * pairs * desc.num_heads * dims;
-  plan.kv_bytes = keys * desc.num_kv_heads * dims * static_cast<int64_t>(size_of(desc.kv_dtype));
+  plan.flops = times(times(2 * dims, desc.num_heads), pairs);
+  plan.kv_bytes =
+      times(times(keys, desc.num_kv_heads), dims * static_cast<int64_t>(size_of(desc.kv_dtype)));
 }
 
 void add_extents(const AttentionDesc& desc, const AttentionBatch& batch, AttentionPlan& plan) {
@@ -270,9 +282,10 @@ void add_extents(const AttentionDesc& desc, const AttentionBatch& batch, Attenti
     return;
   }
   for (int b = 0; b < n; ++b) {
-    const int32_t* row = batch.block_table + b * batch.block_table_stride;
     const int64_t used = (int64_t{batch.seq_lens[b]} + desc.block_size - 1) / desc.block_size;
     plan.sequences[b].kv_row = static_cast<int32_t>(plan.block_ids.size());
+    if (used == 0) continue;
+    const int32_t* row = batch.block_table + b * batch.block_table_stride;
     plan.block_ids.insert(plan.block_ids.end(), row, row + used);
   }
   for (const int32_t id : plan.block_ids) plan.max_block_id = std::max(plan.max_block_id, id);

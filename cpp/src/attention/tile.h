@@ -33,7 +33,7 @@ struct Tile {
   int32_t rows;                    // query rows x heads of a kv head
 
   int first_chunk() const { return kv_begin / kKvChunk; }
-  int end_chunk() const { return (kv_end + kKvChunk - 1) / kKvChunk; }
+  int end_chunk() const { return kv_end / kKvChunk + (kv_end % kKvChunk > 0); }
 };
 
 // Tiles members[member_begin, member_end) against chunks [chunk_begin, chunk_end). Several tiles

@@ -30,7 +30,8 @@ void check_block_table(const AttentionDesc& desc, const AttentionBatch& batch) {
     QUIRE_CHECK_ARG(used <= batch.max_blocks, "paged_attention: block_table: expected at least ",
                     used, " blocks a row for seq_lens[", b, "] = ", batch.seq_lens[b],
                     " tokens of block_size ", desc.block_size, ", got ", batch.max_blocks);
-    QUIRE_CHECK_ARG(batch.block_table || used == 0,
+    if (used == 0) continue;
+    QUIRE_CHECK_ARG(batch.block_table,
                     "paged_attention: block_table: expected block ids, got a null one");
     const int32_t* row = batch.block_table + b * batch.block_table_stride;
     for (int64_t i = 0; i < used; ++i)

@@ -76,7 +76,7 @@ TensorView as_view(const char* argument, const QuireTensor* tensor) {
     view.shape[i] = given.shape[i];
     view.strides[i] = given.strides[i];
   }
-  QUIRE_CHECK_ARG(view.data || view.num_elements() == 0, argument, ": expected ", describe(view),
+  QUIRE_CHECK_ARG(view.data || view.is_empty(), argument, ": expected ", describe(view),
                   ", got NULL data");
   return view;
 }

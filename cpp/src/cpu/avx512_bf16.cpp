@@ -26,6 +26,8 @@ namespace {
 #include "cpu/simd_avx512.h"
 #include "cpu/words.h"
 #include "cpu/words_bf16.h"
+template <>
+struct Words<BFloat16> : VectorProducts, BFloat16Pairs {};
 #include "cpu/attention_kernels.h"
 // clang-format on
 }  // namespace

@@ -38,6 +38,7 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kAvx512AmxKernels;
 extern const Kernels kNeonKernels;
 extern const Kernels kNeonBf16Kernels;
 

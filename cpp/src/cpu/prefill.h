@@ -4,8 +4,6 @@
 // are read in the order of use. Included inside the namespace of the tier.
 #pragma once
 
-constexpr int kMicroRows = kRegisters == 32 ? 12 : 6;  // rows of a register tile
-constexpr int kPanel = 2 * kWidth;                     // its columns
 static_assert(kKvChunk % kPanel == 0);
 
 // finish(i, sums) for M rows i of a[M][depth] * b[depth][kPanel], sums being two vectors.
@@ -51,17 +49,17 @@ void weigh_panel(const float* weights, int weight_stride, const float* panel, in
 template <class T>
 class Prefill {
  public:
-  static int padded_rows(int rows) { return (rows + kMicroRows - 1) / kMicroRows * kMicroRows; }
+  static int padded_rows(int rows) { return (rows + W::kRows - 1) / W::kRows * W::kRows; }
   static size_t scratch_floats(const Task& task) {
     return padded(static_cast<size_t>(padded_rows(task.rows)) * depth_of(task)) +
-           kMicroRows * kScores + kKvChunk * (depth_of(task) + value_panels(task) * kPanel);
+           W::kRows * kScores + kKvChunk * (depth_of(task) + value_panels(task) * kPanel);
   }
 
   Prefill(const Task& task, float* scratch)
       : task_(task),
         depth_(static_cast<int>(depth_of(task))),
         s_(scratch),
-        k_(s_ + kMicroRows * kScores),
+        k_(s_ + W::kRows * kScores),
         v_(k_ + static_cast<size_t>(kKvChunk) * depth_),
         q_(v_ + kKvChunk * value_panels(task) * kPanel),
         first_key_(task.first_key(0)),
@@ -81,14 +79,14 @@ class Prefill {
 
   // Adds the packed keys to the state: those before key `last` of the chunk at `begin`.
   void fold_packed(int64_t begin, int last, const State& state) {
-    for (int r = 0; r < task_.rows; r += kMicroRows) {
-      const int rows = std::min(kMicroRows, task_.rows - r);
-      if (rows > kMicroRows * 2 / 3)
-        row_tile<kMicroRows>(r, rows, begin, last, state);
-      else if (rows > kMicroRows / 3)
-        row_tile<kMicroRows * 2 / 3>(r, rows, begin, last, state);
+    for (int r = 0; r < task_.rows; r += W::kRows) {
+      const int rows = std::min(W::kRows, task_.rows - r);
+      if (rows > 2 * W::kRowStep)
+        row_tile<W::kRows>(r, rows, begin, last, state);
+      else if (rows > W::kRowStep)
+        row_tile<2 * W::kRowStep>(r, rows, begin, last, state);
       else
-        row_tile<kMicroRows / 3>(r, rows, begin, last, state);
+        row_tile<W::kRowStep>(r, rows, begin, last, state);
     }
   }
 
@@ -105,15 +103,20 @@ class Prefill {
       pack_keys(rows + key, scales + key, key);
     task_.v_rows(chunk_begin + first, chunk_begin + last, rows + first);
     find_scales(task_.p.v_scale, chunk_begin, first, last, scales);
-    for (int key = first / W::kElements * W::kElements; key < last; key += W::kElements)
+    for (int key = first / kStep * kStep; key < round_up(last); key += W::kElements)
       pack_values(rows + key, scales[key], key);
   }
 
  private:
   using W = Words<T>;
   static constexpr int kScores = kKvChunk + 16;  // rows on different cache sets
-  static size_t depth_of(const Task& task) {     // words of a row of q and k
-    return (task.p.head_dim + W::kElements - 1) / W::kElements;
+  // Elements of a row that are multiplied at a time: of q and k, and keys of weights and v. Pieces
+  // are counted from the start of the chunk, whichever keys are seen.
+  static constexpr int kStep = W::kDepthStep * W::kElements;
+  static_assert(kPanel % kStep == 0);
+  static int round_up(int count) { return (count + kStep - 1) / kStep * kStep; }
+  static size_t depth_of(const Task& task) {  // words of a row of q and k
+    return static_cast<size_t>(round_up(task.p.head_dim) / W::kElements);
   }
   static size_t value_panels(const Task& task) { return (task.p.head_dim_v + kPanel - 1) / kPanel; }
 
@@ -186,8 +189,8 @@ class Prefill {
       folds[i] = fold(state.seen[r + i], softmax_row(task_, r + i, chunk_begin, s, s_begin, s_end));
       W::pack_weights(s, s_begin, s_end);
     }
-    const int first_word = begin / W::kElements;
-    const int words = (end + W::kElements - 1) / W::kElements - first_word;
+    const int first_word = begin / kStep * W::kDepthStep;
+    const int words = round_up(end) / W::kElements - first_word;
     for (int d = 0; d < task_.p.head_dim_v; d += kPanel)
       weigh_panel<M, W>(
           s_ + first_word, kScores,
@@ -195,10 +198,11 @@ class Prefill {
           folds, state.row(r) + d, state.stride);
   }
 
+  [[no_unique_address]] typename W::Unit unit_;
   const Task& task_;
   int depth_;  // words of a row of q and k
   // In the scratch memory those that do not depend on the task's rows come first.
-  float* s_;                     // [kMicroRows][kScores]: logits, then weights
+  float* s_;                     // [W::kRows][kScores]: logits, then weights
   float* k_;                     // [kKvChunk / kPanel][depth][kPanel]
   float* v_;                     // [panels][kKvChunk / W::kElements][kPanel]
   float* q_;                     // [rows][depth], scaled unless the logits are

@@ -3,8 +3,19 @@
 // of 16-bit elements specialises this for them. Included inside the namespace of the tier.
 #pragma once
 
+constexpr int kMicroRows = kRegisters == 32 ? 12 : 6;  // rows of a register tile
+constexpr int kPanel = 2 * kWidth;                     // its columns
+
+// The sizes of products by vector instructions.
+struct VectorProducts {
+  static constexpr int kRows = kMicroRows;         // at most
+  static constexpr int kRowStep = kMicroRows / 3;  // fewer are rounded up to one or two of these
+  static constexpr int kDepthStep = 1;             // words of a row that are multiplied at a time
+  struct Unit {};                                  // lives as long as an item's products
+};
+
 template <class T>
-struct Words {
+struct Words : VectorProducts {
   static constexpr int kElements = 1;           // of a word
   static constexpr bool kScalesLogits = false;  // the scale is applied to q, not to the product
 

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pairs of bfloat16 as the words of prefill, multiplied by vdpbf16ps: twice the rate of floats.
+// Pairs of bfloat16 as the words of prefill; vdpbf16ps multiplies them at twice the rate of floats.
 // The weights are rounded to bfloat16; all sums are in float.
 // Included inside the namespace and target region of the tier, after words.h.
 #pragma once
 
-template <>
-struct Words<BFloat16> {
+struct BFloat16Pairs {
   static constexpr int kElements = 2;
   static constexpr bool kScalesLogits = true;  // a scaled q would have to be rounded again
 

@@ -5,7 +5,7 @@
 #pragma once
 
 template <>
-struct Words<BFloat16> {
+struct Words<BFloat16> : VectorProducts {
   static constexpr int kElements = 2;
   static constexpr bool kScalesLogits = true;  // a scaled q would have to be rounded again
 
