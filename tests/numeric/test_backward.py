@@ -131,7 +131,7 @@ def test_agrees_with_the_oracle(case: Case):
     call = Call(Problem.make(case))
     gradients = call.gradients()
     assert [g.dtype for g in gradients[:3]] == [call.q.dtype] * 3
-    bound = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.2e-2}[case.dtype]
+    bound = {"float32": 4e-6, "float16": 2e-3, "bfloat16": 1.2e-2}[case.dtype]
     exact = call.exact()
     for i in range(3):
         largest = max(1.0, *(np.abs(e[i]).max(initial=0) for e in exact))
