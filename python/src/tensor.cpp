@@ -126,9 +126,12 @@ TensorView TensorArgs::from_dlpack(nb::handle object, const char* name) {
                   dtype_of(object));
   QUIRE_CHECK_ARG(array.ndim() <= TensorView::kMaxDims, name, ": expected at most ",
                   TensorView::kMaxDims, " dimensions, got ", array.ndim());
-  view.device = {
-      array.device_type() == nb::device::cpu::value ? DeviceType::kCPU : DeviceType::kCUDA,
-      array.device_id()};
+  constexpr int kPinned = 3, kManaged = 13;  // DLPack's numbers
+  const int type = array.device_type();
+  const bool is_cuda = type == nb::device::cuda::value || type == kManaged;
+  QUIRE_CHECK_ARG(is_cuda || type == nb::device::cpu::value || type == kPinned, name,
+                  ": expected a tensor on the CPU or on CUDA, got DLPack device type ", type);
+  if (is_cuda) view.device = {DeviceType::kCUDA, array.device_id()};
   view.data = const_cast<void*>(static_cast<const void*>(array.data()));
   view.ndim = static_cast<int>(array.ndim());
   for (int i = 0; i < view.ndim; ++i) {
@@ -167,8 +170,9 @@ Int32Arg::Int32Arg(nb::handle object, const char* name) {
     return;
   }
   const TensorView view = args_.input(object, name);
-  QUIRE_CHECK_ARG(view.dtype == DType::kInt32 && view.ndim == 1, name,
-                  ": expected a one-dimensional int32 array, got ", describe(view));
+  QUIRE_CHECK_ARG(
+      view.dtype == DType::kInt32 && view.ndim == 1 && view.device.type == DeviceType::kCPU, name,
+      ": expected a one-dimensional int32 array on the CPU, got ", describe(view));
   QUIRE_CHECK_ARG(view.shape[0] <= 1 || view.strides[0] == 1, name,
                   ": expected a contiguous array, got stride ", view.strides[0]);
   data_ = view.as<int32_t>();

@@ -48,6 +48,7 @@ class FakeDriver {
   bool events_have_passed = true;
   uint64_t capture = 0;  // id of the capture that all streams take part in; 0: none
   std::set<const void*> pinned;
+  bool all_is_pinned = false;
   std::function<void(const FakeLaunch&)> on_launch = [](const FakeLaunch&) {};
 
   // What has happened.
