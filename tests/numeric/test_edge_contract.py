@@ -70,15 +70,18 @@ def test_same_sequence_same_bits(dtype, window, restore_threads):
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
 def test_layouts_agree_bit_for_bit(dtype):
-    """Paged in any page size or memory layout, and ragged, are one computation."""
+    """Paged in any page size or memory layout, and ragged, are one computation. (On a GPU rows that
+    are not aligned go to another kernel.)"""
     base = Case(dtype=dtype, batch=((1, 700), (40, 300)))
+    unaligned = [replace(base, cache="pool", block_size=7)] if DEVICE == "cpu" else []
     results = []
     for case in (
         base,
         replace(base, cache="hnd"),
-        replace(base, cache="pool", block_size=7),
+        replace(base, block_size=7),
         replace(base, block_size=1),
         replace(base, layout="ragged"),
+        *unaligned,
     ):
         results.append([(bits(out), bits(lse)) for out, lse in compute(Problem.make(case))])
     assert all(result == results[0] for result in results)
