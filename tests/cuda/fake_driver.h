@@ -185,8 +185,9 @@ inline Driver FakeDriver::table() {
   };
   d.pointer_attribute = [](void* value, int, DeviceAddress pointer) {
     bool known = false;
-    call("cuPointerGetAttribute",
-         [&](FakeDriver& f) { known = f.pinned.count(reinterpret_cast<void*>(pointer)) > 0; });
+    call("cuPointerGetAttribute", [&](FakeDriver& f) {
+      known = f.all_is_pinned || f.pinned.count(reinterpret_cast<void*>(pointer)) > 0;
+    });
     if (known) std::memcpy(value, &pointer, sizeof pointer);
     return known ? kSuccess : 1;
   };

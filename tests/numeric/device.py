@@ -68,7 +68,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return array.view({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[array.itemsize])
 
 
-class _Transfer:
+class Transfer:
     """The arrays of one call on the device, and their way back."""
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class _OnDevice:
         )  # fmt: skip
 
     def _attend(self, function, tensors, indices, lse_shape, out, lse, return_lse, options):
-        moved = _Transfer()
+        moved = Transfer()
         q, _, v = tensors
         if out is None:
             out = np.full((*q.shape[:-1], v.shape[-1]), np.nan, q.dtype)
@@ -154,14 +154,14 @@ class _OnDevice:
         return (out, lse) if return_lse else out
 
     def append_kv(self, k, v, k_cache, v_cache, slot_mapping, *, rope=None):
-        moved = _Transfer()
+        moved = Transfer()
         package.append_kv(
             *(moved.to(x) for x in (k, v, k_cache, v_cache)), slot_mapping, rope=_rope(moved, rope)
         )
         moved.back(k_cache, v_cache)
 
     def apply_rope(self, x, rope, *, out=None):
-        moved = _Transfer()
+        moved = Transfer()
         if out is None:
             out = np.empty(x.shape, x.dtype)
         package.apply_rope(moved.to(x), _rope(moved, rope), out=moved.to(out))
@@ -169,17 +169,17 @@ class _OnDevice:
         return out
 
     def copy_blocks(self, k_cache, v_cache, src_dst):
-        moved = _Transfer()
+        moved = Transfer()
         package.copy_blocks(moved.to(k_cache), moved.to(v_cache), src_dst)
         moved.back(k_cache, v_cache)
 
     def swap_blocks(self, src, dst, src_dst):
-        moved = _Transfer()
+        moved = Transfer()
         package.swap_blocks(moved.to(src), moved.to(dst), src_dst)
         moved.back(dst)
 
     def merge_states(self, outs, lses):
-        moved = _Transfer()
+        moved = Transfer()
         outs, lses = np.stack(outs), np.stack(lses)
         out = np.empty(outs.shape[1:], outs.dtype)
         lse = np.empty((outs.shape[2], outs.shape[1]), np.float32)
@@ -188,7 +188,7 @@ class _OnDevice:
         return out, lse
 
 
-def _rope(moved: _Transfer, rope: Any) -> Any:
+def _rope(moved: Transfer, rope: Any) -> Any:
     if rope is None:
         return None
     return package.Rope(moved.to(rope.cos_sin), rope.positions, rope.interleaved)
