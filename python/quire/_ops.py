@@ -2,7 +2,8 @@
 """The one-shot operations: defaults, outputs and documentation over the bindings in `_core`.
 
 Tensors are NumPy arrays (ml_dtypes' bfloat16 too), torch tensors, or any objects with
-`__dlpack__`; nothing is copied.
+`__dlpack__`; nothing is copied. On a GPU the calls return before the work is done and never wait;
+block tables and lengths stay on the CPU, where the planner reads them.
 """
 
 from __future__ import annotations
@@ -11,11 +12,6 @@ from dataclasses import dataclass
 
 from ._arrays import Tensor, empty, shape_of, stack
 from ._frameworks import functional_in_jax, kernels
-
-
-def _refuse_stream(function: str, stream: object) -> None:
-    if stream is not None:
-        raise ValueError(f"{function}: stream: expected None for tensors on the CPU")
 
 
 def _is_tree(function: str, mask: Tensor | None, mask_kind: str) -> bool:
@@ -82,7 +78,8 @@ def attention(
         out: where to write; ``q``'s shape with head_dim_v, ``q``'s dtype.
         lse: float32, natural log: dense ``[batch, num_heads, seq_q]``, ragged
             ``[num_heads, total_q]``.
-        stream: CUDA stream; None on the CPU.
+        stream: CUDA stream, an int or an object with ``__cuda_stream__``; None is the one that the
+            framework of `q` works on. On the CPU only None.
 
     Returns:
         ``out``, or ``(out, lse)`` with `return_lse`, in the framework of `q`. A row with no
@@ -101,7 +98,6 @@ def attention(
 
     Source: online softmax and tiling after Dao et al., FlashAttention-2 (2023).
     """
-    _refuse_stream("attention", stream)
     dense = cu_seqlens_q is None and cu_seqlens_k is None
     shape, v_shape = shape_of(q, "attention: q"), shape_of(v, "attention: v")
     if len(shape) != (4 if dense else 3) or not v_shape:
@@ -127,6 +123,7 @@ def attention(
         is_tree,
         cu_seqlens_q,
         cu_seqlens_k,
+        stream,
     )
     return (out, lse) if return_lse else out
 
@@ -187,7 +184,8 @@ def paged_attention(
         out: where to write, ``[total_q, num_heads, head_dim_v]``.
         lse: float32 ``[num_heads, total_q]``, natural log.
         return_lse: also return `lse`.
-        stream: CUDA stream; None on the CPU.
+        stream: CUDA stream, an int or an object with ``__cuda_stream__``; None is the one that the
+            framework of `q` works on. On the CPU only None.
 
     Returns:
         As `attention`. Whatever lies beyond a sequence's length (cache tails, unused blocks and
@@ -208,7 +206,6 @@ def paged_attention(
     Source: block tables after Kwon et al., PagedAttention (2023); split-KV decoding after
     Flash-Decoding (2023), in fixed chunks.
     """
-    _refuse_stream("paged_attention", stream)
     shape = shape_of(q, "paged_attention: q")
     v_shape = shape_of(v_cache, "paged_attention: v_cache")
     if len(shape) != 3 or not v_shape:
@@ -237,6 +234,7 @@ def paged_attention(
         is_tree,
         k_scale,
         v_scale,
+        stream,
     )
     return (out, lse) if return_lse else out
 
@@ -287,6 +285,9 @@ def append_kv(
     k ``[num_tokens, num_kv_heads, head_dim]``, v likewise, caches as for `paged_attention`, all of
     one dtype; slot_mapping int64 ``[num_tokens]``: ``block * block_size + offset``, and -1 skips
     a token. `rope` turns the keys on their way, in float32 and rounded once; v stays as it is.
+    On a GPU slot_mapping and positions may lie beside the cache or on the CPU; beside the cache
+    their values are not checked, and tokens whose slot or position is out of range are skipped.
+    `stream` as for `paged_attention`.
 
     A quantised cache takes k and v of any float dtype, each element divided by its scale in
     float32, rounded to nearest even and bounded by the largest finite one (448, 57344, 127). NaN
@@ -315,10 +316,9 @@ def append_kv(
         rope = quire.Rope(cos_sin, positions)
         quire.append_kv(k, v, cache.k(layer), cache.v(layer), batch.slot_mapping, rope=rope)
     """
-    _refuse_stream("append_kv", stream)
     if rope is not None:
         _check_rope("append_kv", rope)
-    kernels().append_kv(k, v, k_cache, v_cache, slot_mapping, rope, k_scale, v_scale)
+    kernels().append_kv(k, v, k_cache, v_cache, slot_mapping, rope, k_scale, v_scale, stream)
 
 
 @functional_in_jax
@@ -366,7 +366,7 @@ def swap_blocks(src: Tensor, dst: Tensor, src_dst: Tensor) -> None:
     src, dst ``[num_blocks, block_size, num_kv_heads, head_dim]`` of one dtype, with blocks of one
     shape, any strides and any number of blocks each; src_dst int32 ``[n, 2]``: block
     ``src_dst[i, 0]`` of src becomes block ``src_dst[i, 1]`` of dst. No block may be a destination
-    twice, and src and dst may not share memory.
+    twice, and src and dst may not share memory. One may be on a GPU and the other in pinned memory.
 
     Raises:
         ValueError: an argument is wrong; nothing has been copied.

@@ -8,6 +8,7 @@
 
 #include "quire/cache_ops.h"
 #include "quire/error.h"
+#include "stream.h"
 #include "tensor.h"
 
 namespace quire::python {
@@ -71,10 +72,9 @@ nb::object run_attention(const Attention& attention, const AttentionPlan& plan, 
   TensorArgs args;
   float numbers[2];
   if (out.is_none()) out = nb::module_::import_("quire._arrays").attr("empty_like")(q);
-  const AttentionTensors t = layer_tensors(args, q, k_cache, v_cache, out, lse, sinks, alibi_slopes,
-                                           k_scale, v_scale, numbers);
-  QUIRE_CHECK_ARG(stream.is_none() || t.q.device.type != DeviceType::kCPU,
-                  "paged_attention: stream: expected None for tensors on the CPU");
+  AttentionTensors t = layer_tensors(args, q, k_cache, v_cache, out, lse, sinks, alibi_slopes,
+                                     k_scale, v_scale, numbers);
+  t.stream = stream_of(stream, q, t.q.device, "paged_attention");
   {
     nb::gil_scoped_release release;
     attention.run(plan, t);
@@ -109,10 +109,11 @@ AttentionPlan make_plan(const Attention& attention, nb::handle block_table, nb::
   const Int32Arg lengths(seq_lens, "plan: seq_lens");
   QUIRE_CHECK_ARG(attention.desc().block_size > 0, "plan: expected an Attention with a block_size");
   QUIRE_CHECK_ARG(table.ndim == 2 && table.dtype == DType::kInt32 &&
+                      table.device.type == DeviceType::kCPU &&
                       table.shape[0] == static_cast<int64_t>(lengths.size()) &&
                       (table.shape[1] <= 1 || table.strides[1] == 1),
                   "plan: block_table: expected [", lengths.size(),
-                  ", max_blocks] int32 with contiguous rows, got ", describe(table));
+                  ", max_blocks] int32 on the CPU with contiguous rows, got ", describe(table));
   AttentionBatch batch;
   batch.batch_size = static_cast<int>(lengths.size());
   batch.seq_lens = lengths.data();
@@ -238,7 +239,8 @@ AttentionOptions make_options(bool causal, Window window, std::optional<float> s
 void one_shot_attention(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
                         bool causal, Window window, std::optional<float> scale, float softcap,
                         nb::handle alibi_slopes, nb::handle sinks, nb::handle mask,
-                        bool mask_is_tree, nb::handle cu_seqlens_q, nb::handle cu_seqlens_k) {
+                        bool mask_is_tree, nb::handle cu_seqlens_q, nb::handle cu_seqlens_k,
+                        nb::handle stream) {
   TensorArgs args;
   AttentionTensors t;
   t.q = args.input(q, "attention: q");
@@ -253,6 +255,7 @@ void one_shot_attention(nb::handle q, nb::handle k, nb::handle v, nb::handle out
   const TensorView cu_q = args.optional_input(cu_seqlens_q, "attention: cu_seqlens_q");
   const TensorView cu_k = args.optional_input(cu_seqlens_k, "attention: cu_seqlens_k");
   const AttentionOptions options = make_options(causal, window, scale, softcap);
+  t.stream = stream_of(stream, q, t.q.device, "attention");
   nb::gil_scoped_release release;
   attention(t, options, cu_q, cu_k);
 }
@@ -262,7 +265,7 @@ void one_shot_paged_attention(nb::handle q, nb::handle k_cache, nb::handle v_cac
                               nb::handle lse, nb::handle cu_seqlens_q, bool causal, Window window,
                               std::optional<float> scale, float softcap, nb::handle alibi_slopes,
                               nb::handle sinks, nb::handle mask, bool mask_is_tree,
-                              nb::handle k_scale, nb::handle v_scale) {
+                              nb::handle k_scale, nb::handle v_scale, nb::handle stream) {
   TensorArgs args;
   AttentionTensors t;
   float numbers[2];
@@ -281,6 +284,7 @@ void one_shot_paged_attention(nb::handle q, nb::handle k_cache, nb::handle v_cac
   const TensorView lengths = args.input(seq_lens, "paged_attention: seq_lens");
   const TensorView cu_q = args.optional_input(cu_seqlens_q, "paged_attention: cu_seqlens_q");
   const AttentionOptions options = make_options(causal, window, scale, softcap);
+  t.stream = stream_of(stream, q, t.q.device, "paged_attention");
   nb::gil_scoped_release release;
   paged_attention(t, table, lengths, options, cu_q);
 }
@@ -300,18 +304,19 @@ void bind_attention(nb::module_& m) {
         nb::arg("v").none(), nb::arg("out").none(), nb::arg("lse").none(), nb::arg("causal"),
         nb::arg("window"), nb::arg("scale").none(), nb::arg("softcap"),
         nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("mask").none(),
-        nb::arg("mask_is_tree"), nb::arg("cu_seqlens_q").none(), nb::arg("cu_seqlens_k").none());
+        nb::arg("mask_is_tree"), nb::arg("cu_seqlens_q").none(), nb::arg("cu_seqlens_k").none(),
+        nb::arg("stream") = nb::none());
   m.def("paged_attention", &one_shot_paged_attention, nb::arg("q").none(),
         nb::arg("k_cache").none(), nb::arg("v_cache").none(), nb::arg("block_table").none(),
         nb::arg("seq_lens").none(), nb::arg("out").none(), nb::arg("lse").none(),
         nb::arg("cu_seqlens_q").none(), nb::arg("causal"), nb::arg("window"),
         nb::arg("scale").none(), nb::arg("softcap"), nb::arg("alibi_slopes").none(),
         nb::arg("sinks").none(), nb::arg("mask").none(), nb::arg("mask_is_tree"),
-        nb::arg("k_scale"), nb::arg("v_scale"));
+        nb::arg("k_scale"), nb::arg("v_scale"), nb::arg("stream") = nb::none());
   m.def(
       "append_kv",
       [](nb::handle k, nb::handle v, nb::handle k_cache, nb::handle v_cache, nb::handle slots,
-         nb::handle rope, nb::handle k_scale, nb::handle v_scale) {
+         nb::handle rope, nb::handle k_scale, nb::handle v_scale, nb::handle stream) {
         TensorArgs args;
         float numbers[2];
         const TensorView k_view = args.input(k, "append_kv: k");
@@ -324,13 +329,14 @@ void bind_attention(nb::module_& m) {
           turn = read_rope(args, rope, "append_kv: rope.cos_sin", "append_kv: rope.positions");
         const KvScales scales = {args.scale(k_scale, "append_kv: k_scale", numbers[0]),
                                  args.scale(v_scale, "append_kv: v_scale", numbers[1])};
+        void* handle = stream_of(stream, k_cache, k_cache_view.device, "append_kv");
         nb::gil_scoped_release release;
         append_kv(k_view, v_view, k_cache_view, v_cache_view, slot_view, turn ? &*turn : nullptr,
-                  scales);
+                  scales, handle);
       },
       nb::arg("k").none(), nb::arg("v").none(), nb::arg("k_cache").none(),
       nb::arg("v_cache").none(), nb::arg("slot_mapping").none(), nb::arg("rope").none(),
-      nb::arg("k_scale"), nb::arg("v_scale"));
+      nb::arg("k_scale"), nb::arg("v_scale"), nb::arg("stream") = nb::none());
   m.def(
       "apply_rope",
       [](nb::handle x, nb::handle rope, nb::handle out) {
@@ -339,8 +345,9 @@ void bind_attention(nb::module_& m) {
         const Rope turn =
             read_rope(args, rope, "apply_rope: rope.cos_sin", "apply_rope: rope.positions");
         const TensorView out_view = args.output(out, "apply_rope: out");
+        void* stream = stream_of(nb::none(), x, x_view.device, "apply_rope");
         nb::gil_scoped_release release;
-        apply_rope(x_view, turn, out_view);
+        apply_rope(x_view, turn, out_view, stream);
       },
       nb::arg("x").none(), nb::arg("rope").none(), nb::arg("out").none());
   m.def(
@@ -350,8 +357,9 @@ void bind_attention(nb::module_& m) {
         const TensorView k_view = args.output(k_cache, "copy_blocks: k_cache");
         const TensorView v_view = args.output(v_cache, "copy_blocks: v_cache");
         const TensorView pairs = args.input(src_dst, "copy_blocks: src_dst");
+        void* stream = stream_of(nb::none(), k_cache, k_view.device, "copy_blocks");
         nb::gil_scoped_release release;
-        copy_blocks(k_view, v_view, pairs);
+        copy_blocks(k_view, v_view, pairs, stream);
       },
       nb::arg("k_cache").none(), nb::arg("v_cache").none(), nb::arg("src_dst").none());
   m.def(
@@ -361,8 +369,11 @@ void bind_attention(nb::module_& m) {
         const TensorView src_view = args.input(src, "swap_blocks: src");
         const TensorView dst_view = args.output(dst, "swap_blocks: dst");
         const TensorView pairs = args.input(src_dst, "swap_blocks: src_dst");
+        const bool is_from_host = src_view.device.type == DeviceType::kCPU;
+        void* stream = stream_of(nb::none(), is_from_host ? dst : src,
+                                 is_from_host ? dst_view.device : src_view.device, "swap_blocks");
         nb::gil_scoped_release release;
-        swap_blocks(src_view, dst_view, pairs);
+        swap_blocks(src_view, dst_view, pairs, stream);
       },
       nb::arg("src").none(), nb::arg("dst").none(), nb::arg("src_dst").none());
   m.def(
@@ -373,8 +384,9 @@ void bind_attention(nb::module_& m) {
         const TensorView lses_view = args.input(lses, "merge_states: lses");
         const TensorView out_view = args.output(out, "merge_states: out");
         const TensorView lse_view = args.output(lse, "merge_states: lse");
+        void* stream = stream_of(nb::none(), outs, outs_view.device, "merge_states");
         nb::gil_scoped_release release;
-        merge_states(outs_view, lses_view, out_view, lse_view);
+        merge_states(outs_view, lses_view, out_view, lse_view, stream);
       },
       nb::arg("outs").none(), nb::arg("lses").none(), nb::arg("out").none(), nb::arg("lse").none());
 }

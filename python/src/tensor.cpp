@@ -282,8 +282,9 @@ Int32Arg::Int32Arg(nb::handle object, const char* name) {
     return;
   }
   const TensorView view = args_.input(object, name);
-  QUIRE_CHECK_ARG(view.dtype == DType::kInt32 && view.ndim == 1, name,
-                  ": expected a one-dimensional int32 array, got ", describe(view));
+  QUIRE_CHECK_ARG(
+      view.dtype == DType::kInt32 && view.ndim == 1 && view.device.type == DeviceType::kCPU, name,
+      ": expected a one-dimensional int32 array on the CPU, got ", describe(view));
   QUIRE_CHECK_ARG(view.shape[0] <= 1 || view.strides[0] == 1, name,
                   ": expected a contiguous array, got stride ", view.strides[0]);
   data_ = view.as<int32_t>();

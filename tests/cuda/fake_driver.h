@@ -48,6 +48,7 @@ class FakeDriver {
   bool events_have_passed = true;
   uint64_t capture = 0;  // id of the capture that all streams take part in; 0: none
   std::set<const void*> pinned;
+  bool all_is_pinned = false;
   std::function<void(const FakeLaunch&)> on_launch = [](const FakeLaunch&) {};
 
   // What has happened.
@@ -184,8 +185,9 @@ inline Driver FakeDriver::table() {
   };
   d.pointer_attribute = [](void* value, int, DeviceAddress pointer) {
     bool known = false;
-    call("cuPointerGetAttribute",
-         [&](FakeDriver& f) { known = f.pinned.count(reinterpret_cast<void*>(pointer)) > 0; });
+    call("cuPointerGetAttribute", [&](FakeDriver& f) {
+      known = f.all_is_pinned || f.pinned.count(reinterpret_cast<void*>(pointer)) > 0;
+    });
     if (known) std::memcpy(value, &pointer, sizeof pointer);
     return known ? kSuccess : 1;
   };

@@ -41,31 +41,100 @@ void run(Kernel kernel, Arrays&... arrays) {
   CHECK(report.error == "");
 }
 
+AppendArgs append_args(Tensor& k, Tensor& v, Tensor& k_cache, Tensor& v_cache,
+                       const std::vector<int64_t>& slots) {
+  AppendArgs args{};
+  args.k = {k.view(), k_cache.view(), k.dim};
+  args.v = {v.view(), v_cache.view(), v.dim};
+  args.slot_mapping = slots.data();
+  args.num_slots = 30;
+  args.num_tokens = static_cast<int>(slots.size());
+  args.num_heads = k.heads;
+  args.block_size = k_cache.rows;
+  args.is_aligned = k.gap == 0;
+  return args;
+}
+
 TEST_CASE("append_kv writes its slots and nothing else") {
   for (int gap : {0, 3}) {
     const int dim = 64, dim_v = gap ? 37 : 32, heads = 2, block_size = 5;
-    Tensor k(4, 1, heads, dim, gap), v(4, 1, heads, dim_v, gap);
+    Tensor k(6, 1, heads, dim, gap), v(6, 1, heads, dim_v, gap);
     Tensor k_cache(6, block_size, heads, dim, gap), v_cache(6, block_size, heads, dim_v, gap);
     k.fill(1), v.fill(2), k_cache.fill(30000), v_cache.fill(40000);
-    std::vector<int64_t> slots = {17, -1, 0, 29};
+    std::vector<int64_t> slots = {17, -1, 0, 29, 30, int64_t{1} << 40};
     Tensor k_expected = k_cache, v_expected = v_cache;
-    for (int t = 0; t < 4; ++t)
+    for (int t = 0; t < 4; ++t)  // the last two slots are out of range
       for (int head = 0; head < heads && slots[t] >= 0; ++head) {
         const int64_t block = slots[t] / block_size, row = slots[t] % block_size;
         for (int d = 0; d < dim; ++d) k_expected.at(block, row, head, d) = k.at(t, 0, head, d);
         for (int d = 0; d < dim_v; ++d) v_expected.at(block, row, head, d) = v.at(t, 0, head, d);
       }
-    const AppendArgs args{{k.view(), k_cache.view(), dim},
-                          {v.view(), v_cache.view(), dim_v},
-                          slots.data(),
-                          4,
-                          heads,
-                          block_size,
-                          gap == 0};
-    run([&] { append_kv<kThreads>(args); }, k.data, v.data, k_cache.data, v_cache.data, slots);
+    const AppendArgs args = append_args(k, v, k_cache, v_cache, slots);
+    run([&] { append_kv<Float16, kThreads>(args); }, k.data, v.data, k_cache.data, v_cache.data,
+        slots);
     CHECK(k_cache.data == k_expected.data);
     CHECK(v_cache.data == v_expected.data);
   }
+}
+
+// What a rope makes of a row, in float32 and rounded once.
+template <class Type>
+std::vector<uint16_t> turned(const uint16_t* row, int dim, const float* cos_sin, int rotary_dim,
+                             bool is_interleaved) {
+  std::vector<uint16_t> out(row, row + dim);
+  for (int pair = 0; pair < rotary_dim / 2; ++pair) {
+    const int a = is_interleaved ? 2 * pair : pair;
+    const int b = is_interleaved ? 2 * pair + 1 : pair + rotary_dim / 2;
+    float low = emulator::widen<Type>(row[a]), high = emulator::widen<Type>(row[b]);
+    rotate(low, high, cos_sin[pair], cos_sin[rotary_dim / 2 + pair]);
+    out[a] = emulator::narrow<Type>(low);
+    out[b] = emulator::narrow<Type>(high);
+  }
+  return out;
+}
+
+TEST_CASE_TEMPLATE("a rope turns keys on their way, and queries in place", Type, Float16,
+                   BFloat16) {
+  for (const int rotary_dim : {64, 48, 20, 2})
+    for (const bool is_interleaved : {false, true})
+      for (const int gap : {0, 3}) {
+        const int dim = 64, heads = 2, tokens = 5, max_position = 7;
+        Tensor k(tokens, 1, heads, dim, gap), v = k, k_cache(6, 5, heads, dim, gap);
+        Tensor v_cache = k_cache;
+        for (size_t i = 0; i < k.data.size(); ++i)
+          k.data[i] = emulator::narrow<Type>(std::sin(static_cast<float>(3 * i)));
+        std::vector<float> table(max_position * rotary_dim);
+        for (size_t i = 0; i < table.size(); ++i) table[i] = std::cos(static_cast<float>(i));
+        std::vector<int32_t> positions = {6, 0, 3, 7, -1};  // the last two are out of range
+        std::vector<int64_t> slots = {4, 11, 29, 2, 3};
+        AppendArgs args = append_args(k, v, k_cache, v_cache, slots);
+        args.cos_sin = table.data();
+        args.cos_sin_stride = rotary_dim;
+        args.positions = positions.data();
+        args.max_position = max_position;
+        args.rotary_dim = rotary_dim;
+        args.is_interleaved = is_interleaved;
+        Tensor expected = k_cache, in_place = k;
+        for (int t = 0; t < 3; ++t)
+          for (int head = 0; head < heads; ++head) {
+            const auto row =
+                turned<Type>(&k.at(t, 0, head, 0), dim, &table[positions[t] * rotary_dim],
+                             rotary_dim, is_interleaved);
+            for (int d = 0; d < dim; ++d) {
+              expected.at(slots[t] / 5, static_cast<int>(slots[t] % 5), head, d) = row[d];
+              in_place.at(t, 0, head, d) = row[d];
+            }
+          }
+        run([&] { append_kv<Type, kThreads>(args); }, k.data, v.data, k_cache.data, v_cache.data,
+            slots, table, positions);
+        CHECK(k_cache.data == expected.data);
+        args.k.cache = args.k.from;
+        args.v.dim = 0;
+        args.slot_mapping = nullptr;
+        args.block_size = 1;
+        run([&] { append_kv<Type, kThreads>(args); }, k.data, table, positions);
+        CHECK(k.data == in_place.data);
+      }
 }
 
 TEST_CASE("copy_blocks") {
@@ -82,8 +151,13 @@ TEST_CASE("copy_blocks") {
             k_expected.at(pairs[2 * i + 1], row, head, d) = k_cache.at(pairs[2 * i], row, head, d);
             v_expected.at(pairs[2 * i + 1], row, head, d) = v_cache.at(pairs[2 * i], row, head, d);
           }
-    const CopyBlocksArgs args{
-        {k_cache.view(), dim}, {v_cache.view(), dim}, pairs.data(), 3, heads, block_size, gap == 0};
+    const CopyBlocksArgs args{{k_cache.view(), k_cache.view(), dim},
+                              {v_cache.view(), v_cache.view(), dim},
+                              pairs.data(),
+                              3,
+                              heads,
+                              block_size,
+                              gap == 0};
     run([&] { copy_blocks<kThreads>(args); }, k_cache.data, v_cache.data, pairs);
     CHECK(k_cache.data == k_expected.data);
     CHECK(v_cache.data == v_expected.data);

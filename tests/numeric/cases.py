@@ -7,18 +7,17 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 
-import ml_dtypes
 import numpy as np
+from device import DTYPES
 from oracle import Options, attend, attend_naively
 
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 GARBAGE = (-1, 2**31 - 1, -(2**31), 10**6)
 
 
 @dataclass(frozen=True)
 class Case:
     layout: str = "paged"  # dense, ragged, paged
-    dtype: str = "float32"
+    dtype: str = next(iter(DTYPES))
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 64

@@ -6,8 +6,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-import quire
 from cases import DTYPES, Case, Problem, poisoned_caches
+from device import quire
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Options, attend

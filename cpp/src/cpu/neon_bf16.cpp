@@ -29,6 +29,7 @@ QUIRE_TARGET_END
 
 namespace quire::cpu {
 
-const Kernels kNeonBf16Kernels = {"neon_bf16", neon_bf16::attend, neon_bf16::merge};
+const Kernels kNeonBf16Kernels = {"neon_bf16", neon_bf16::attend, neon_bf16::merge,
+    neon_bf16::prepare_backward, neon_bf16::backward};
 
 }  // namespace quire::cpu

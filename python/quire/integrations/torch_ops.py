@@ -125,16 +125,28 @@ def _define() -> torch.library.Library:
 
 _LIBRARY = _define()  # the operators live as long as this does
 
-attention = torch.ops.quire.attention.default
 copy_blocks = torch.ops.quire.copy_blocks.default
 swap_blocks = torch.ops.quire.swap_blocks.default
 merge_states = torch.ops.quire.merge_states.default
 
 
+def _refuse_stream(name: str, stream: object) -> None:
+    if stream is not None:
+        raise ValueError(f"{name}: stream: expected None in a compiled function")
+
+
+def attention(*args: Any) -> None:
+    """As `_core.attention`, on torch's current stream."""
+    _refuse_stream("attention", args[-1])
+    torch.ops.quire.attention.default(*args[:-1])
+
+
 def paged_attention(*args: Any) -> None:
     """As `_core.paged_attention`: the operator takes a scale as a number and a tensor."""
-    scales = (*_split_scale(args[-2]), *_split_scale(args[-1]))
-    torch.ops.quire.paged_attention.default(*args[:-2], *scales)
+    *others, k_scale, v_scale, stream = args
+    _refuse_stream("paged_attention", stream)
+    scales = (*_split_scale(k_scale), *_split_scale(v_scale))
+    torch.ops.quire.paged_attention.default(*others, *scales)
 
 
 def append_kv(
@@ -146,8 +158,10 @@ def append_kv(
     rope: Any,
     k_scale: float | Tensor,
     v_scale: float | Tensor,
+    stream: object,
 ) -> None:
     """As `_core.append_kv`: the operator takes the parts of a rope and of the scales."""
+    _refuse_stream("append_kv", stream)
     parts = (None, None, False)
     if rope is not None:
         parts = (rope.cos_sin, rope.positions, rope.interleaved)

@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Everything that a GPU is wanted for, in stages that run alone and in bounded time; one that fails
+# does not stop the next ones.
+#
+#   tests/bench/gpu/run.sh [build] [golden] [suite] [interop] [sanitize] [bench]      (all: none given)
+#
+# Results go to $OUT (default: gpu-results). $CUDA_ARCH is taken from the GPU unless it is set. With
+# DRY_RUN=1 nothing needs a GPU: the build is for 90a and the benchmark runs tiny cases on the CPU.
+set -uo pipefail
+cd "$(dirname "$0")/../../.."
+OUT=${OUT:-$PWD/gpu-results}
+SITE=$PWD/build-gpu/site
+DRY_RUN=${DRY_RUN:-0}
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT" build-gpu
+export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+
+arch_of_gpu() {
+  local capability
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+  case $capability in
+    90) echo 90a ;;
+    8?) echo 80 ;;
+    10?) echo 100 ;;
+    12?) echo 120 ;;
+    *) echo "${capability:-90a}" ;;
+  esac
+}
+ARCH=${CUDA_ARCH:-$(arch_of_gpu)}
+
+stage_build() {
+  $PYTHON -m pip install -q --no-build-isolation --no-deps --no-index --upgrade --target "$SITE" . \
+    -C build-dir="$PWD/build-gpu/wheel" -C cmake.define.QUIRE_CUDA=ON \
+    -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$ARCH" &&
+    $PYTHON -c 'import quire; print(quire.cuda_state()); [print(row) for row in quire.capabilities()]'
+}
+
+stage_golden() {
+  nvcc -std=c++17 -gencode "arch=compute_$ARCH,code=sm_$ARCH" -Itests -Icuda -Icpp/include \
+    tests/emulator/golden/record.cu -o build-gpu/record || return
+  [ "$DRY_RUN" = 1 ] && return
+  build-gpu/record >"$OUT/sm_${ARCH%a}.txt" && wc -l "$OUT/sm_${ARCH%a}.txt"
+}
+
+device() { if [ "$DRY_RUN" = 1 ]; then echo cpu; else echo cuda; fi; }
+
+stage_suite() {
+  QUIRE_TEST_DEVICE=$(device) $PYTHON -m pytest tests/numeric --maxfail=25 -p no:cacheprovider \
+    -k "not isa" --durations=5
+}
+
+stage_interop() { $PYTHON -m pytest tests/interop/test_torch_cuda.py -p no:cacheprovider; }
+
+stage_sanitize() {
+  local status=0 tool
+  [ "$DRY_RUN" = 1 ] && { $PYTHON tests/bench/gpu/sanitize.py cpu; return; }
+  for tool in memcheck racecheck synccheck; do
+    echo "-- $tool"
+    timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
+      $PYTHON tests/bench/gpu/sanitize.py cuda || status=1
+  done
+  return $status
+}
+
+stage_bench() {
+  $PYTHON tests/bench/gpu/bench.py --device "$(device)" --seconds "${BENCH_SECONDS:-300}" \
+    --out "$OUT"
+}
+
+limit_of() { # seconds
+  case $1 in
+    build) echo 400 ;;
+    suite) echo 300 ;;
+    sanitize) echo 330 ;;
+    bench) echo $((${BENCH_SECONDS:-300} + 60)) ;;
+    *) echo 120 ;;
+  esac
+}
+
+if [ "${QUIRE_GPU_STAGE:-}" ]; then
+  "stage_$QUIRE_GPU_STAGE"
+  exit
+fi
+
+stages=("$@")
+[ $# -eq 0 ] && stages=(build golden suite interop bench sanitize)
+summary=""
+for stage in "${stages[@]}"; do
+  if ! declare -F "stage_$stage" >/dev/null; then
+    echo "run.sh: stage: expected build, golden, suite, interop, sanitize or bench, got $stage" >&2
+    exit 2
+  fi
+  printf '\n== %s (%ss)\n' "$stage" "$SECONDS"
+  QUIRE_GPU_STAGE=$stage timeout -k 5 "$(limit_of "$stage")" bash "$0" 2>&1 |
+    tee "$OUT/$stage.log" | tail -60
+  status=${PIPESTATUS[0]}
+  case $status in
+    0) result=passed ;;
+    124 | 137) result="ran out of its $(limit_of "$stage") s" ;;
+    *) result="failed ($status)" ;;
+  esac
+  summary+="$stage: $result"$'\n'
+done
+printf '\n== done (%ss)\n%s' "$SECONDS" "$summary" | tee "$OUT/summary.txt"
+! grep -q -v passed <<<"${summary%$'\n'}"
