@@ -211,7 +211,7 @@ void bind_plan_once_run_often(nb::module_& m) {
           "run_part", &run_part, nb::arg("plan"), nb::arg("ith"), nb::arg("nth"), nb::arg("q"),
           nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("out"), nb::arg("workspace"),
           nb::arg("lse") = nb::none(), nb::arg("sinks") = nb::none(),
-          nb::arg("alibi_slopes") = nb::none(),
+          nb::arg("alibi_slopes") = nb::none(), nb::arg("k_scale") = 1.0, nb::arg("v_scale") = 1.0,
           "Runs one of nth parts of what run() does, for hosts with threads of their own.\n\n"
           "All parts, ith = 0 ... nth - 1, are to be called with the same arguments, in any order\n"
           "and from any threads; when all have returned, out has the bits that run() gives. No\n"

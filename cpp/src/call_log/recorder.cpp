@@ -68,7 +68,7 @@ CallRecorder::CallRecorder(const CallLogConfig& config, std::ostream& log)
 std::vector<int64_t> CallRecorder::births_of(std::span<const SequenceId> seqs) const {
   std::vector<int64_t> births;
   for (SequenceId seq : seqs) {
-    const auto it = births_.find(seq.serial);
+    const auto it = births_.find(seq.value);
     births.push_back(it == births_.end() ? -1 : it->second);
   }
   return births;
@@ -95,7 +95,7 @@ SequenceId CallRecorder::create(std::span<const int32_t> token_ids, Salt salt) {
   SequenceId seq;
   record(call, [&] {
     seq = manager_.create(token_ids, salt);
-    births_[seq.serial] = num_births_++;
+    births_[seq.value] = num_births_++;
     call.check = check_born(manager_, seq);
   });
   return seq;
@@ -130,7 +130,7 @@ SequenceId CallRecorder::fork(SequenceId parent) {
   SequenceId seq;
   record(call, [&] {
     seq = manager_.fork(parent);
-    births_[seq.serial] = num_births_++;
+    births_[seq.value] = num_births_++;
     call.check = check_born(manager_, seq);
   });
   return seq;
@@ -150,7 +150,7 @@ void CallRecorder::free(std::span<const SequenceId> seqs) {
   record(call, [&] {
     ResultCheck tables = tables_of(manager_, seqs);
     manager_.free(seqs);
-    for (SequenceId seq : seqs) births_.erase(seq.serial);
+    for (SequenceId seq : seqs) births_.erase(seq.value);
     call.check = check_free(manager_, std::move(tables));
   });
 }
