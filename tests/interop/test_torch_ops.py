@@ -49,10 +49,14 @@ def operator_calls() -> dict[str, tuple[object, ...]]:
     out, lse = torch.empty(3, 4, 32), torch.empty(4, 3)
     options = (True, [5, -1], 0.3, 2.0, torch.rand(4), torch.rand(4), None, False)
     table, cu = int32([4, 1], [2, 0]), int32(0, 1, 3)
+    scales = (1.0, None, 1.0, None)
     return {
         "attention": (q, k, v, out, lse, *options, cu, cu),
-        "paged_attention": (q, k_cache, v_cache, table, int32(20, 3), out, lse, cu, *options),
-        "append_kv": (k, v, k_cache, v_cache, torch.tensor([5, -1, 40]), *parts),
+        "paged_attention": (
+            *(q, k_cache, v_cache, table, int32(20, 3), out, lse, cu),
+            *(*options, *scales),
+        ),
+        "append_kv": (k, v, k_cache, v_cache, torch.tensor([5, -1, 40]), *parts, *scales),
         "apply_rope": (q, *parts, out),
         "copy_blocks": (k_cache, v_cache, int32([0, 3], [1, 5])),
         "swap_blocks": (k_cache, v_cache, int32([0, 3], [1, 5])),

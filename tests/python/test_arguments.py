@@ -81,7 +81,7 @@ def test_the_unchanged_call_is_accepted():
         ({"softcap": float("nan")}, ValueError, "softcap"),
         ({"scale": float("inf")}, ValueError, "scale: expected a finite number"),
         ({"scale": 0.0}, ValueError, "scale: expected a number other than 0"),
-        ({"k_scale": 0.5}, NotImplementedError, "k_scale"),
+        ({"k_scale": 0.5}, ValueError, "k_scale: expected 1, as float32 caches have no scale"),
         ({"stream": 3}, ValueError, "stream: expected None"),
     ],
 )
