@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // step() and commit(): of any batch, and of one that decodes on as it is (the loop).
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "quire/error.h"
@@ -219,8 +220,8 @@ void KVCacheManager::publish(Sequence& seq, int32_t index) {
 
 // Whether a call names the sequences of the loop, in order.
 bool KVCacheManager::continues_loop(std::span<const SequenceId> seqs) const {
-  return !seqs.empty() &&
-         std::equal(seqs.begin(), seqs.end(), loop_seqs_.begin(), loop_seqs_.end());
+  return !seqs.empty() && seqs.size() == loop_seqs_.size() &&
+         std::memcmp(seqs.data(), loop_seqs_.data(), seqs.size_bytes()) == 0;
 }
 
 // After a step of one token each of loop_seqs_, none of which has another known token.
@@ -235,19 +236,22 @@ void KVCacheManager::begin_loop(std::span<const SequenceId> seqs) {
 
 // Whether the rows that begin a block have a column left for it.
 bool KVCacheManager::fits_loop() const {
-  for (int32_t row : loop_.beginning_rows())
-    if (batch_.seq_lens()[row] / block_size_ >= batch_.block_table_stride()) return false;
-  return true;
+  const auto [first, last] = loop_.beginning();
+  int32_t most = 0;
+  for (int32_t rank = first; rank < last; ++rank)
+    most = std::max(most, batch_.seq_lens()[loop_.row(rank)]);
+  return most < batch_.block_table_stride() * block_size_;
 }
 
 const StepBatch* KVCacheManager::step_loop() {
-  const std::span<const int32_t> rows = loop_.beginning_rows();
-  if (!allocate(static_cast<int64_t>(rows.size()))) return nullptr;
+  const auto [first, last] = loop_.beginning();
+  if (!allocate(last - first)) return nullptr;
   batch_.advance(++last_ticket_);
-  for (size_t i = 0; i < rows.size(); ++i) {
-    Sequence& seq = sequence_of(loop_seqs_[rows[i]]);
-    seq.table.append(new_blocks_[i]);
-    batch_.rewrite(rows[i], seq.table);
+  for (int32_t rank = first; rank < last; ++rank) {
+    const int32_t row = loop_.row(rank);
+    Sequence& seq = sequence_of(loop_seqs_[row]);
+    seq.table.append(new_blocks_[rank - first]);
+    batch_.rewrite(row, seq.table);
   }
   for (int32_t row : replaced_rows_) batch_.rewrite(row, sequence_of(loop_seqs_[row]).table);
   replaced_rows_.clear();
@@ -256,9 +260,11 @@ const StepBatch* KVCacheManager::step_loop() {
 }
 
 void KVCacheManager::commit_loop(std::span<const int32_t> sampled) {
-  for (int32_t row : loop_.filling_rows()) {
+  const auto [first, last] = loop_.filling();
+  for (int32_t rank = first; rank < last; ++rank) {
+    const int32_t row = loop_.row(rank);
     Sequence& seq = sequence_of(loop_seqs_[row]);
-    loop_.drain_filling(row, &seq.tokens);
+    loop_.drain_filling(rank, &seq.tokens);
     if (!cache_) continue;
     const int32_t index = batch_.positions()[row] / block_size_;
     const int32_t block = seq.table[index];
@@ -271,9 +277,9 @@ void KVCacheManager::commit_loop(std::span<const int32_t> sampled) {
 
 // Leaves the loop, if it runs: its sequences get their tokens and counts.
 void KVCacheManager::settle() {
-  for (size_t i = 0; loop_.is_running() && i < loop_seqs_.size(); ++i) {
-    Sequence& seq = sequence_of(loop_seqs_[i]);
-    loop_.drain_at_end(static_cast<int32_t>(i), &seq.tokens);
+  for (int32_t rank = 0; rank < loop_.size(); ++rank) {
+    Sequence& seq = sequence_of(loop_seqs_[loop_.row(rank)]);
+    loop_.drain_at_end(rank, &seq.tokens);
     seq.num_computed = num_computed(seq);
     seq.num_planned = loop_stepped_;
     seq.row = -1;

@@ -28,8 +28,36 @@ inline bool fits_packed(const int32_t* tokens, int32_t num_tokens) {
   return all < (1u << 20);
 }
 
+#if defined(__SSE2__)
+struct PackedRun {
+  __m128i low0, low1;  // the low 16 bits of 8 tokens each
+  __m128i high;        // the high 16 bits of all, 255 where they are more
+};
+
+inline PackedRun load_run(const int32_t* tokens) {
+  const auto load = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tokens + i));
+  };
+  const auto low = [](__m128i t) { return _mm_srai_epi32(_mm_slli_epi32(t, 16), 16); };
+  const auto high = [](__m128i t) { return _mm_srli_epi32(t, 16); };
+  const __m128i a = load(0), b = load(4), c = load(8), d = load(12);
+  return {_mm_packs_epi32(low(a), low(b)), _mm_packs_epi32(low(c), low(d)),
+          _mm_packus_epi16(_mm_packs_epi32(high(a), high(b)), _mm_packs_epi32(high(c), high(d)))};
+}
+#endif
+
 // One run of `count` tokens; `row` is where it lies.
 inline void pack_run(const int32_t* tokens, int32_t count, uint8_t* row) {
+#if defined(__SSE2__)
+  if (count == kPackedRun) {
+    const PackedRun run = load_run(tokens);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(row), run.low0);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(row + 16), run.low1);
+    const __m128i high = _mm_or_si128(run.high, _mm_slli_epi16(_mm_srli_si128(run.high, 8), 4));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(row + 32), high);
+    return;
+  }
+#endif
   const int32_t half = (count + 1) / 2;
   uint8_t* high = row + 2 * count;
   std::memset(high, 0, half);
@@ -50,21 +78,15 @@ inline int32_t unpack_one(const uint8_t* row, int32_t count, int32_t i) {
 // How many of the 16 tokens of a run equal `tokens`, up to the first that does not.
 inline int32_t equal_run(const uint8_t* row, const int32_t* tokens) {
 #if defined(__SSE2__)
+  const PackedRun run = load_run(tokens);
   const auto load = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
-  const auto low = [](__m128i t) { return _mm_srai_epi32(_mm_slli_epi32(t, 16), 16); };
-  const auto high = [](__m128i t) { return _mm_srli_epi32(t, 16); };
-  const __m128i a = load(tokens), b = load(tokens + 4), c = load(tokens + 8), d = load(tokens + 12);
-  const __m128i low_equal =
-      _mm_packs_epi16(_mm_cmpeq_epi16(load(row), _mm_packs_epi32(low(a), low(b))),
-                      _mm_cmpeq_epi16(load(row + 16), _mm_packs_epi32(low(c), low(d))));
-  // Anything above 20 bits saturates to a value that no packed token has.
-  const __m128i bytes =
-      _mm_packus_epi16(_mm_packs_epi32(high(a), high(b)), _mm_packs_epi32(high(c), high(d)));
+  const __m128i low_equal = _mm_packs_epi16(_mm_cmpeq_epi16(load(row), run.low0),
+                                            _mm_cmpeq_epi16(load(row + 16), run.low1));
   const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + 32));
   const __m128i nibble = _mm_set1_epi8(15);
   const __m128i first = _mm_and_si128(packed, nibble);
   const __m128i second = _mm_and_si128(_mm_srli_epi16(packed, 4), nibble);
-  const __m128i high_equal = _mm_cmpeq_epi8(bytes, _mm_unpacklo_epi64(first, second));
+  const __m128i high_equal = _mm_cmpeq_epi8(run.high, _mm_unpacklo_epi64(first, second));
   const int equal = _mm_movemask_epi8(_mm_and_si128(low_equal, high_equal));
   return equal == 0xffff ? kPackedRun : __builtin_ctz(~equal);
 #else

@@ -193,8 +193,18 @@ uint32_t PrefixCache::take_out(uint32_t node, uint32_t block, Key key) {
 
 // ---- The tree
 
+// Whether the child that is looked at first holds exactly these block_size tokens.
+bool PrefixCache::is_top_child(int32_t parent, Key key) const {
+  const uint32_t top = top_child(parent);
+  if (top == kNil || nodes_[top].is_wide || nodes_[top].is_partial) return false;
+  const PackedRow row(&rows_[top * row_bytes_], block_size_);
+  return row.equal_prefix(key.tokens, block_size_) == block_size_;
+}
+
 PrefixCache::Match PrefixCache::find(int32_t parent, const int32_t* tokens, int32_t count) const {
   const Key key{tokens, count};
+  if (count == block_size_ && is_top_child(parent, key))  // most nodes have one child
+    return {static_cast<int32_t>(top_child(parent)), count};
   Match before, behind;  // the neighbours of the key in the order of siblings
   for (uint32_t node = top_child(parent); node != kNil;) {
     const Match match{static_cast<int32_t>(node), equal_prefix(node, key)};

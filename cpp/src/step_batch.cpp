@@ -63,13 +63,14 @@ void StepBatch::add_row(int64_t serial, BlockTable& table, int64_t first, int64_
   seq_lens_[row] = static_cast<int32_t>(end);
   const int32_t start = cu_seqlens_q_[row] - static_cast<int32_t>(first);
   cu_seqlens_q_[row + 1] = static_cast<int32_t>(end) + start;
+  int32_t* const positions = positions_.data() + start;
+  int64_t* const slots = slot_mapping_.data() + start;
+  for (int64_t position = first; position < end; ++position)
+    positions[position] = static_cast<int32_t>(position);
   for (int64_t position = first; position < end;) {
-    int64_t slot = table.slot(position);
+    const int64_t offset = table.slot(position) - position;
     const int64_t block_end = std::min(end, table.block_end(position));
-    for (; position < block_end; ++position, ++slot) {
-      slot_mapping_[start + position] = slot;
-      positions_[start + position] = static_cast<int32_t>(position);
-    }
+    for (; position < block_end; ++position) slots[position] = offset + position;
   }
 }
 

@@ -39,6 +39,8 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager = quire.KVCacheManager(num_blocks, block_size, caching, depth)
         self.reference = Reference(num_blocks, block_size, caching, depth)
         self.kv = np.full((num_blocks, block_size), -1, np.int64)
+        self.mirror: dict[int, int] = {}
+        self.mirror_shape = (0, 0)
         self.live: list = []
         self.in_flight: dict[int, set[int]] = {}  # ticket -> blocks that its step reads or writes
 
@@ -82,18 +84,57 @@ class ManagerMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="retire"):
                 self.manager.step([seq for seq, _ in pairs], counts)
             return
+        batch = self.take_step(pairs, [seq for seq, _ in pairs], counts)
+        if batch is not None and commits:
+            self.commit_pairs(data, pairs)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), num_steps=st.integers(1, 12))
+    def decode_on(self, data: st.DataObject, num_steps: int) -> None:
+        """The same sequences, one token each, step after step, with arrays; nothing between."""
+        pairs = self.some(data)
+        ids = np.array([seq.id for seq, _ in pairs], np.int64)
+        rng = np.random.default_rng(num_steps)
+        for turn in range(num_steps + 1):
+            while self.reference.depth and len(self.in_flight) == self.reference.depth:
+                self.retire(0)
+            left = [len(ref.tokens) - ref.computed for _, ref in pairs]
+            counts = np.array(left if turn == 0 else np.ones(len(ids)), np.int32)
+            if turn > 0 and left != [1] * len(left):
+                return
+            if self.take_step(pairs, ids, counts) is None:
+                return
+            sampled = rng.integers(0, 2, len(ids), np.int32)
+            self.manager.commit(ids, sampled)
+            self.reference.commit([ref for _, ref in pairs], sampled[:, None].tolist())
+            for seq, ref in pairs:
+                assert (seq.num_computed_tokens, seq.num_tokens) == (ref.computed, len(ref.tokens))
+
+    def take_step(self, pairs: list, seqs: list | np.ndarray, counts) -> quire.StepBatch | None:
         before = {id(ref): set(seq.block_table.tolist()) for seq, ref in pairs}
-        batch = self.manager.step([seq for seq, _ in pairs], counts)
-        copies = self.reference.step([ref for _, ref in pairs], counts)
+        batch = self.manager.step(seqs, counts)
+        copies = self.reference.step([ref for _, ref in pairs], list(counts))
         assert (batch is None) == (copies is None)
         if batch is None:
-            return
+            return None
         assert len(batch.copies) == copies
         fresh = {b for seq, ref in pairs for b in set(seq.block_table.tolist()) - before[id(ref)]}
         assert not fresh & set().union(*self.in_flight.values()), "reused under a running step"
         self.run_model(batch, pairs, counts)
-        if commits:
-            self.commit_pairs(data, pairs)
+        self.apply_changes(batch)
+        return batch
+
+    def apply_changes(self, batch: quire.StepBatch) -> None:
+        """A copy of the block table, kept up to date by its changes alone."""
+        table = batch.block_table
+        shape = (table.strides[0] // 4, table.ctypes.data)
+        if shape != self.mirror_shape:
+            self.mirror_shape, self.mirror = shape, {}
+        self.mirror.update(batch.changes.tolist())
+        size = self.reference.size
+        for row, length in enumerate(batch.seq_lens.tolist()):
+            for column in range(-(-length // size)):
+                assert self.mirror[row * shape[0] + column] == table[row, column]
 
     def run_model(self, batch: quire.StepBatch, pairs: list, counts: list[int]) -> None:
         sources, targets = batch.copies[:, 0], batch.copies[:, 1]

@@ -99,6 +99,7 @@ class PrefixCache {
   uint32_t top_child(int32_t parent) const;
   void set_top_child(int32_t parent, uint32_t child);
 
+  bool is_top_child(int32_t parent, Key key) const;
   int32_t equal_prefix(uint32_t node, Key key) const;
   bool is_before(uint32_t node, Key key, int32_t num_equal) const;
   int32_t token(uint32_t node, int32_t i) const;
