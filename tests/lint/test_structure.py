@@ -26,6 +26,7 @@ def files() -> list[Path]:
         path
         for path in sorted(ROOT.rglob("*"))
         if path.is_file()
+        and path.name != ".git"  # of a worktree: the place of the repository
         and not any(
             part in skip or part.startswith(("build-", ".venv", ".")) and part not in (".ci",)
             for part in path.relative_to(ROOT).parts[:-1]
