@@ -33,6 +33,7 @@ from ._ops import (
     paged_attention,
     swap_blocks,
 )
+from ._prometheus import prometheus
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "merge_states",
     "num_threads",
     "paged_attention",
+    "prometheus",
     "replay_calls",
     "set_num_threads",
     "supported_cpu_isas",

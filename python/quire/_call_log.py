@@ -113,7 +113,7 @@ class RecordedKVCacheManager:
         if batch is None:
             self._write("step", _OUT_OF_BLOCKS, seqs, num_new_tokens)
         else:
-            after = [batch.slot_mapping, batch.seq_lens, batch.copies]
+            after: list[npt.NDArray[Any]] = [batch.slot_mapping, batch.seq_lens, batch.copies]
             self._write("step", _DONE, seqs, num_new_tokens, after=after)
         return batch
 

@@ -1,6 +1,5 @@
 """Bindings of the quire runtime; use the package `quire`."""
 
-from collections.abc import Sequence as _Sequence
 from typing import Any
 from typing import Any, overload
 
@@ -754,7 +753,7 @@ class CallLogWriter:
 
     def __init__(self, path: str, num_blocks: int, block_size: int, prefix_caching: bool, async_depth: int) -> None: ...
 
-    def write(self, operation: int, outcome: int, seqs: _Sequence[int], values: _Sequence[int], counts: _Sequence[int], salt: str | None, number: int, results: list) -> None:
+    def write(self, operation: int, outcome: int, seqs: list[int], values: list[int], counts: list[int], salt: str | None, number: int, results: list[Any]) -> None:
         """One call and its results."""
 
 def replay_calls(path: str) -> tuple[int, str | None]:

@@ -71,7 +71,11 @@ void bind_call_log(nb::module_& m) {
           nb::arg("async_depth"))
       .def("write", &PyCallLogWriter::write, nb::arg("operation"), nb::arg("outcome"),
            nb::arg("seqs"), nb::arg("values"), nb::arg("counts"), nb::arg("salt").none(),
-           nb::arg("number"), nb::arg("results"), "One call and its results.");
+           nb::arg("number"), nb::arg("results"),
+           nb::sig("def write(self, operation: int, outcome: int, seqs: list[int], values: "
+                   "list[int], counts: list[int], salt: str | None, number: int, results: "
+                   "list[typing.Any]) -> None"),
+           "One call and its results.");
   m.def("replay_calls", &replay_calls, nb::arg("path"),
         nb::sig("def replay_calls(path: str) -> tuple[int, str | None]"),
         "Runs the calls of a log of RecordedKVCacheManager on a new manager.\n\n"

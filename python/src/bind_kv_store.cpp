@@ -146,7 +146,7 @@ void bind_store(nb::module_& m) {
            nb::sig("def get(self, key: typing.Any, out: typing.Any) -> KVTicket | None"),
            "Fills `out`, block_bytes bytes of a writable contiguous buffer, with a payload.\n\n"
            "None: the queue is full. Unless the outcome is \"done\", `out` may hold anything.\n"
-           "Gets overtake puts that wait.\n\n"
+           "Gets do not wait for puts that wait.\n\n"
            "Example::\n\n    store.get(keys[0], out).wait()")
       .def(
           "contains",

@@ -54,13 +54,21 @@ class TemporaryFolder {
   const std::string& path() const { return path_; }
 
   std::vector<std::filesystem::path> block_files() const {
-    std::vector<std::filesystem::path> files;
-    for (const auto& entry : std::filesystem::directory_iterator(path_))
-      if (entry.path().extension() == ".kv") files.push_back(entry.path());
-    return files;
+    return files([](const auto& path) { return path.extension() == ".kv"; });
+  }
+  std::vector<std::filesystem::path> unfinished_files() const {
+    return files([](const auto& path) { return path.filename().string().starts_with("unf"); });
   }
 
  private:
+  template <class Wanted>
+  std::vector<std::filesystem::path> files(Wanted is_wanted) const {
+    std::vector<std::filesystem::path> found;
+    for (const auto& entry : std::filesystem::directory_iterator(path_))
+      if (is_wanted(entry.path())) found.push_back(entry.path());
+    return found;
+  }
+
   std::string path_;
 };
 

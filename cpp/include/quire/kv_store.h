@@ -74,7 +74,7 @@ class KVStore {
   virtual std::shared_ptr<KVTicket> put(const ChainKey& key, std::span<const std::byte> payload,
                                         OnDone on_done = {}) = 0;
 
-  // Null: the queue of gets is full. Gets overtake puts that wait.
+  // Null: the queue of gets is full. Gets do not wait for puts that wait.
   virtual std::shared_ptr<KVTicket> get(const ChainKey& key, std::span<std::byte> out,
                                         OnDone on_done = {}) = 0;
 

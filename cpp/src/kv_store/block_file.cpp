@@ -68,6 +68,13 @@ bool transfer_all(const std::string& path, iovec (&parts)[2], Transfer transfer)
   return true;
 }
 
+void write_all(const std::string& path, const File& file, std::span<const std::byte> first,
+               std::span<const std::byte> second) {
+  iovec parts[2] = {{const_cast<std::byte*>(first.data()), first.size()},
+                    {const_cast<std::byte*>(second.data()), second.size()}};
+  transfer_all(path, parts, [&](iovec* part, int n) { return ::writev(file.fd(), part, n); });
+}
+
 int hex_value(char digit) {
   if (digit >= '0' && digit <= '9') return digit - '0';
   return digit >= 'a' && digit <= 'f' ? digit - 'a' + 10 : -1;
@@ -115,19 +122,20 @@ std::vector<BlockFileName> list_block_files(const std::string& folder) {
   return names;
 }
 
-void write_synced(const std::string& path, std::span<const std::byte> first,
-                  std::span<const std::byte> second) {
+void write_synced(const std::string& path, std::span<const std::byte> bytes) {
   const File file(path, O_WRONLY | O_CREAT | O_TRUNC);
-  iovec parts[2] = {{const_cast<std::byte*>(first.data()), first.size()},
-                    {const_cast<std::byte*>(second.data()), second.size()}};
-  transfer_all(path, parts, [&](iovec* part, int n) { return ::writev(file.fd(), part, n); });
+  write_all(path, file, bytes, {});
   if (::fsync(file.fd()) != 0) throw_errno(path);
 }
 
-void write_block_file(const std::string& path, const ChainKey& key,
-                      std::span<const std::byte> payload) {
+std::unique_ptr<File> write_block_file(const std::string& path, const ChainKey& key,
+                                       std::span<const std::byte> payload) try {
   const Header header = make_header(key, payload);
-  write_synced(path, std::as_bytes(std::span(&header, 1)), payload);
+  auto file = std::make_unique<File>(path, O_WRONLY | O_CREAT | O_TRUNC);
+  write_all(path, *file, std::as_bytes(std::span(&header, 1)), payload);
+  return file;
+} catch (const std::system_error&) {
+  return nullptr;
 }
 
 BlockFileState read_block_file(const std::string& path, const ChainKey& key,

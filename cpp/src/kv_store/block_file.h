@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -47,11 +48,12 @@ std::vector<BlockFileName> list_block_files(const std::string& folder);
 
 inline constexpr size_t kBlockFileHeader = 64;
 
-// Write and sync a whole file. Throw std::system_error.
-void write_synced(const std::string& path, std::span<const std::byte> first,
-                  std::span<const std::byte> second = {});
-void write_block_file(const std::string& path, const ChainKey& key,
-                      std::span<const std::byte> payload);
+// Writes and syncs a whole file. Throws std::system_error.
+void write_synced(const std::string& path, std::span<const std::byte> bytes);
+
+// Writes a file that is still to be synced. Null: it failed, for example on a full disk.
+std::unique_ptr<File> write_block_file(const std::string& path, const ChainKey& key,
+                                       std::span<const std::byte> payload);
 
 enum class BlockFileState { kGood, kAbsent, kBad };
 

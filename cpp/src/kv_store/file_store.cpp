@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A directory of block files. The worker alone reads and writes files; erase() only unlinks.
+// A directory of block files. One thread writes files, another reads them, so that a read never
+// waits for the disk to take what is written; a file that is unlinked under a reader is a miss.
 #include <fcntl.h>
 #include <sys/file.h>
 #include <unistd.h>
@@ -19,7 +20,8 @@
 namespace quire {
 namespace {
 
-constexpr char kTemporary[] = "unfinished";  // the file that is being written
+constexpr char kTemporary[] = "unfinished-";  // begins the names of files that are being written
+constexpr int32_t kMaxBatch = 16;             // files that are synced together
 constexpr char kDescription[] = "quire-store";
 
 // What a directory holds, as text; a directory without it is a new one.
@@ -41,9 +43,11 @@ class FileStore final : public KVStore {
         index_(store_capacity("FileStore", config.capacity_bytes, config.block_bytes)),
         folder_(make_folder(config.path)),
         lock_file_(folder_ + "lock", O_RDWR | O_CREAT),
-        worker_(
-            config.max_pending, [this](const StoreRequest& r) { return run_put(r); },
-            [this](const StoreRequest& r) { return run_get(r); }) {
+        worker_(config.max_pending,
+                {.get = [this](const StoreRequest& request) { return run_get(request); },
+                 .put = [this](auto requests, auto outcomes) { run_puts(requests, outcomes); },
+                 .max_batch = static_cast<size_t>(std::min(kMaxBatch, index_.capacity())),
+                 .gets_have_a_thread = true}) {
     QUIRE_CHECK_ARG(::flock(lock_file_.fd(), LOCK_EX | LOCK_NB) == 0, "FileStore: path: expected ",
                     "a directory that no other store has open, got ", config.path);
     check_description(config);
@@ -122,8 +126,7 @@ class FileStore final : public KVStore {
       fill(take_slot(), name);
     }
     if (!names.empty()) next_age_ = names.back().age + 1;
-    std::error_code ignored;
-    std::filesystem::remove(folder_ + kTemporary, ignored);
+    for (int32_t i = 0; i < kMaxBatch; ++i) ::unlink(temporary(i).c_str());
   }
 
   std::string path_of(int32_t slot) const {
@@ -150,35 +153,69 @@ class FileStore final : public KVStore {
     return index_.take();
   }
 
-  KVOutcome run_put(const StoreRequest& request) {
+  std::string temporary(size_t i) const { return folder_ + kTemporary + std::to_string(i); }
+
+  // A put of a batch that needs a file.
+  struct Write {
+    size_t request;
     int32_t slot;
-    {
-      const std::lock_guard lock(mutex_);
-      slot = index_.find(request.key);
-      if (slot != StoreIndex::kNone) {
-        index_.touch(slot);
-        return KVOutcome::kDone;
-      }
-      slot = take_slot();
-    }
-    const BlockFileName name{next_age_++, request.key};
-    const std::string temporary = folder_ + kTemporary;
-    bool is_written = true;
-    try {
-      write_block_file(temporary, request.key, request.payload);
-      std::filesystem::rename(temporary, folder_ + block_file_name(name));
-    } catch (const std::exception&) {
-      ::unlink(temporary.c_str());
-      is_written = false;
-    }
+    std::string temporary;
+    std::unique_ptr<File> file;  // null: failed
+  };
+
+  // Slots for those keys that are not there, nor in the batch before.
+  std::vector<Write> plan_writes(std::span<const StoreRequest> requests,
+                                 std::span<KVOutcome> outcomes) {
+    std::vector<Write> writes;
+    writes.reserve(requests.size());
     const std::lock_guard lock(mutex_);
-    if (!is_written) {
-      index_.give_back(slot);
-      return KVOutcome::kFailed;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      const int32_t known = index_.find(requests[i].key);
+      if (known == StoreIndex::kNone) continue;
+      index_.touch(known);
+      outcomes[i] = KVOutcome::kDone;
     }
-    fill(slot, name);
-    ++stats_.stored;
-    return KVOutcome::kDone;
+    for (size_t i = 0; i < requests.size(); ++i)
+      if (outcomes[i] != KVOutcome::kDone && first_of(requests, i) == i)
+        writes.push_back({i, take_slot(), temporary(i), nullptr});
+    return writes;
+  }
+
+  // The first request of the same key.
+  static size_t first_of(std::span<const StoreRequest> requests, size_t i) {
+    const auto is_same = [&](const StoreRequest& r) { return r.key == requests[i].key; };
+    return static_cast<size_t>(std::find_if(requests.begin(), requests.end(), is_same) -
+                               requests.begin());
+  }
+
+  // All files are written first and synced then: the disk takes them in one go.
+  void run_puts(std::span<const StoreRequest> requests, std::span<KVOutcome> outcomes) {
+    std::vector<Write> writes = plan_writes(requests, outcomes);
+    for (Write& write : writes) {
+      const StoreRequest& request = requests[write.request];
+      write.file = write_block_file(write.temporary, request.key, request.payload);
+    }
+    for (const Write& write : writes)
+      outcomes[write.request] =
+          finish(write, requests[write.request].key) ? KVOutcome::kDone : KVOutcome::kFailed;
+    for (size_t i = 0; i < requests.size(); ++i) outcomes[i] = outcomes[first_of(requests, i)];
+  }
+
+  // Gives a written file its name, and the index its slot; false: it failed and left no trace.
+  bool finish(const Write& write, const ChainKey& key) {
+    const BlockFileName name{next_age_++, key};
+    const std::string path = folder_ + block_file_name(name);
+    const bool is_good = write.file && ::fsync(write.file->fd()) == 0 &&
+                         ::rename(write.temporary.c_str(), path.c_str()) == 0;
+    if (!is_good) ::unlink(write.temporary.c_str());
+    const std::lock_guard lock(mutex_);
+    if (is_good) {
+      fill(write.slot, name);
+      ++stats_.stored;
+    } else {
+      index_.give_back(write.slot);
+    }
+    return is_good;
   }
 
   KVOutcome run_get(const StoreRequest& request) {
@@ -218,10 +255,10 @@ class FileStore final : public KVStore {
   StoreIndex index_;
   std::vector<uint64_t> ages_;  // by slot
   KVStoreStats stats_{};
-  uint64_t next_age_ = 0;     // the worker's
+  uint64_t next_age_ = 0;     // the writing thread's
   const std::string folder_;  // with a slash at the end
   const File lock_file_;      // closed, and so unlocked, when the process ends in any way
-  StoreWorker worker_;        // last: its thread uses all of the above
+  StoreWorker worker_;        // last: its threads use all of the above
 };
 
 }  // namespace

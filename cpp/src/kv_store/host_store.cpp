@@ -16,9 +16,12 @@ class HostStore final : public KVStore {
       : block_bytes_(static_cast<size_t>(config.block_bytes)),
         index_(store_capacity("HostStore", config.capacity_bytes, config.block_bytes)),
         slab_(new std::byte[index_.capacity() * block_bytes_]),  // touched only where used
-        worker_(
-            config.max_pending, [this](const StoreRequest& r) { return run_put(r); },
-            [this](const StoreRequest& r) { return run_get(r); }) {}
+        worker_(config.max_pending,
+                {.get = [this](const StoreRequest& request) { return run_get(request); },
+                 .put =
+                     [this](std::span<const StoreRequest> requests, std::span<KVOutcome> outcomes) {
+                       outcomes[0] = run_put(requests[0]);
+                     }}) {}
 
   std::shared_ptr<KVTicket> put(const ChainKey& key, std::span<const std::byte> payload,
                                 OnDone on_done) override {

@@ -5,12 +5,11 @@
 
 namespace quire {
 
-StoreWorker::StoreWorker(int32_t max_pending, Run put, Run get)
-    : max_pending_(static_cast<size_t>(max_pending)),
-      puts_{std::move(put), {}},
-      gets_{std::move(get), {}} {
+StoreWorker::StoreWorker(int32_t max_pending, StoreWork work)
+    : max_pending_(static_cast<size_t>(max_pending)), work_(std::move(work)) {
   QUIRE_CHECK_ARG(max_pending >= 1, "KVStore: max_pending: expected 1 or more, got ", max_pending);
-  thread_ = std::thread([this] { work(); });
+  threads_.emplace_back([this] { serve(!work_.gets_have_a_thread, true); });
+  if (work_.gets_have_a_thread) threads_.emplace_back([this] { serve(true, false); });
 }
 
 StoreWorker::~StoreWorker() {
@@ -19,55 +18,79 @@ StoreWorker::~StoreWorker() {
     stops_ = true;
   }
   has_work_.notify_all();
-  thread_.join();
+  for (std::thread& thread : threads_) thread.join();
 }
 
 std::shared_ptr<KVTicket> StoreWorker::submit(Queue& queue, StoreRequest request) {
   auto ticket = std::make_shared<KVTicket>();
   {
     const std::lock_guard lock(mutex_);
-    if (queue.waiting.size() >= max_pending_) {
+    if (queue.requests.size() >= max_pending_) {
       ++not_taken_;
       return nullptr;
     }
-    queue.waiting.push_back({std::move(request), ticket});
+    queue.requests.push_back(std::move(request));
+    queue.tickets.push_back(ticket);
     ++num_pending_;
   }
-  has_work_.notify_one();
+  has_work_.notify_all();
   return ticket;
 }
 
-void StoreWorker::work() {
+// The next get, or else the next puts; waits for them. Empty: the store goes.
+StoreWorker::Batch StoreWorker::take(bool gets, bool puts) {
   std::unique_lock lock(mutex_);
+  const auto has_get = [&] { return gets && !gets_.requests.empty(); };
+  const auto has_put = [&] { return puts && !puts_.requests.empty(); };
+  has_work_.wait(lock, [&] { return stops_ || has_get() || has_put(); });
+  Batch batch;
+  batch.is_puts = !has_get();
+  if (batch.is_puts && !has_put()) return batch;
+  Queue& queue = batch.is_puts ? puts_ : gets_;
+  const size_t most = batch.is_puts ? work_.max_batch : 1;
+  while (!queue.requests.empty() && batch.requests.size() < most) {
+    batch.requests.push_back(std::move(queue.requests.front()));
+    batch.tickets.push_back(std::move(queue.tickets.front()));
+    queue.requests.pop_front();
+    queue.tickets.pop_front();
+  }
+  return batch;
+}
+
+void StoreWorker::serve(bool gets, bool puts) {
   for (;;) {
-    has_work_.wait(lock,
-                   [&] { return stops_ || !gets_.waiting.empty() || !puts_.waiting.empty(); });
-    Queue& queue = gets_.waiting.empty() ? puts_ : gets_;
-    if (queue.waiting.empty()) return;
+    int64_t count;
     {
-      const Taken taken = std::move(queue.waiting.front());
-      queue.waiting.pop_front();
-      lock.unlock();
-      run(queue.run, taken);
-    }  // what the callback owns is destroyed outside the lock
-    lock.lock();
-    if (--num_pending_ == 0) is_idle_.notify_all();
+      const Batch batch = take(gets, puts);
+      count = static_cast<int64_t>(batch.requests.size());
+      if (count == 0) return;
+      run(batch);
+    }  // what the callbacks own is destroyed outside the lock
+    const std::lock_guard lock(mutex_);
+    num_pending_ -= count;
+    if (num_pending_ == 0) is_idle_.notify_all();
   }
 }
 
-void StoreWorker::run(const Run& function, const Taken& taken) {
-  KVOutcome outcome = KVOutcome::kFailed;
+void StoreWorker::run(const Batch& batch) {
+  std::vector<KVOutcome> outcomes(batch.requests.size(), KVOutcome::kFailed);
   try {
-    outcome = function(taken.request);
+    if (batch.is_puts)
+      work_.put(batch.requests, outcomes);
+    else
+      outcomes[0] = work_.get(batch.requests[0]);
   } catch (...) {  // out of memory; the caller learns it from the outcome
+    outcomes.assign(outcomes.size(), KVOutcome::kFailed);
   }
-  if (outcome == KVOutcome::kFailed) ++failed_;
-  try {
-    if (taken.request.on_done) taken.request.on_done(outcome);
-  } catch (...) {
-    ++callback_errors_;
+  for (size_t i = 0; i < outcomes.size(); ++i) {
+    if (outcomes[i] == KVOutcome::kFailed) ++failed_;
+    try {
+      if (batch.requests[i].on_done) batch.requests[i].on_done(outcomes[i]);
+    } catch (...) {
+      ++callback_errors_;
+    }
+    batch.tickets[i]->complete(outcomes[i]);
   }
-  taken.ticket->complete(outcome);
 }
 
 void StoreWorker::drain() {

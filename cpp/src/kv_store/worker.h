@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// StoreWorker: the queue of a store's requests and the thread that runs them one by one.
+// StoreWorker: the queues of a store's requests and the threads that run them.
 #pragma once
 
 #include <condition_variable>
 #include <deque>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 #include "quire/kv_store.h"
 
@@ -18,11 +19,18 @@ struct StoreRequest {
   KVStore::OnDone on_done;
 };
 
+// What a store does with its requests. An exception is kFailed for all that were given.
+struct StoreWork {
+  std::function<KVOutcome(const StoreRequest&)> get;
+  // Fills an outcome for each of up to max_batch puts.
+  std::function<void(std::span<const StoreRequest>, std::span<KVOutcome>)> put;
+  size_t max_batch = 1;
+  bool gets_have_a_thread = false;  // else one thread runs all, and gets come first
+};
+
 class StoreWorker {
  public:
-  // `put` and `get` run on the worker's thread; an exception of theirs is kFailed.
-  using Run = std::function<KVOutcome(const StoreRequest&)>;
-  StoreWorker(int32_t max_pending, Run put, Run get);
+  StoreWorker(int32_t max_pending, StoreWork work);
   ~StoreWorker();  // runs what was taken
 
   // Null: max_pending requests of the kind wait already.
@@ -34,19 +42,22 @@ class StoreWorker {
   void add_stats(KVStoreStats& stats) const;
 
  private:
-  struct Taken {
-    StoreRequest request;
-    std::shared_ptr<KVTicket> ticket;
-  };
   struct Queue {
-    Run run;
-    std::deque<Taken> waiting;
+    std::deque<StoreRequest> requests;
+    std::deque<std::shared_ptr<KVTicket>> tickets;
+  };
+  struct Batch {
+    std::vector<StoreRequest> requests;
+    std::vector<std::shared_ptr<KVTicket>> tickets;
+    bool is_puts = false;
   };
   std::shared_ptr<KVTicket> submit(Queue& queue, StoreRequest request);
-  void work();
-  void run(const Run& function, const Taken& taken);
+  void serve(bool gets, bool puts);
+  Batch take(bool gets, bool puts);
+  void run(const Batch& batch);
 
   const size_t max_pending_;
+  const StoreWork work_;
   Queue puts_, gets_;
   mutable std::mutex mutex_;
   std::condition_variable has_work_, is_idle_;
@@ -54,7 +65,7 @@ class StoreWorker {
   int64_t num_pending_ = 0;
   int64_t not_taken_ = 0;
   std::atomic<int64_t> failed_{0}, callback_errors_{0};
-  std::thread thread_;  // last: it uses all of the above
+  std::vector<std::thread> threads_;  // last: they use all of the above
 };
 
 }  // namespace quire

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// The input is the calls of a log, behind a good beginning: replay() may find differences, but
+// must neither crash nor leave the manager inconsistent.
+#include <cstddef>
+#include <sstream>
+
+#include "quire/call_log.h"
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  std::ostringstream out;
+  quire::CallLogWriter(out, {16, 4, size % 2 == 0, static_cast<int32_t>(size % 3)});
+  const std::string log = out.str() + std::string(reinterpret_cast<const char*>(data), size);
+  quire::replay(std::as_bytes(std::span(log)));
+  return 0;
+}

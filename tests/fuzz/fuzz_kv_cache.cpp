@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// The input is a shape and then calls of a KVCacheManager; it is validated after each.
+#include <cstddef>
+
+#include "kv_traffic.h"
+
+namespace {
+
+class Bytes {
+ public:
+  Bytes(const uint8_t* data, size_t size) : at_(data), end_(data + size) {}
+  bool is_empty() const { return at_ == end_; }
+  uint32_t next() { return is_empty() ? 0 : *at_++; }
+
+ private:
+  const uint8_t *at_, *end_;
+};
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  Bytes bytes(data, size);
+  const auto pick = [&](uint32_t bound) { return static_cast<int32_t>(bytes.next() % bound); };
+  const kv_traffic::Shape shape{
+      .num_blocks = 1 + pick(40),
+      .block_size = 1 + pick(8),
+      .prefix_caching = pick(4) > 0,
+      .async_depth = pick(3),
+      .max_seqs = 8,
+      .max_tokens = 64,
+  };
+  quire::KVCacheManager manager(shape.num_blocks, shape.block_size, shape.prefix_caching,
+                                shape.async_depth);
+  kv_traffic::Traffic traffic(manager, manager, shape, bytes);
+  while (!bytes.is_empty()) {
+    traffic.call();
+    manager.validate();
+  }
+  traffic.free_all();
+  manager.validate();
+  if (manager.stats().used_blocks != 0) throw quire::InvariantError("a block leaked");
+  return 0;
+}
