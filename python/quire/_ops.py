@@ -2,7 +2,8 @@
 """The one-shot operations: defaults, outputs and documentation over the bindings in `_core`.
 
 Tensors are NumPy arrays (ml_dtypes' bfloat16 too), torch tensors, or any objects with
-`__dlpack__`; nothing is copied.
+`__dlpack__`; nothing is copied. JAX arrays go another way and come back new, the caches of
+`append_kv` and `copy_blocks` too: see `quire.integrations.jax`, and python/README.md.
 """
 
 from __future__ import annotations
