@@ -79,8 +79,8 @@ def build(version: str, python: str, tools: Path) -> Path:
         "-o <TARGET> <OBJECTS> <LINK_LIBRARIES>"
     )
     options = [
-        f"-Cbuild-dir={WORK / f'cmake-{version}'}",
-        f"-Ccmake.define.CMAKE_CXX_CREATE_SHARED_LIBRARY={rule}",
+        f"--config-settings=build-dir={WORK / f'cmake-{version}'}",
+        f"--config-settings=cmake.define.CMAKE_CXX_CREATE_SHARED_LIBRARY={rule}",
     ]
     pip = (builder, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation")
     path = f"{builder.parent}{os.pathsep}{os.environ['PATH']}"
