@@ -12,10 +12,15 @@ import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
+
 from . import _core
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+_NOT_JAX: set[type] = {np.ndarray}  # and torch.Tensor, once one has come along: the short way
 
 
 def kernels() -> Any:
@@ -28,6 +33,16 @@ def kernels() -> Any:
     return _core
 
 
+def _in_jax(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    for option in ("out", "lse", "stream"):
+        if kwargs.pop(option, None) is not None:
+            raise ValueError(f"{name}: {option}: expected None with JAX arrays")
+    for option in ("k_scale", "v_scale"):
+        if kwargs.pop(option, 1.0) != 1.0:
+            raise NotImplementedError(f"{name}: {option}: expected 1.0 with JAX arrays")
+    return getattr(importlib.import_module("quire.integrations.jax"), name)(*args, **kwargs)
+
+
 def functional_in_jax(function: Callable[P, R]) -> Callable[P, R]:
     """The function, and that of its name in `quire.integrations.jax` for a first argument of JAX's.
 
@@ -37,19 +52,16 @@ def functional_in_jax(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if args and type(args[0]) in _NOT_JAX:
+            return function(*args, **kwargs)
         first = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(first, (list, tuple)) and first:
             first = first[0]
         if not type(first).__module__.startswith("jax"):
+            if type(first).__module__ == "torch":
+                _NOT_JAX.add(type(first))
             return function(*args, **kwargs)
-        for option, none in (("out", None), ("lse", None), ("stream", None)):
-            if kwargs.pop(option, none) is not None:
-                raise ValueError(f"{name}: {option}: expected None with JAX arrays")
-        for option in ("k_scale", "v_scale"):
-            if kwargs.pop(option, 1.0) != 1.0:
-                raise NotImplementedError(f"{name}: {option}: expected 1.0 with JAX arrays")
-        own = getattr(importlib.import_module("quire.integrations.jax"), name)
-        result: R = own(*args, **kwargs)
+        result: R = _in_jax(name, args, kwargs)
         return result
 
     return call

@@ -3,7 +3,9 @@
 
 Tensors are NumPy arrays (ml_dtypes' bfloat16 too), torch tensors, or any objects with
 `__dlpack__`; nothing is copied. On a GPU the calls return before the work is done and never wait;
-block tables and lengths stay on the CPU, where the planner reads them.
+block tables and lengths stay on the CPU, where the planner reads them. JAX arrays go another way
+and come back new, the caches of `append_kv` and `copy_blocks` too: see `quire.integrations.jax`,
+and python/README.md.
 """
 
 from __future__ import annotations

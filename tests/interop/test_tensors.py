@@ -185,6 +185,30 @@ def test_more_types_than_are_remembered(probe):
     assert probe.inspect(array)["dtype"] == "float32"
 
 
+def test_types_without_a_kernel_are_refused_by_name():
+    q = np.ones((2, 4, 8), np.float32)
+    cache = np.ones((5, 16, 2, 8), ml_dtypes.float8_e4m3fn)
+    batch = np.array([[0, 1], [2, 3]], np.int32), np.array([20, 7], np.int32)
+    with pytest.raises(ValueError, match="paged_attention: dtype: .* got float8_e5m2"):
+        quire.paged_attention(q.astype(ml_dtypes.float8_e5m2), cache, cache, *batch)
+    q = q[None].astype(np.int8)
+    with pytest.raises(ValueError, match="attention: dtype: .* got int8"):
+        quire.attention(q, q, q)
+
+
+def test_none_is_refused_by_name():
+    x = np.ones((1, 5, 2, 8), np.float32)
+    for position, name in enumerate("qkv"):
+        arguments = [x, x, x]
+        arguments[position] = None
+        with pytest.raises(TypeError, match=f"attention: {name}: expected a NumPy array"):
+            quire.attention(*arguments)
+    with pytest.raises(TypeError, match="append_kv: slot_mapping: expected a NumPy array"):
+        quire.append_kv(x[0], x[0], x, x.copy(), None)
+    with pytest.raises(TypeError, match="copy_blocks: v_cache: expected a NumPy array"):
+        quire.copy_blocks(x, None, np.zeros((0, 2), np.int32))
+
+
 def test_an_optional_array_of_no_dimensions_is_not_taken_for_none():
     x = np.ones((1, 5, 2, 8), np.float32)
     for name in ("sinks", "alibi_slopes", "lse", "mask"):
