@@ -99,7 +99,8 @@ class Attention:
     Attention of one model over a paged cache: plan once a step, run once a layer.
 
     Picks the kernel when built. `window` is (left, right), inclusive, -1 = open; `scale` None
-    is 1/sqrt(head_dim); `softcap` 0 is none; `kv_dtype` None is `dtype`. Thread-safe.
+    is 1/sqrt(head_dim); `softcap` 0 is none; `kv_dtype` None is `dtype`, else "float8_e4m3",
+    "float8_e5m2" or "int8" for a quantised cache. Thread-safe.
 
     Raises ValueError for a wrong argument, NotImplementedError (with the text of explain())
     where no kernel fits.
@@ -128,13 +129,14 @@ class Attention:
             plan = attn.plan(batch.block_table, batch.seq_lens, batch.cu_seqlens_q)
         """
 
-    def run(self, plan: AttentionPlan, q: object, k_cache: object, v_cache: object, out: object | None = None, lse: object | None = None, sinks: object | None = None, alibi_slopes: object | None = None, stream: object | None = None) -> object:
+    def run(self, plan: AttentionPlan, q: object, k_cache: object, v_cache: object, out: object | None = None, lse: object | None = None, sinks: object | None = None, alibi_slopes: object | None = None, k_scale: object | None = 1.0, v_scale: object | None = 1.0, stream: object | None = None) -> object:
         """
         Runs a plan on one layer's tensors and returns out.
 
         q, out [total_q, num_heads, head_dim]; k_cache, v_cache [num_blocks, block_size,
         num_kv_heads, head_dim], any strides with the last dimension contiguous; lse float32
-        [num_heads, total_q], written if given; sinks, alibi_slopes float32 [num_heads].
+        [num_heads, total_q], written if given; sinks, alibi_slopes float32 [num_heads];
+        k_scale, v_scale of a quantised cache, as for paged_attention().
 
         Raises ValueError, before any work, naming the wrong tensor.
 
@@ -163,9 +165,9 @@ class Attention:
 
 def attention(q: object | None, k: object | None, v: object | None, out: object | None, lse: object | None, causal: bool, window: tuple[int, int], scale: float | None, softcap: float, alibi_slopes: object | None, sinks: object | None, mask: object | None, mask_is_tree: bool, cu_seqlens_q: object | None, cu_seqlens_k: object | None) -> None: ...
 
-def paged_attention(q: object | None, k_cache: object | None, v_cache: object | None, block_table: object | None, seq_lens: object | None, out: object | None, lse: object | None, cu_seqlens_q: object | None, causal: bool, window: tuple[int, int], scale: float | None, softcap: float, alibi_slopes: object | None, sinks: object | None, mask: object | None, mask_is_tree: bool) -> None: ...
+def paged_attention(q: object, k_cache: object, v_cache: object, block_table: object, seq_lens: object, out: object, lse: object | None, cu_seqlens_q: object | None, causal: bool, window: tuple[int, int], scale: float | None, softcap: float, alibi_slopes: object | None, sinks: object | None, mask: object | None, mask_is_tree: bool, k_scale: object | None, v_scale: object | None) -> None: ...
 
-def append_kv(k: object | None, v: object | None, k_cache: object | None, v_cache: object | None, slot_mapping: object | None, rope: object | None) -> None: ...
+def append_kv(k: object, v: object, k_cache: object, v_cache: object, slot_mapping: object, rope: object | None, k_scale: object | None, v_scale: object | None) -> None: ...
 
 def apply_rope(x: object | None, rope: object | None, out: object | None) -> None: ...
 

@@ -199,7 +199,8 @@ void bind_plan_once_run_often(nb::module_& m) {
       .def("run", &run_attention, nb::arg("plan"), nb::arg("q"), nb::arg("k_cache"),
            nb::arg("v_cache"), nb::arg("out") = nb::none(), nb::arg("lse") = nb::none(),
            nb::arg("sinks") = nb::none(), nb::arg("alibi_slopes") = nb::none(),
-           nb::arg("k_scale") = 1.0, nb::arg("v_scale") = 1.0, nb::arg("stream") = nb::none(),
+           nb::arg("k_scale").none() = 1.0, nb::arg("v_scale").none() = 1.0,
+           nb::arg("stream") = nb::none(),
            "Runs a plan on one layer's tensors and returns out.\n\n"
            "q, out [total_q, num_heads, head_dim]; k_cache, v_cache [num_blocks, block_size,\n"
            "num_kv_heads, head_dim], any strides with the last dimension contiguous; lse float32\n"
@@ -312,7 +313,7 @@ void bind_attention(nb::module_& m) {
         nb::arg("cu_seqlens_q").none(), nb::arg("causal"), nb::arg("window"),
         nb::arg("scale").none(), nb::arg("softcap"), nb::arg("alibi_slopes").none(),
         nb::arg("sinks").none(), nb::arg("mask").none(), nb::arg("mask_is_tree"),
-        nb::arg("k_scale"), nb::arg("v_scale"), nb::arg("stream") = nb::none());
+        nb::arg("k_scale").none(), nb::arg("v_scale").none(), nb::arg("stream") = nb::none());
   m.def(
       "append_kv",
       [](nb::handle k, nb::handle v, nb::handle k_cache, nb::handle v_cache, nb::handle slots,
@@ -336,7 +337,7 @@ void bind_attention(nb::module_& m) {
       },
       nb::arg("k").none(), nb::arg("v").none(), nb::arg("k_cache").none(),
       nb::arg("v_cache").none(), nb::arg("slot_mapping").none(), nb::arg("rope").none(),
-      nb::arg("k_scale"), nb::arg("v_scale"), nb::arg("stream") = nb::none());
+      nb::arg("k_scale").none(), nb::arg("v_scale").none(), nb::arg("stream") = nb::none());
   m.def(
       "apply_rope",
       [](nb::handle x, nb::handle rope, nb::handle out) {

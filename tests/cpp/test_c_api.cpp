@@ -239,6 +239,51 @@ TEST_CASE("one-shot calls and cache operations") {
             .find("99") != std::string::npos);
 }
 
+TEST_CASE("a quantised cache: given scales, scales a token, and what is refused") {
+  std::vector<float> k(12, 3), v(12, -4), q(8, 1), out(8), numbers = {0.5f, 0.25f};
+  std::vector<float> k_scales(8, 7), v_scales(8, 7);
+  std::vector<int8_t> k_cache(32, 99), v_cache(32, 99);
+  const int64_t cache_shape[] = {2, 4, 1, 4}, three = 3, ones[] = {1, 1};
+  int64_t slots[] = {4, 5, 6};
+  int32_t block_ids[] = {1}, lengths[] = {3};
+  const QuireTensor k_rows = tensor(k, {3, 1, 4}), v_rows = tensor(v, {3, 1, 4});
+  const QuireTensor k_view = quire_tensor(k_cache.data(), QUIRE_INT8, 4, cache_shape);
+  const QuireTensor v_view = quire_tensor(v_cache.data(), QUIRE_INT8, 4, cache_shape);
+  const QuireTensor slot_view = quire_tensor(slots, QUIRE_INT64, 1, &three);
+  const QuireTensor table = quire_tensor(block_ids, QUIRE_INT32, 2, ones);
+  const QuireTensor seq_lens = quire_tensor(lengths, QUIRE_INT32, 1, ones);
+  const QuireTensor q_rows = tensor(q, {1, 2, 4}), out_rows = tensor(out, {1, 2, 4});
+  const QuireAttentionOptions options = QUIRE_ATTENTION_OPTIONS_INIT;
+  QuireAttentionTensors paged = QUIRE_ATTENTION_TENSORS_INIT;
+  paged.q = &q_rows;
+  paged.k = &k_view;
+  paged.v = &v_view;
+  paged.out = &out_rows;
+  const auto round_trip = [&](const QuireTensor& k_scale, const QuireTensor& v_scale) {
+    REQUIRE(quire_append_kv(&k_rows, &v_rows, &k_view, &v_view, &slot_view, &k_scale, &v_scale) ==
+            QUIRE_OK);
+    paged.k_scale = &k_scale;
+    paged.v_scale = &v_scale;
+    REQUIRE(quire_paged_attention(&paged, &table, &seq_lens, &options, nullptr) == QUIRE_OK);
+    for (float x : out) CHECK(x == doctest::Approx(-4));
+  };
+  const int64_t one = 1;
+  QuireTensor number = quire_tensor(&numbers[0], QUIRE_FLOAT32, 1, &one);
+  round_trip(number, quire_tensor(&numbers[1], QUIRE_FLOAT32, 1, &one));
+  CHECK(k_cache[16] == 6);
+  CHECK(v_cache[27] == -16);
+  CHECK(k_cache[28] == 99);
+  round_trip(tensor(k_scales, {2, 4, 1}), tensor(v_scales, {2, 4, 1}));
+  CHECK(k_scales[4] == 3 / 127.0f);
+  CHECK(v_scales[6] == 4 / 127.0f);
+  CHECK(v_scales[7] == 7);
+  CHECK(v_cache[27] == -127);
+  numbers[0] = 0;
+  const std::string error =
+      error_of(quire_append_kv(&k_rows, &v_rows, &k_view, &v_view, &slot_view, &number, nullptr));
+  CHECK(error.find("k_scale: expected a finite number > 0") != std::string::npos);
+}
+
 TEST_CASE("manager: the life of a sequence leaks nothing") {
   QuireKVCacheManager* manager = make_manager(4);
   std::vector<int32_t> tokens(9);

@@ -64,3 +64,26 @@ def test_torch_is_not_imported_by_quire():
 
     code = "import quire, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_quantised_torch_caches(dtype):
+    torch.manual_seed(2)
+    k_cache, v_cache = torch.zeros(2, 3, 16, 2, 32).to(dtype)
+    k_scale, v_scale = torch.zeros(2, 3, 16, 2)
+    k, v = torch.randn(2, 40, 2, 32).to(torch.bfloat16)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    quire.append_kv(k, v, k_cache, v_cache, torch.arange(40), **scales)
+    q = torch.randn(1, 4, 32).to(torch.bfloat16)
+    table, seq_lens = (
+        torch.arange(3, dtype=torch.int32)[None],
+        torch.tensor([40], dtype=torch.int32),
+    )
+    out = quire.paged_attention(q, k_cache, v_cache, table, seq_lens, **scales)
+    kd, vd = (
+        (cache.float() * scale[..., None]).reshape(1, 48, 2, 32)[:, :40]
+        for cache, scale in ((k_cache, k_scale), (v_cache, v_scale))
+    )
+    assert (kd[0] - k.float()).abs().max() < (0.02 if dtype == torch.int8 else 0.3)
+    expected = quire.attention(q.float()[None], kd, vd)[0]
+    assert (out.float() - expected).abs().max() < TOLERANCE[torch.bfloat16]

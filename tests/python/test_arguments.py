@@ -81,7 +81,11 @@ def test_the_unchanged_call_is_accepted():
         ({"softcap": float("nan")}, ValueError, "softcap"),
         ({"scale": float("inf")}, ValueError, "scale: expected a finite number"),
         ({"scale": 0.0}, ValueError, "scale: expected a number other than 0"),
-        ({"k_scale": 0.5}, ValueError, "k_scale: expected 1, as float32 caches have no scale"),
+        (
+            {"k_scale": 0.5},
+            ValueError,
+            "k_scale: expected 1, as float32 caches have no scale, got 0.5",
+        ),
         ({"stream": 3}, ValueError, "stream: expected None"),
     ],
 )
@@ -208,7 +212,7 @@ def test_swap_blocks_refuses_and_writes_nothing():
         (src, dst[:, :8], one, r"dst: expected \[num_blocks, 16, 2, 8\] float32, got \[3, 8"),
         (src, dst.astype("f2"), one, r"dst: expected \[num_blocks, 16, 2, 8\] float32"),
         (src[0], dst, one, r"src: expected \[num_blocks, block_size"),
-        (src.astype("i4"), dst, one, "src: expected float32, float16 or bfloat16"),
+        (src.astype("i4"), dst, one, "src: expected float32, float16, bfloat16, float8_e4m3"),
         (src, src, one, "dst: expected other memory than src"),
         (src[:3], src[2:], one, "dst: expected other memory than src"),
         (src[::-1], src[2:], one, "dst: expected other memory than src"),

@@ -141,6 +141,8 @@ class Decode {
     if (first >= last) return;
     const int offset = static_cast<int>(first - begin), count = static_cast<int>(last - first);
     find_rows(first, last);
+    for (const KvScale* scale : {&task_.p.k_scale, &task_.p.v_scale})
+      if (kIsQuantised<T> && scale->is_per_token) prefetch_token_scales(task_, *scale, first, last);
     score(offset, count);
     scale_tokens<T>(task_, task_.p.k_scale, first, last, s_ + offset, task_.rows, kScores);
     chunk_.clear(task_.rows);

@@ -14,12 +14,39 @@ float item_scale(const Task& task, const KvScale& scale) {
          (scale.values ? scale.values[task.item.kv_head * scale.stride_head] : scale.value);
 }
 
-// out[i] *= the scale of key begin + i, for keys [begin, end) of the same chunk.
+// f(scales, count) for each block of keys [begin, end), in order: the scales of `count` tokens lie
+// stride_row apart. Quantised caches are paged.
+template <class F>
+inline void for_each_block(const Task& task, const KvScale& scale, int64_t begin, int64_t end,
+                           F f) {
+  const AttentionParams& p = task.p;
+  const int32_t* table = p.block_table + task.sequence.kv_row * p.block_table_stride;
+  const float* values = scale.values + task.item.kv_head * scale.stride_head;
+  int64_t block = begin / p.block_size, offset = begin % p.block_size;
+  for (int64_t key = begin; key < end; ++block, offset = 0) {
+    const int64_t count = std::min<int64_t>(end - key, p.block_size - offset);
+    f(values + table[block] * scale.stride_block + offset * scale.stride_row, count);
+    key += count;
+  }
+}
+
+// Scales lie apart from what they scale: to be called some time before they are used.
+inline void prefetch_token_scales(const Task& task, const KvScale& scale, int64_t begin,
+                                  int64_t end) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  const int64_t step = scale.stride_row == 1 ? kLine : 1;
+  for_each_block(task, scale, begin, end, [&](const float* scales, int64_t count) {
+    for (int64_t i = 0; i < count; i += step) prefetch(scales + i * scale.stride_row);
+  });
+}
+
+// out[i] *= the scale of key begin + i, for keys [begin, end).
 inline void multiply_token_scales(const Task& task, const KvScale& scale, int64_t begin,
                                   int64_t end, float* out) {
-  const float* where[kKvChunk];
-  task.scale_rows(scale, begin, end, where);
-  for (int64_t i = 0; i < end - begin; ++i) out[i] *= *where[i];
+  for_each_block(task, scale, begin, end, [&](const float* scales, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) out[i] *= scales[i * scale.stride_row];
+    out += count;
+  });
 }
 
 // Multiplies `rows` rows s[r * stride ...), logits or weights of keys [first, last), by the scales of

@@ -66,11 +66,6 @@ struct Task {
                   item.kv_head * p.v_stride_head,
               p.v_stride_block, p.v_stride_row, begin, end, out);
   }
-  // Where the scales of keys [begin, end) lie, one a token.
-  void scale_rows(const KvScale& scale, int64_t begin, int64_t end, const float** out) const {
-    find_rows(scale.values + item.kv_head * scale.stride_head, scale.stride_block, scale.stride_row,
-              begin, end, out);
-  }
 
  private:
   // Walks block by block: a division for each key would cost as much as the key.
