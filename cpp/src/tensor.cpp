@@ -75,8 +75,8 @@ void check_contiguous(const std::string& argument, const TensorView& tensor) {
   if (tensor.is_empty()) return;
   uint64_t stride = 1;  // no memory holds a tensor for which it wraps
   for (int i = tensor.ndim - 1; i >= 0; --i) {
-    QUIRE_CHECK_ARG(tensor.shape[i] <= 1 || tensor.strides[i] == static_cast<int64_t>(stride), argument,
-                    ": expected a contiguous tensor, got stride ", tensor.strides[i],
+    QUIRE_CHECK_ARG(tensor.shape[i] <= 1 || tensor.strides[i] == static_cast<int64_t>(stride),
+                    argument, ": expected a contiguous tensor, got stride ", tensor.strides[i],
                     " instead of ", stride, " in dimension ", i);
     stride *= static_cast<uint64_t>(tensor.shape[i]);
   }

@@ -191,7 +191,7 @@ class Call {
     batch_.max_blocks = 70 / desc_.block_size + 1;
     batch_.block_table_stride = batch_.max_blocks;
     for (int i = 0; i < batch_.batch_size * batch_.max_blocks; ++i)
-      table_.push_back(number(0, kBlocks - 1));
+      table_.push_back(i % kBlocks);  // costs no input, which is left for the damage
     batch_.block_table = table_.data();
   }
 
@@ -220,7 +220,7 @@ class Call {
   void damage_batch() {
     std::vector<int32_t>* const lists[] = {&cu_q_, &cu_k_, &seq_lens_, &table_};
     std::vector<int32_t>& list = *in_.PickValueInArray(lists);
-    switch (number(0, 4)) {
+    switch (number(0, 9)) {
       case 0:
         batch_.seq_lens = nullptr;
         break;
@@ -235,14 +235,15 @@ class Call {
         break;
       default:
         if (list.empty()) return;
-        list[in_.ConsumeIntegralInRange<size_t>(0, list.size() - 1)] = extreme32();
+        list[in_.ConsumeIntegralInRange<size_t>(0, std::min<size_t>(list.size(), 8) - 1)] =
+            extreme32();
         for (int32_t& row : cu_q_) row = std::min(row, 1 << 20);
     }
   }
 
   void damage_tensor(Owned& tensor) {
     TensorView& view = tensor.view;
-    const int dim = number(0, TensorView::kMaxDims - 1);
+    const int dim = number(0, std::clamp(view.ndim - 1, 0, TensorView::kMaxDims - 1));
     switch (number(0, 7)) {
       case 0:
         view.data = nullptr;
@@ -263,7 +264,7 @@ class Call {
         view.device = {DeviceType::kCUDA, number(0, 1)};
         break;
       case 6:
-        view.shape[dim] = extreme();
+        view.shape[dim] = in_.ConsumeBool() ? extreme() : view.shape[dim] + number(-2, 2);
         break;
       default:
         view.strides[dim] = extreme();

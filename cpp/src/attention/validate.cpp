@@ -10,6 +10,9 @@
 namespace quire {
 namespace {
 
+// A plan has items for each kv head: with a bound no wrong count fills the memory.
+constexpr int kMaxHeads = 1 << 16;
+
 bool is_paged(const AttentionDesc& desc) { return desc.block_size > 0; }
 
 const char* function_name(const AttentionDesc& desc) {
@@ -85,8 +88,8 @@ void check_options(const AttentionDesc& desc, const AttentionPlan& plan,
 
 void validate(const AttentionDesc& desc) {
   const std::string function = function_name(desc);
-  QUIRE_CHECK_ARG(desc.num_heads >= 1, function, ": num_heads: expected at least 1, got ",
-                  desc.num_heads);
+  QUIRE_CHECK_ARG(desc.num_heads >= 1 && desc.num_heads <= kMaxHeads, function,
+                  ": num_heads: expected 1 to ", kMaxHeads, ", got ", desc.num_heads);
   QUIRE_CHECK_ARG(desc.num_kv_heads >= 1 && desc.num_heads % desc.num_kv_heads == 0, function,
                   ": num_kv_heads: expected a divisor of num_heads (", desc.num_heads, "), got ",
                   desc.num_kv_heads);

@@ -26,8 +26,7 @@ QUIRE_INLINE uint16x4_t narrow(Vec a, BFloat16) {  // as from_float()
   const uint32x4_t odd = vandq_u32(high, vdupq_n_u32(1));
   const uint32x4_t sum = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
   const uint32x4_t is_number = vceqq_f32(a.v, a.v);
-  return vmovn_u32(
-      vbslq_u32(is_number, vshrq_n_u32(sum, 16), vorrq_u32(high, vdupq_n_u32(0x40))));
+  return vmovn_u32(vbslq_u32(is_number, vshrq_n_u32(sum, 16), vorrq_u32(high, vdupq_n_u32(0x40))));
 }
 
 QUIRE_INLINE Vec load(const float* p) { return {vld1q_f32(p)}; }

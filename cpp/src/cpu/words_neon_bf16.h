@@ -10,8 +10,8 @@ struct Words<BFloat16> : VectorProducts {
   static constexpr bool kScalesLogits = true;  // a scaled q would have to be rounded again
 
   QUIRE_INLINE static Vec multiply_add(const float* a, Vec b, Vec sum) {
-    return {vbfdotq_f32(sum.v, vreinterpretq_bf16_f32(vld1q_dup_f32(a)),
-                        vreinterpretq_bf16_f32(b.v))};
+    return {
+        vbfdotq_f32(sum.v, vreinterpretq_bf16_f32(vld1q_dup_f32(a)), vreinterpretq_bf16_f32(b.v))};
   }
   QUIRE_INLINE static Vec load_words(const BFloat16* p, int n) {
     if (n >= 8) return {vreinterpretq_f32_u16(vld1q_u16(&p->bits))};

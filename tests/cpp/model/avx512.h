@@ -117,8 +117,7 @@ QUIRE_INLINE __m512 _mm512_shuffle_ps(__m512 a, __m512 b, int order) {
 }
 QUIRE_INLINE __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int order) {
   __m512 result;
-  for (int i = 0; i < 16; ++i)
-    result[i] = (i < 8 ? a : b)[(order >> 2 * (i / 4) & 3) * 4 + i % 4];
+  for (int i = 0; i < 16; ++i) result[i] = (i < 8 ? a : b)[(order >> 2 * (i / 4) & 3) * 4 + i % 4];
   return result;
 }
 

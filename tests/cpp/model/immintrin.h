@@ -17,9 +17,8 @@
 
 #undef QUIRE_TARGET_BEGIN  // of whatever the source asks for
 #ifdef __clang__
-#define QUIRE_TARGET_BEGIN(features)                                                    \
-  QUIRE_PRAGMA(clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = \
-                                        function))
+#define QUIRE_TARGET_BEGIN(features) \
+  QUIRE_PRAGMA(clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function))
 #else
 #define QUIRE_TARGET_BEGIN(features) \
   QUIRE_PRAGMA(GCC push_options) QUIRE_PRAGMA(GCC target("avx2,fma,f16c"))
@@ -49,7 +48,7 @@ template <int kSize, class T>
 using Lanes [[gnu::vector_size(kSize)]] = T;
 using Ints = Lanes<64, int32_t>;
 using Words32 = Lanes<64, uint32_t>;
-#include "avx512.h"
 #include "amx.h"
+#include "avx512.h"
 }  // namespace quire::cpu
 QUIRE_TARGET_END
