@@ -114,6 +114,11 @@ def prefill(shape: Shape, length: int, dtype: str) -> Prefill:
     rng = np.random.default_rng(0)
     q, k, v = _dense(rng, shape, length, dtype)
     out = np.empty_like(q)
+
+    def run() -> Array:
+        quire.attention(q, k, v, causal=True, out=out)
+        return out
+
     samples: list[tuple[tuple[int, ...], Array]] = [
         ((0, i, h), _row(q[0, i, h], k[0, : i + 1, g], v[0, : i + 1, g])[0])
         for i, h, g in _sampled(rng, length, shape)
@@ -123,7 +128,7 @@ def prefill(shape: Shape, length: int, dtype: str) -> Prefill:
         dtype,
         "bfloat16" if dtype == "bfloat16" else "float32",
         4 * _causal_pairs(length) * shape.num_heads * shape.head_dim,
-        lambda: quire.attention(q, k, v, causal=True, out=out),
+        run,
         samples,
         (q, k, v),
     )
@@ -190,6 +195,10 @@ def decode(
     q = random(rng, (len(lengths), shape.num_heads, shape.head_dim), dtype)
     out = np.empty_like(q)
 
+    def run() -> Array:
+        quire.paged_attention(q, k_cache, v_cache, table, seq_lens, out=out)
+        return out
+
     def rows_of(cache: Array, b: int, kv_head: int) -> Array:
         rows: Array = cache[table[b, : counts[b]], :, kv_head]
         return rows.reshape(-1, rows.shape[-1])[: lengths[b]]
@@ -203,7 +212,7 @@ def decode(
         dtype,
         "memory",
         2.0 * sum(lengths) * shape.num_kv_heads * shape.head_dim * q.dtype.itemsize,
-        lambda: quire.paged_attention(q, k_cache, v_cache, table, seq_lens, out=out),
+        run,
         samples,
         q,
         k_cache,

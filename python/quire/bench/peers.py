@@ -50,11 +50,11 @@ class Torch:
         return np.asarray(result.float())
 
     def _prefill(self, case: Prefill) -> Candidate:
-        q, k, v = (self._tensor(x).transpose(1, 2).contiguous() for x in case.tensors)
+        q, k, v = [self._tensor(x).transpose(1, 2).contiguous() for x in case.tensors]
         if not isinstance(case, Backward):
             return lambda: self._attend(q, k, v, True).transpose(1, 2), self._array
         inputs = [x.requires_grad_() for x in (q, k, v)]
-        out = self._attend(*inputs, True)
+        out = self._attend(q, k, v, True)
         dout = self._tensor(case.dout).transpose(1, 2).contiguous()
 
         def run() -> Any:
@@ -128,7 +128,9 @@ class OnnxRuntime:
         q, k, v = case.tensors
         length = q.shape[1]
         past = np.zeros((1, k.shape[2], length, k.shape[3]), k.dtype)
-        feeds: dict[str, Array] = {x: y.reshape(1, length, -1) for x, y in zip("qkv", (q, k, v))}
+        feeds: dict[str, Array] = {
+            x: y.reshape(1, length, -1) for x, y in zip("qkv", (q, k, v), strict=True)
+        }
         feeds |= {"past_k": past, "past_v": past.copy()}
         feeds["last"] = np.array([length - 1], np.int32)
         feeds["total"] = np.array(length, np.int32)
