@@ -16,6 +16,7 @@
 #include "cpu/prefill.h"
 #include "cpu/shared.h"
 #include "cpu/backward_kernel.h"
+#include "cpu/roof_kernel.h"
 // clang-format on
 
 template <class Kernel>
