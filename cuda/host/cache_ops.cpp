@@ -74,7 +74,7 @@ class Indices {
       end += padded_bytes(*array);
     }
     check(gpu.driver(), gpu.driver().copy_to_device(slab_->device, slab_->host, bytes, stream),
-          "cuMemcpyHtoDAsync(indices)");
+          "cuMemcpyHtoDAsync", "indices");
   }
   ~Indices() {
     if (slab_) gpu_.release(slab_, stream_);

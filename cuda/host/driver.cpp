@@ -57,8 +57,8 @@ int start(const Driver& driver, std::string& problem) {
   return problem.empty() ? count : 0;
 }
 
-void check(const Driver& driver, int result, const std::string& call) {
-  if (result != kSuccess) throw CudaError(concat(call, ": ", error_name(driver, result)));
+void fail(const Driver& driver, int result, const char* call, const char* detail) {
+  throw CudaError(concat(call, "(", detail, "): ", error_name(driver, result)));
 }
 
 }  // namespace quire::cuda

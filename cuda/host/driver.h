@@ -70,7 +70,11 @@ bool load_driver(Driver& driver, std::string& problem);
 // used.
 int start(const Driver& driver, std::string& problem);
 
-// Throws CudaError unless `result` is success. `call` reads "cuLaunchKernel(decode_...)".
-void check(const Driver& driver, int result, const std::string& call);
+[[noreturn]] void fail(const Driver& driver, int result, const char* call, const char* detail);
+
+// Throws CudaError unless `result` is success: "cuLaunchKernel(decode_...): CUDA_ERROR_...".
+inline void check(const Driver& driver, int result, const char* call, const char* detail = "") {
+  if (result != kSuccess) fail(driver, result, call, detail);
+}
 
 }  // namespace quire::cuda

@@ -55,7 +55,7 @@ Handle Gpu::function(const Kernel& kernel) {
 
 Handle Gpu::load(const Kernel& kernel) {
   const CaptureAllowance allowance(driver_);
-  const std::string wanted = image_of(kernel), call = concat("(", kernel.name, ")");
+  const std::string wanted = image_of(kernel);
   const Image* image = std::find_if(images_.begin, images_.end,
                                     [&](const Image& one) { return one.name == wanted; });
   QUIRE_INVARIANT(image != images_.end, "cuda: no image holds ", kernel.name);
@@ -63,14 +63,15 @@ Handle Gpu::load(const Kernel& kernel) {
   if (!library)
     check(driver_,
           driver_.load_library(&library, image->data, nullptr, nullptr, 0, nullptr, nullptr, 0),
-          concat("cuLibraryLoadData(", wanted, ")"));
+          "cuLibraryLoadData", wanted.c_str());
   Handle in_library = nullptr, function = nullptr;
-  check(driver_, driver_.library_kernel(&in_library, library, kernel.name),
-        "cuLibraryGetKernel" + call);
-  check(driver_, driver_.kernel_function(&function, in_library), "cuKernelGetFunction" + call);
+  check(driver_, driver_.library_kernel(&in_library, library, kernel.name), "cuLibraryGetKernel",
+        kernel.name);
+  check(driver_, driver_.kernel_function(&function, in_library), "cuKernelGetFunction",
+        kernel.name);
   if (kernel.shared_bytes > 0)
     check(driver_, driver_.set_attribute(function, kMaxDynamicSharedBytes, kernel.shared_bytes),
-          "cuFuncSetAttribute" + call);
+          "cuFuncSetAttribute", kernel.name);
   return function;
 }
 
@@ -80,7 +81,7 @@ void Gpu::launch(const Kernel& kernel, int64_t blocks, void* args, Handle stream
         driver_.launch(function(kernel), static_cast<unsigned>(blocks), 1, 1,
                        static_cast<unsigned>(kernel.threads), 1, 1,
                        static_cast<unsigned>(kernel.shared_bytes), stream, arguments, nullptr),
-        concat("cuLaunchKernel(", kernel.name, ")"));
+        "cuLaunchKernel", kernel.name);
 }
 
 int64_t Gpu::blocks_for(int64_t count, int threads) const {
@@ -109,10 +110,10 @@ std::unique_ptr<Slab> Gpu::make_slab(size_t host_bytes, size_t device_bytes) {
   slab->host_bytes = host_bytes;
   slab->device_bytes = device_bytes;
   check(driver_, driver_.create_event(&slab->event, kDisableTiming), "cuEventCreate");
-  check(driver_, driver_.allocate_pinned(&slab->host, host_bytes, kPortable),
-        concat("cuMemHostAlloc(", host_bytes, " bytes)"));
-  check(driver_, driver_.allocate(&slab->device, device_bytes),
-        concat("cuMemAlloc(", device_bytes, " bytes)"));
+  check(driver_, driver_.allocate_pinned(&slab->host, host_bytes, kPortable), "cuMemHostAlloc",
+        std::to_string(host_bytes).c_str());
+  check(driver_, driver_.allocate(&slab->device, device_bytes), "cuMemAlloc",
+        std::to_string(device_bytes).c_str());
   return slab;
 }
 

@@ -124,7 +124,7 @@ void PlanOnGpu::send(Copy& copy) {
   check(
       gpu_.driver(),
       gpu_.driver().copy_to_device(copy.slab->device, copy.slab->host, staged_.size(), copy.stream),
-      "cuMemcpyHtoDAsync(plan)");
+      "cuMemcpyHtoDAsync", "plan");
   if (capture != 0)
     copy.capture = capture;
   else

@@ -49,18 +49,18 @@ QUIRE_DEVICE void rotate(float& a, float& b, float cos, float sin) {
 template <class Type>
 QUIRE_DEVICE void rotate_pairs(const AppendArgs& args, uint16_t* to, const uint16_t* from,
                                int position, int first) {
-  const int half = args.rotary_dim / 2;
-  const int pairs = min(kPiece, half - first);
+  const int row_pairs = args.rotary_dim / 2;
+  const int pairs = min(kPiece, row_pairs - first);
   float cos[kPiece], sin[kPiece], low[kPiece], high[kPiece];
   const float* angles = args.cos_sin + position * args.cos_sin_stride + first;
   QUIRE_UNROLL
   for (int i = 0; i < kPiece; ++i) {
     cos[i] = i < pairs ? ld_global(angles + i) : 0;
-    sin[i] = i < pairs ? ld_global(angles + half + i) : 0;
+    sin[i] = i < pairs ? ld_global(angles + row_pairs + i) : 0;
   }
   // Where the two pieces of a thread begin, and how many columns each has.
   const int low_column = args.is_interleaved ? 2 * first : first;
-  const int high_column = args.is_interleaved ? 2 * first + kPiece : half + first;
+  const int high_column = args.is_interleaved ? 2 * first + kPiece : row_pairs + first;
   const int low_count = args.is_interleaved ? min(kPiece, 2 * pairs) : pairs;
   const int high_count = args.is_interleaved ? 2 * pairs - low_count : pairs;
   const bool high_is_aligned = args.is_aligned && high_column % kPiece == 0;

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = {".h", ".cpp", ".cu", ".cuh", ".py", ".def"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 STANDARD = re.compile(
-    r"^[a-z_0-9]+$|^(immintrin|cpuid|arm_neon|dirent|fcntl|pthread|sched|unistd|sys/.*|stdint|stddef)\.h$"
+    r"^[a-z_0-9]+$|^(immintrin|cpuid|arm_neon|dirent|dlfcn|fcntl|pthread|sched|unistd|sys/.*"
+    r"|stdint|stddef)\.h$"
 )
 
 

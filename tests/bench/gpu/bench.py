@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--out", type=Path, default=Path("build-gpu/results"))
     args = parser.parse_args()
     torch.manual_seed(0)
     begin, clock, report = time.monotonic(), Clock(args.device), Report(args.out)

@@ -5,11 +5,11 @@
 #
 #   tests/bench/gpu/run.sh [build] [golden] [suite] [interop] [sanitize] [bench]      (all: none given)
 #
-# Results go to $OUT (default: gpu-results). $CUDA_ARCH is taken from the GPU unless it is set. With
+# Results go to $OUT (default: build-gpu/results). $CUDA_ARCH is taken from the GPU unless it is set. With
 # DRY_RUN=1 nothing needs a GPU: the build is for 90a and the benchmark runs tiny cases on the CPU.
 set -uo pipefail
 cd "$(dirname "$0")/../../.."
-OUT=${OUT:-$PWD/gpu-results}
+OUT=${OUT:-$PWD/build-gpu/results}
 SITE=$PWD/build-gpu/site
 DRY_RUN=${DRY_RUN:-0}
 PYTHON=${PYTHON:-python3}
@@ -102,5 +102,5 @@ for stage in "${stages[@]}"; do
   esac
   summary+="$stage: $result"$'\n'
 done
-printf '\n== done (%ss)\n%s' "$SECONDS" "$summary" | tee "$OUT/summary.txt"
+printf '\n== done (%ss)\n%s\n' "$SECONDS" "$summary" | tee "$OUT/summary.txt"
 ! grep -q -v passed <<<"${summary%$'\n'}"
