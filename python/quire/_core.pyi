@@ -1,6 +1,5 @@
 """Bindings of the quire runtime; use the package `quire`."""
 
-from typing import Any
 from typing import Any, overload
 
 import numpy
@@ -84,7 +83,16 @@ class AttentionPlan:
 
     @property
     def num_work_items(self) -> int:
-        """Units of work that threads share."""
+        """
+        Work items: some rows of a sequence, for one kv head, against a range of its keys.
+        """
+
+    @property
+    def num_shared_items(self) -> int:
+        """
+        Those whose keys are read once for several sequences: blocks that begin the block
+        tables of all of them. The result is the same, bit by bit.
+        """
 
     @property
     def flops(self) -> int:
@@ -149,9 +157,28 @@ class Attention:
             attn.run(plan, q, cache.k(layer), cache.v(layer), out=out)
         """
 
+    def run_part(self, plan: AttentionPlan, ith: int, nth: int, q: object, k_cache: object, v_cache: object, out: object, workspace: object, lse: object | None = None, sinks: object | None = None, alibi_slopes: object | None = None, k_scale: object = 1.0, v_scale: object = 1.0) -> None:
+        """
+        Runs one of nth parts of what run() does, for hosts with threads of their own.
+
+        All parts, ith = 0 ... nth - 1, are to be called with the same arguments, in any order
+        and from any threads; when all have returned, out has the bits that run() gives. No
+        part waits for another, and none uses quire's threads. workspace uint8
+        [workspace_size(plan)], zeros before its first use, is left ready for the next run of
+        this or another plan that it is large enough for; one run at a time. CPU only.
+
+        Raises ValueError, before any work, naming the wrong argument.
+
+        Example::
+
+            workspace = numpy.zeros(attn.workspace_size(plan), numpy.uint8)
+            for i in range(n):  # or on n threads
+                attn.run_part(plan, i, n, q, k_cache, v_cache, out, workspace)
+        """
+
     def workspace_size(self, plan: AttentionPlan) -> int:
         """
-        Bytes of scratch memory that run() uses for this plan.
+        Bytes of scratch memory that run() uses for this plan, and run_part() asks for.
 
         Example::
 
@@ -167,11 +194,11 @@ class Attention:
             print(attn.explain())
         """
 
-def attention(q: object, k: object, v: object, out: object, lse: object | None, causal: bool, window: tuple[int, int], scale: float | None, softcap: float, alibi_slopes: object | None, sinks: object | None, mask: object | None, mask_is_tree: bool, cu_seqlens_q: object | None, cu_seqlens_k: object | None, stream: object | None) -> None: ...
+def attention(q: object | None, k: object | None, v: object | None, out: object | None, lse: object | None, causal: bool, window: tuple[int, int], scale: float | None, softcap: float, alibi_slopes: object | None, sinks: object | None, mask: object | None, mask_is_tree: bool, cu_seqlens_q: object | None, cu_seqlens_k: object | None, stream: object | None = None) -> None: ...
 
-def paged_attention(q: object, k_cache: object, v_cache: object, block_table: object, seq_lens: object, out: object, lse: object | None, cu_seqlens_q: object | None, causal: bool, window: tuple[int, int], scale: float | None, softcap: float, alibi_slopes: object | None, sinks: object | None, mask: object | None, mask_is_tree: bool, stream: object | None) -> None: ...
+def paged_attention(q: object | None, k_cache: object | None, v_cache: object | None, block_table: object | None, seq_lens: object | None, out: object | None, lse: object | None, cu_seqlens_q: object | None, causal: bool, window: tuple[int, int], scale: float | None, softcap: float, alibi_slopes: object | None, sinks: object | None, mask: object | None, mask_is_tree: bool, k_scale: object | None, v_scale: object | None, stream: object | None = None) -> None: ...
 
-def append_kv(k: object, v: object, k_cache: object, v_cache: object, slot_mapping: object, rope: object | None, stream: object | None) -> None: ...
+def append_kv(k: object | None, v: object | None, k_cache: object | None, v_cache: object | None, slot_mapping: object | None, rope: object | None, k_scale: object | None, v_scale: object | None, stream: object | None = None) -> None: ...
 
 def apply_rope(x: object | None, rope: object | None, out: object | None) -> None: ...
 
@@ -348,19 +375,27 @@ class KVCacheManager:
             seq = manager.create(np.array([1, 2, 3], np.int32))
         """
 
-    @typing.overload
-    def fork(self, seq: Sequence, n: None = None) -> Sequence: ...
     @overload
-    def fork(self, seq: Sequence, n: int) -> list[Sequence]:
+    def fork(self, seq: Sequence) -> Sequence:
         """
         A sequence of the same tokens that shares every block with computed tokens.
 
-        With `n` a list of n such sequences. The first write into a shared partial block
-        copies it: see StepBatch.copies. Raises ValueError for a negative n.
+        The first write into a shared partial block copies it: see StepBatch.copies.
 
         Example::
 
             child = manager.fork(seq)
+        """
+
+    @overload
+    def fork(self, seq: Sequence, n: int) -> list[Sequence]:
+        """
+        A list of n such sequences.
+
+        Raises ValueError for a negative n.
+
+        Example::
+
             beams = manager.fork(seq, 8)
         """
 
@@ -675,7 +710,7 @@ class KVStore:
         Fills `out`, block_bytes bytes of a writable contiguous buffer, with a payload.
 
         None: the queue is full. Unless the outcome is "done", `out` may hold anything.
-        Gets overtake puts that wait.
+        Gets do not wait for puts that wait.
 
         Example::
 

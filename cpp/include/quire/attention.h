@@ -102,7 +102,7 @@ struct AttentionTensors {
   TensorView sinks;         // float32 [num_heads]
   TensorView mask;          // uint8 [total_q, bytes]
   bool mask_is_tree = false;
-  KvScales scales;  // of a quantised cache
+  KvScales scales;         // of a quantised cache
   void* stream = nullptr;  // a cudaStream_t; null: the default stream. Null on the CPU
 };
 

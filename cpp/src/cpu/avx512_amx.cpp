@@ -35,6 +35,6 @@ QUIRE_TARGET_END
 namespace quire::cpu {
 
 const Kernels kAvx512AmxKernels = {"avx512_amx", avx512_amx::attend, avx512_amx::merge,
-    avx512_amx::prepare_backward, avx512_amx::backward};
+                                   avx512_amx::prepare_backward, avx512_amx::backward};
 
 }  // namespace quire::cpu

@@ -25,7 +25,7 @@ namespace {
 
 namespace quire::cpu {
 
-const Kernels kNeonKernels = {"neon", neon::attend, neon::merge,
-    neon::prepare_backward, neon::backward};
+const Kernels kNeonKernels = {"neon", neon::attend, neon::merge, neon::prepare_backward,
+                              neon::backward};
 
 }  // namespace quire::cpu

@@ -49,8 +49,8 @@ inline void multiply_token_scales(const Task& task, const KvScale& scale, int64_
   });
 }
 
-// Multiplies `rows` rows s[r * stride ...), logits or weights of keys [first, last), by the scales of
-// their tokens' k or v. Up to kWidth - 1 elements behind them are written as they were.
+// Multiplies `rows` rows s[r * stride ...), logits or weights of keys [first, last), by the scales
+// of their tokens' k or v. Up to kWidth - 1 elements behind them are written as they were.
 template <class T>
 void scale_tokens(const Task& task, const KvScale& scale, int64_t first, int64_t last, float* s,
                   int rows, int stride) {

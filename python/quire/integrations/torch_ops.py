@@ -64,14 +64,15 @@ def _run_append_kv(
     cos_sin: Tensor | None,
     positions: Tensor | None,
     interleaved: bool,
-    *scales: float | Tensor | None,
+    *scales: Any,
 ) -> None:
     rope = None if cos_sin is None else _Rope(cos_sin, positions, interleaved)
     _core.append_kv(k, v, k_cache, v_cache, slot_mapping, rope, *_join_scales(*scales))
 
 
 def _run_paged_attention(*args: Any) -> None:
-    _core.paged_attention(*args[:-4], *_join_scales(*args[-4:]))
+    run: Any = _core.paged_attention  # its many arguments pass through uncounted
+    run(*args[:-4], *_join_scales(*args[-4:]))
 
 
 def _join_scales(

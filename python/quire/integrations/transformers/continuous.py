@@ -68,7 +68,7 @@ def attend_continuous(
         out = quire.paged_attention(
             q, k_pages, v_pages, table, step.seq_lens, cu_seqlens_q=cu_q, **options
         )
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 def plan_step(
