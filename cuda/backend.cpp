@@ -99,7 +99,10 @@ class CudaBackend final : public Backend {
 
   void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
                  const TensorView& v_cache, const TensorView& slot_mapping, const Rope* rope,
-                 const Stream& stream) const override {
+                 const KvScales&, const Stream& stream) const override {
+    if (is_quantised(k_cache.dtype))
+      throw Unsupported(concat("append_kv: k_cache: no CUDA kernel writes ", name_of(k_cache.dtype),
+                               " caches; expected float16 or bfloat16"));
     cuda::append_kv(gpu(stream.device.index), k, v, k_cache, v_cache, slot_mapping, rope,
                     stream.handle);
   }

@@ -241,7 +241,7 @@ TEST_CASE("any number of threads gives the same bits") {
   c.prefixes = {{{1, 1500}}, {{1, 1000}}, {}, {{1, 700}}};
   Problem problem(c);
   const auto backend = [](const AttentionPlan& plan, const AttentionParams& params) {
-    cpu_backend()->run(plan, params);
+    cpu_backend()->run(plan, params, {});
   };
   const int before = num_threads();
   const Result expected = problem.run(problem.plan(kWhole), backend);

@@ -443,7 +443,7 @@ TEST_CASE("append_kv: slots from the host, positions from the device, a rope") {
   const TensorView k = on_gpu(memory, DType::kFloat16, {3, 2, 64});
   const TensorView cache = on_gpu(memory + 4096, DType::kFloat16, {7, 16, 2, 64});
   Rope rope{on_gpu(table, DType::kFloat32, {10, 32}), on_gpu(positions, DType::kInt32, {3}), true};
-  s.backend().append_kv(k, k, cache, cache, slot_view, &rope, {kGpu, kStream});
+  s.backend().append_kv(k, k, cache, cache, slot_view, &rope, {}, {kGpu, kStream});
   REQUIRE(seen.all.size() == 1);
   const device::AppendArgs& args = seen.all[0];
   CHECK(s.driver.launches[0].kernel == "append_kv_Float16_128");
@@ -460,10 +460,10 @@ TEST_CASE("append_kv: slots from the host, positions from the device, a rope") {
   CHECK(args.k.cache.stride_outer == 16 * 2 * 64);
   CHECK(args.k.from.stride_outer == 128);
   s.driver.capture = 1;
-  CHECK_THROWS_AS(s.backend().append_kv(k, k, cache, cache, slot_view, nullptr, {kGpu, kStream}),
+  CHECK_THROWS_AS(s.backend().append_kv(k, k, cache, cache, slot_view, nullptr, {}, {kGpu, kStream}),
                   InvalidArgument);
   const TensorView on_device = on_gpu(slots, DType::kInt64, {3});
-  s.backend().append_kv(k, k, cache, cache, on_device, nullptr, {kGpu, kStream});
+  s.backend().append_kv(k, k, cache, cache, on_device, nullptr, {}, {kGpu, kStream});
   CHECK(seen.all.back().slot_mapping == slots);
   CHECK(s.driver.count("cuMemcpyHtoDAsync") == 1);
 }
@@ -507,7 +507,7 @@ TEST_CASE("nothing to do launches nothing") {
   const TensorView none = on_gpu(nullptr, DType::kFloat16, {0, 2, 64});
   const TensorView cache = on_gpu(nullptr, DType::kFloat16, {7, 16, 2, 64});
   s.backend().append_kv(none, none, cache, cache, TensorView(nullptr, DType::kInt64, {0}), nullptr,
-                        {kGpu, nullptr});
+                        {}, {kGpu, nullptr});
   s.backend().copy_blocks(cache, cache, TensorView(nullptr, DType::kInt32, {0, 2}),
                           {kGpu, nullptr});
   CHECK(s.driver.count("cuLaunchKernel") == 0);

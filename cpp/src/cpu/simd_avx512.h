@@ -10,7 +10,9 @@ struct Vec {
 };
 
 QUIRE_INLINE Vec in_register(Vec a) {
+#ifndef QUIRE_MODELLED  // a vector of the tests' model fills no register
   asm("" : "+v"(a.v));
+#endif
   return a;
 }
 QUIRE_INLINE Vec zero() { return {_mm512_setzero_ps()}; }

@@ -28,6 +28,13 @@ QUIRE_INLINE __m512 _mm512_setr_ps(A... x) {
 }
 QUIRE_INLINE __m512i _mm512_castps_si512(__m512 a) { return reinterpret_cast<__m512i>(a); }
 QUIRE_INLINE __m512 _mm512_castsi512_ps(__m512i a) { return reinterpret_cast<__m512>(a); }
+QUIRE_INLINE __m256i _mm512_extracti64x4_epi64(__m512i a, int half) {
+  return _mm256_castps_si256(_mm512_extractf32x8_ps(_mm512_castsi512_ps(a), half));
+}
+QUIRE_INLINE __m256i _mm512_castsi512_si256(__m512i a) { return _mm512_extracti64x4_epi64(a, 0); }
+QUIRE_INLINE __m512i _mm512_castsi256_si512(__m256i a) {
+  return _mm512_castps_si512(join(_mm256_castsi256_ps(a), _mm256_setzero_ps()));
+}
 QUIRE_INLINE float _mm512_cvtss_f32(__m512 a) { return a[0]; }
 
 // ---- memory; what a mask leaves out is not touched
@@ -61,6 +68,9 @@ QUIRE_INLINE __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* p) {
 }
 QUIRE_INLINE __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void* p) {
   return load_masked<__m512i, uint16_t>(mask, p);
+}
+QUIRE_INLINE __m128i _mm_maskz_loadu_epi8(__mmask16 mask, const void* p) {
+  return load_masked<__m128i, uint8_t>(mask, p);
 }
 QUIRE_INLINE void _mm512_mask_storeu_ps(void* p, __mmask16 mask, __m512 a) {
   store_masked<float>(p, mask, a);
@@ -143,7 +153,38 @@ QUIRE_INLINE __m512i _mm512_mask_or_epi32(__m512i otherwise, __mmask16 mask, __m
   return from_ints(result);
 }
 
+// 16-bit lanes
+QUIRE_INLINE __m512i _mm512_set1_epi16(short x) {
+  return reinterpret_cast<__m512i>(Shorts{} + static_cast<uint16_t>(x));
+}
+QUIRE_INLINE __m512i _mm512_slli_epi16(__m512i a, unsigned n) {
+  return reinterpret_cast<__m512i>(reinterpret_cast<Shorts>(a) << n);
+}
+QUIRE_INLINE __mmask32 _mm512_cmpeq_epi16_mask(__m512i a, __m512i b) {
+  uint32_t mask = 0;
+  for (int i = 0; i < 32; ++i)
+    mask |= (reinterpret_cast<Shorts>(a)[i] == reinterpret_cast<Shorts>(b)[i] ? 1u : 0u) << i;
+  return mask;
+}
+QUIRE_INLINE __m512i _mm512_mask_blend_epi16(__mmask32 mask, __m512i a, __m512i b) {
+  Shorts result = reinterpret_cast<Shorts>(a);
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) result[i] = reinterpret_cast<Shorts>(b)[i];
+  return reinterpret_cast<__m512i>(result);
+}
+
 // ---- conversions
+QUIRE_INLINE __m512 _mm512_cvtepi32_ps(__m512i a) {
+  return __builtin_convertvector(to_ints(a), Lanes<64, float>);
+}
+QUIRE_INLINE __m512i _mm512_cvtepi8_epi32(__m128i a) {
+  return from_ints(__builtin_convertvector(reinterpret_cast<Lanes<16, int8_t>>(a), Ints));
+}
+QUIRE_INLINE __m512i _mm512_cvtepi8_epi16(__m256i a) {
+  using Signed = Lanes<64, int16_t>;
+  return reinterpret_cast<__m512i>(
+      __builtin_convertvector(reinterpret_cast<Lanes<32, int8_t>>(a), Signed));
+}
 QUIRE_INLINE __m512i _mm512_cvtps_epi32(__m512 a) {  // to nearest even
   const auto convert = [](__m256 x) { return _mm256_castsi256_ps(_mm256_cvtps_epi32(x)); };
   return _mm512_castps_si512(by_halves(convert, a));

@@ -15,6 +15,7 @@
 #include "cpu/element.h"
 #include "cpu/simd.h"
 
+#define QUIRE_MODELLED
 #undef QUIRE_TARGET_BEGIN  // of whatever the source asks for
 #ifdef __clang__
 #define QUIRE_TARGET_BEGIN(features) \
@@ -26,12 +27,15 @@
 
 // What compilers define as macros.
 #undef _mm512_cmp_ps_mask
+#undef _mm512_cmpeq_epi16_mask
 #undef _mm512_cvtps_ph
 #undef _mm512_extractf32x8_ps
+#undef _mm512_extracti64x4_epi64
 #undef _mm512_roundscale_ps
 #undef _mm512_setr_ps
 #undef _mm512_shuffle_f32x4
 #undef _mm512_shuffle_ps
+#undef _mm512_slli_epi16
 #undef _mm512_slli_epi32
 #undef _mm512_srli_epi32
 #undef _tile_dpbf16ps
@@ -48,7 +52,10 @@ template <int kSize, class T>
 using Lanes [[gnu::vector_size(kSize)]] = T;
 using Ints = Lanes<64, int32_t>;
 using Words32 = Lanes<64, uint32_t>;
-#include "amx.h"
+using Shorts = Lanes<64, uint16_t>;
+// clang-format off: the second builds on the first
 #include "avx512.h"
+#include "amx.h"
+// clang-format on
 }  // namespace quire::cpu
 QUIRE_TARGET_END
