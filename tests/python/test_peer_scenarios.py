@@ -74,7 +74,7 @@ def test_vllm_a_miss_evicts_tails_before_heads_and_the_oldest_first(manager):
     finish(manager, first)
     finish(manager, second)
     for needed, left_of_first, left_of_second in ((3, 48, 63), (2, 16, 63), (3, 0, 32)):
-        manager.free([start(manager, np.full(needed * SIZE, 7000 + needed, np.int32))])
+        manager.free([start(manager, np.full(needed * SIZE, 7000 + left_of_first, np.int32))])
         assert manager.match(text(64, 1, 0)) == left_of_first
         assert manager.match(tokens(64, 500)) == left_of_second
 
