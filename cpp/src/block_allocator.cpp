@@ -15,16 +15,13 @@ BlockAllocator::BlockAllocator(int32_t num_blocks, int32_t block_size)
   QUIRE_CHECK_ARG(block_size >= 1, "BlockAllocator: block_size: expected 1 or more, got ",
                   block_size);
   static_assert(sizeof(Entry) == 8);
-  entries_.resize(static_cast<size_t>(num_blocks) + kNumLevels + 1);
-  for (int32_t list = num_blocks; list <= free_list(); ++list)
-    entries_[list].prev = entries_[list].next = static_cast<uint32_t>(list);
-  for (int32_t i = 0; i < num_blocks; ++i) {
-    entries_[i].prev = static_cast<uint32_t>(i - 1);
-    entries_[i].next = static_cast<uint32_t>(i + 1);
+  entries_.resize(static_cast<size_t>(num_blocks) + kNumLevels);
+  for (int32_t level = 0; level < kNumLevels; ++level) {
+    Entry& list = entries_[cached_list(level)];
+    list.prev = list.next = static_cast<uint32_t>(cached_list(level));
   }
-  entries_[0].prev = entries_[num_blocks - 1].next = static_cast<uint32_t>(free_list());
-  entries_[free_list()].next = 0;
-  entries_[free_list()].prev = static_cast<uint32_t>(num_blocks - 1);
+  for (int32_t i = 0; i < num_blocks; ++i)
+    entries_[i] = {0, static_cast<uint32_t>(i + 1), kStartLevel, 0};
 }
 
 void BlockAllocator::insert_after(int32_t position, int32_t block) {
@@ -45,17 +42,14 @@ int32_t BlockAllocator::victim() {
   return next(cached_list(lowest_level_));
 }
 
-// The first blocks of the free list leave it all at once.
 void BlockAllocator::take_free(std::span<int32_t> blocks) {
-  int32_t block = next(free_list());
+  int32_t block = first_free_;
   for (int32_t& taken : blocks) {
     taken = block;
-    Entry& entry = entries_[block];
-    block = static_cast<int32_t>(entry.next);
-    entry = {1, 0, kStartLevel, 1};
+    block = next(block);
+    entries_[taken] = {1, 0, kStartLevel, 1};
   }
-  entries_[free_list()].next = static_cast<uint32_t>(block);
-  entries_[block].prev = static_cast<uint32_t>(free_list());
+  first_free_ = block;
   num_free_ -= static_cast<int32_t>(blocks.size());
 }
 
@@ -72,19 +66,11 @@ void BlockAllocator::revive(int32_t block) {
   high_water_ = std::max(high_water_, num_used());
 }
 
-void BlockAllocator::make_idle(int32_t block) {
-  Entry& entry = entries_[block];
-  const bool is_cached = entry.next != 0;
-  entry.is_used = 0;
-  if (is_cached) {
-    const int32_t level = static_cast<int32_t>(entry.level);
-    insert_after(prev(cached_list(level)), block);
-    lowest_level_ = std::min(lowest_level_, level);
-    ++num_cached_;
-  } else {
-    insert_after(free_list(), block);
-    ++num_free_;
-  }
+void BlockAllocator::make_cached(int32_t block) {
+  entries_[block].is_used = 0;
+  insert_after(prev(cached_list(level(block))), block);
+  lowest_level_ = std::min(lowest_level_, level(block));
+  ++num_cached_;
 }
 
 void BlockAllocator::set_level(int32_t block, int32_t level) {
@@ -96,24 +82,32 @@ void BlockAllocator::set_level(int32_t block, int32_t level) {
   lowest_level_ = std::min(lowest_level_, level);
 }
 
-int32_t BlockAllocator::check_list(int32_t list) const {
+int32_t BlockAllocator::check_list(int32_t level) const {
   int32_t count = 0;
+  const int32_t list = cached_list(level);
   for (int32_t last = list, block = next(list); block != list; last = block, block = next(block)) {
     QUIRE_INVARIANT(block >= 0 && block < num_blocks_, "list holds ", block);
     QUIRE_INVARIANT(prev(block) == last, "block ", block, ": broken links");
     QUIRE_INVARIANT(!entries_[block].is_used, "block ", block, ": listed and referenced");
-    QUIRE_INVARIANT(list == free_list() || cached_list(level(block)) == list, "block ", block,
-                    ": in the wrong list");
+    QUIRE_INVARIANT(this->level(block) == level, "block ", block, ": in the wrong list");
     QUIRE_INVARIANT(++count <= num_blocks_, "a list runs in circles");
   }
   return count;
 }
 
+void BlockAllocator::check_free_list() const {
+  int32_t block = first_free_;
+  for (int32_t i = 0; i < num_free_; ++i, block = next(block)) {
+    QUIRE_INVARIANT(block >= 0 && block < num_blocks_, "the free list holds ", block);
+    QUIRE_INVARIANT(!entries_[block].is_used, "block ", block, ": free and referenced");
+  }
+}
+
 void BlockAllocator::validate() const {
-  QUIRE_INVARIANT(check_list(free_list()) == num_free_, "num_free is off");
+  check_free_list();
   int32_t num_cached = 0;
   for (int32_t level = 0; level < kNumLevels; ++level) {
-    const int32_t count = check_list(cached_list(level));
+    const int32_t count = check_list(level);
     QUIRE_INVARIANT(count == 0 || level >= lowest_level_, "the lowest level is off");
     num_cached += count;
   }

@@ -47,10 +47,14 @@ int32_t BlockTable::write_row(int32_t* out, int32_t row, bool is_kept, int32_t n
   if (!is_kept || row_ != row) num_written_ = 0;
   row_ = row;
   const int32_t first = num_written_;
-  for (; num_written_ < std::min(num_blocks, num_shared()); ++num_written_)
-    out[num_written_] = shared_[num_written_];
-  for (; num_written_ < num_blocks; ++num_written_)
-    out[num_written_] = own_[num_written_ - num_shared()];
+  const int32_t num_from_shared = std::min(num_blocks, num_shared());
+  if (first < num_from_shared)
+    std::copy(shared_.begin() + first, shared_.begin() + num_from_shared, out + first);
+  const int32_t first_own = std::max(first, num_shared());
+  if (first_own < num_blocks)
+    std::copy(own_.begin() + (first_own - num_shared()), own_.begin() + (num_blocks - num_shared()),
+              out + first_own);
+  num_written_ = std::max(first, num_blocks);
   return first;
 }
 

@@ -139,32 +139,20 @@ std::span<const int32_t> KVCacheManager::pending_tokens(SequenceId id) const {
 
 // ---- Prefixes
 
-// Calls visit(block, num_tokens) for each cached block of the longest cached prefix of `tokens`,
-// `most` tokens at most; the last may be one of which only some leading tokens are equal. Returns
-// the length of that prefix in tokens.
-template <class Visit>
-int64_t KVCacheManager::walk_prefix(int32_t root, std::span<const int32_t> tokens, int64_t most,
-                                    Visit visit) const {
+// The cached blocks of a prefix, in path_. The last may be one of which only some leading tokens
+// are equal. Returns the length of that prefix in tokens.
+int64_t KVCacheManager::find_path(int32_t root, std::span<const int32_t> tokens) const {
+  path_.clear();
   if (!cache_ || root == PrefixCache::kNone) return 0;
-  int64_t num_cached = 0;
-  for (int32_t parent = root; num_cached < most;) {
-    const int32_t count = static_cast<int32_t>(std::min<int64_t>(most - num_cached, block_size_));
-    const PrefixCache::Match found = cache_->find(parent, &tokens[num_cached], count);
-    if (found.num_tokens == 0) break;
-    visit(found.block, found.num_tokens);
-    num_cached += found.num_tokens;
-    if (found.num_tokens < block_size_) break;
-    parent = found.block;
-  }
-  return num_cached;
+  return cache_->find_path(root, tokens.data(), static_cast<int64_t>(tokens.size()), &path_);
 }
 
 PrefixMatch KVCacheManager::match(int32_t root, std::span<const int32_t> tokens) const {
+  if (tokens.empty()) return {};
   PrefixMatch result;
-  const int64_t most = static_cast<int64_t>(tokens.size()) - 1;
-  result.num_tokens = walk_prefix(root, tokens, most, [&](int32_t block, int32_t num_tokens) {
-    result.num_idle_blocks += num_tokens == block_size_ && allocator_.refcount(block) == 0;
-  });
+  result.num_tokens = find_path(root, tokens.first(tokens.size() - 1));
+  path_.resize(static_cast<size_t>(result.num_tokens / block_size_));  // whole blocks
+  for (int32_t block : path_) result.num_idle_blocks += allocator_.refcount(block) == 0;
   return result;
 }
 
@@ -238,11 +226,9 @@ void KVCacheManager::attach(SequenceId id) {
   Sequence& seq = get(id);
   QUIRE_CHECK_ARG(seq.table.size() == 0, "attach: seq: expected one without blocks, got ",
                   seq.table.size(), " blocks");
-  seq.num_cached =
-      walk_prefix(seq.root, seq.tokens, seq.num_tokens() - 1, [&](int32_t block, int32_t) {
-        allocator_.share(block);
-        seq.table.append(block);
-      });
+  seq.num_cached = find_path(seq.root, std::span(seq.tokens).first(seq.tokens.size() - 1));
+  for (int32_t block : path_) allocator_.share(block);
+  seq.table.append(path_);
   seq.num_computed = seq.num_cached;
   if (cache_ && !seq.was_attached) {  // a sequence that comes back is not a query of its own
     prefix_query_tokens_ += seq.num_tokens();
@@ -261,28 +247,22 @@ void KVCacheManager::detach(SequenceId id) {
 // ---- Pins
 
 int64_t KVCacheManager::pin(int32_t root, std::span<const int32_t> tokens) {
-  const int64_t whole = static_cast<int64_t>(tokens.size()) / block_size_ * block_size_;
-  int64_t num_pinned = 0;
-  walk_prefix(root, tokens, whole, [&](int32_t block, int32_t num_tokens) {
-    if (num_tokens < block_size_) return;
+  const int64_t num_whole = find_path(root, tokens) / block_size_;
+  path_.resize(static_cast<size_t>(num_whole));
+  for (int32_t block : path_)
     if (pins_[block]++ == 0) allocator_.share(block);
-    num_pinned += num_tokens;
-  });
-  return num_pinned;
+  return num_whole * block_size_;
 }
 
 int64_t KVCacheManager::unpin(int32_t root, std::span<const int32_t> tokens) {
-  const int64_t whole = static_cast<int64_t>(tokens.size()) / block_size_ * block_size_;
-  std::vector<int32_t> path;
-  walk_prefix(root, tokens, whole, [&](int32_t block, int32_t num_tokens) {
-    if (num_tokens == block_size_ && pins_.contains(block)) path.push_back(block);
-  });
-  const int64_t num_unpinned = static_cast<int64_t>(path.size()) * block_size_;
-  for (; !path.empty(); path.pop_back()) {  // the last first, so that leaves are evicted first
-    const auto pin = pins_.find(path.back());
+  path_.resize(static_cast<size_t>(find_path(root, tokens) / block_size_));
+  while (!path_.empty() && !pins_.contains(path_.back())) path_.pop_back();
+  const int64_t num_unpinned = static_cast<int64_t>(path_.size()) * block_size_;
+  for (; !path_.empty(); path_.pop_back()) {  // the last first, so that leaves are evicted first
+    const auto pin = pins_.find(path_.back());
     if (--pin->second > 0) continue;
     pins_.erase(pin);
-    release_now(path.back());
+    release_now(path_.back());
   }
   return num_unpinned;
 }

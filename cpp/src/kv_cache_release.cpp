@@ -124,10 +124,15 @@ void KVCacheManager::free(std::span<const SequenceId> seqs) {
 // leaves are evicted first.
 void KVCacheManager::trim(Sequence& seq, int32_t num_blocks) {
   if (num_blocks >= seq.table.size()) return;
-  for (int32_t i = seq.table.size() - 1; i >= num_blocks; --i) {
-    retain(seq.retention, seq.table[i]);
-    release(seq.table[i]);
-  }
+  const std::span<const int32_t> blocks = seq.table.own_from(num_blocks);
+  if (has_retention_)
+    for (int32_t block : blocks) retain(seq.retention, block);
+  const bool is_simple = expiries_.empty() && (async_depth_ == 0 || last_ticket_ == last_retired_);
+  for (size_t i = blocks.size(); i-- > 0;)
+    if (is_simple)
+      allocator_.release(blocks[i]);
+    else
+      release(blocks[i]);
   seq.table.truncate(num_blocks);
 }
 

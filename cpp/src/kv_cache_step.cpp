@@ -243,9 +243,21 @@ bool KVCacheManager::fits_loop() const {
   return most < batch_.block_table_stride() * block_size_;
 }
 
+// Asks for the memory of sequences that lie far apart before any of it is needed.
+void KVCacheManager::prefetch_rows(int32_t first_rank, int32_t last_rank) const {
+  for (int32_t rank = first_rank; rank < last_rank; ++rank)
+    __builtin_prefetch(&sequences_[loop_seqs_[loop_.row(rank)].index()].tokens);
+  for (int32_t rank = first_rank; rank < last_rank; ++rank) {
+    const Sequence& seq = sequences_[loop_seqs_[loop_.row(rank)].index()];
+    __builtin_prefetch(seq.tokens.data() + seq.tokens.size());
+    seq.table.prefetch_end();
+  }
+}
+
 const StepBatch* KVCacheManager::step_loop() {
   const auto [first, last] = loop_.beginning();
   if (!allocate(last - first)) return nullptr;
+  prefetch_rows(first, last);
   batch_.advance(++last_ticket_);
   for (int32_t rank = first; rank < last; ++rank) {
     const int32_t row = loop_.row(rank);
@@ -261,6 +273,7 @@ const StepBatch* KVCacheManager::step_loop() {
 
 void KVCacheManager::commit_loop(std::span<const int32_t> sampled) {
   const auto [first, last] = loop_.filling();
+  prefetch_rows(first, last);
   for (int32_t rank = first; rank < last; ++rank) {
     const int32_t row = loop_.row(rank);
     Sequence& seq = sequence_of(loop_seqs_[row]);

@@ -193,18 +193,8 @@ uint32_t PrefixCache::take_out(uint32_t node, uint32_t block, Key key) {
 
 // ---- The tree
 
-// Whether the child that is looked at first holds exactly these block_size tokens.
-bool PrefixCache::is_top_child(int32_t parent, Key key) const {
-  const uint32_t top = top_child(parent);
-  if (top == kNil || nodes_[top].is_wide || nodes_[top].is_partial) return false;
-  const PackedRow row(&rows_[top * row_bytes_], block_size_);
-  return row.equal_prefix(key.tokens, block_size_) == block_size_;
-}
-
 PrefixCache::Match PrefixCache::find(int32_t parent, const int32_t* tokens, int32_t count) const {
   const Key key{tokens, count};
-  if (count == block_size_ && is_top_child(parent, key))  // most nodes have one child
-    return {static_cast<int32_t>(top_child(parent)), count};
   Match before, behind;  // the neighbours of the key in the order of siblings
   for (uint32_t node = top_child(parent); node != kNil;) {
     const Match match{static_cast<int32_t>(node), equal_prefix(node, key)};
@@ -219,6 +209,35 @@ PrefixCache::Match PrefixCache::find(int32_t parent, const int32_t* tokens, int3
   }
   const Match best = before.num_tokens >= behind.num_tokens ? before : behind;
   return best.num_tokens == 0 ? Match{} : best;
+}
+
+int64_t PrefixCache::find_path(int32_t root, const int32_t* tokens, int64_t count,
+                               std::vector<int32_t>* blocks) const {
+  blocks->resize(static_cast<size_t>(count / block_size_) + 1);
+  int32_t* out = blocks->data();
+  int64_t num_found = 0;
+  uint32_t top = top_child(root);
+  for (int32_t parent = root; num_found < count; num_found += block_size_) {
+    const int32_t size = static_cast<int32_t>(std::min<int64_t>(count - num_found, block_size_));
+    // Most nodes have one child, and most of those are what is looked for.
+    const bool is_plain = top != kNil && !nodes_[top].is_wide && !nodes_[top].is_partial;
+    if (is_plain && size == block_size_ &&
+        PackedRow(&rows_[top * row_bytes_], size).equal_prefix(tokens + num_found, size) == size) {
+      parent = static_cast<int32_t>(top);
+    } else {
+      const Match found = find(parent, tokens + num_found, size);
+      if (found.num_tokens < block_size_) {
+        if (found.num_tokens > 0) *out++ = found.block;
+        num_found += found.num_tokens;
+        break;
+      }
+      parent = found.block;
+    }
+    *out++ = parent;
+    top = nodes_[parent].child;
+  }
+  blocks->resize(static_cast<size_t>(out - blocks->data()));
+  return num_found;
 }
 
 int32_t PrefixCache::insert(int32_t parent, const int32_t* tokens, int32_t count, int32_t block) {

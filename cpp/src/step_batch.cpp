@@ -48,10 +48,15 @@ void StepBatch::begin(int64_t ticket, const Size& size) {
 
 void StepBatch::write_row(int32_t row, bool is_kept, BlockTable& table, int32_t num_blocks) {
   const int32_t begin = static_cast<int32_t>(row * block_table_stride_);
-  for (int32_t column = table.write_row(&block_table_[begin], row, is_kept, num_blocks);
-       column < num_blocks; ++column) {
-    changes_.push_back(begin + column);
-    changes_.push_back(block_table_[begin + column]);
+  int32_t* const entries = block_table_.data() + begin;
+  const int32_t first = table.write_row(entries, row, is_kept, num_blocks);
+  if (first >= num_blocks) return;
+  const size_t size = changes_.size();
+  changes_.resize(size + 2 * static_cast<size_t>(num_blocks - first));
+  int32_t* change = changes_.data() + size;
+  for (int32_t column = first; column < num_blocks; ++column) {
+    *change++ = begin + column;
+    *change++ = entries[column];
   }
 }
 

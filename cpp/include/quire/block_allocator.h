@@ -51,8 +51,13 @@ class BlockAllocator {
   // One reference less. The last one sends the block to the end of its level's list if its
   // contents are worth keeping, else to the free list.
   void release(int32_t block) {
-    Entry& entry = entries_[block];
-    if (--entry.prev == 0) make_idle(block);
+    const Entry entry = entries_[block];
+    if (entry.prev > 1)
+      entries_[block].prev = entry.prev - 1;
+    else if (entry.next != 0)
+      make_cached(block);
+    else
+      make_free(block);
   }
 
   // Whether the contents of a used block are worth keeping once nobody holds it.
@@ -84,15 +89,15 @@ class BlockAllocator {
   void validate() const;
 
  private:
-  // An idle block's neighbours in its list; a used one's references (prev) and whether it is
-  // worth keeping (next).
+  // A cached block's neighbours in its list; a free one's successor (next); a used one's references
+  // (prev) and whether it is worth keeping (next).
   struct Entry {
     uint64_t prev : 28, next : 28, level : 7, is_used : 1;
   };
 
-  // Lists are circular through sentinels that lie behind the blocks.
+  // Lists of cached blocks are circular through sentinels that lie behind the blocks. The free
+  // list is a stack.
   int32_t cached_list(int32_t level) const { return num_blocks_ + level; }
-  int32_t free_list() const { return num_blocks_ + kNumLevels; }
   int32_t next(int32_t block) const { return static_cast<int32_t>(entries_[block].next); }
   int32_t prev(int32_t block) const { return static_cast<int32_t>(entries_[block].prev); }
   void insert_after(int32_t position, int32_t block);
@@ -101,16 +106,23 @@ class BlockAllocator {
   void take_free(std::span<int32_t> blocks);
   void take_cached(int32_t block);
   void revive(int32_t block);
-  void make_idle(int32_t block);
-  int32_t check_list(int32_t list) const;
+  void make_cached(int32_t block);
+  void make_free(int32_t block) {
+    entries_[block] = {0, static_cast<uint32_t>(first_free_), kStartLevel, 0};
+    first_free_ = block;
+    ++num_free_;
+  }
+  int32_t check_list(int32_t level) const;
+  void check_free_list() const;
 
   int32_t num_blocks_;
   int32_t block_size_;
   int32_t num_free_;
+  int32_t first_free_ = 0;
   int32_t num_cached_ = 0;
   int32_t high_water_ = 0;
   int32_t lowest_level_ = kNumLevels;  // no cached block is of a lower one
-  std::vector<Entry> entries_;         // [num_blocks + kNumLevels + 1]
+  std::vector<Entry> entries_;         // [num_blocks + kNumLevels]
 };
 
 }  // namespace quire

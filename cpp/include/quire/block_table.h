@@ -19,6 +19,9 @@ class BlockTable {
     return index < num_shared() ? shared_[index] : own_[index - num_shared()];
   }
   std::vector<int32_t> ids() const;
+  std::span<const int32_t> own_from(int32_t index) const {  // behind the shared ones
+    return std::span(own_).subspan(index - num_shared());
+  }
 
   // How many blocks `num_tokens` tokens take.
   int32_t blocks_for(int64_t num_tokens) const {
@@ -34,6 +37,7 @@ class BlockTable {
     return position - position % block_size_ + block_size_;
   }
 
+  void prefetch_end() const { __builtin_prefetch(own_.data() + own_.size()); }
   void append(int32_t block) { own_.push_back(block); }
   void append(std::span<const int32_t> blocks);
   // These two reach own ids only.

@@ -223,9 +223,7 @@ class KVCacheManager {
   void remove_sequence(Sequence& seq);
   int64_t num_computed(const Sequence& seq) const;
 
-  template <class Visit>
-  int64_t walk_prefix(int32_t root, std::span<const int32_t> tokens, int64_t most,
-                      Visit visit) const;
+  int64_t find_path(int32_t root, std::span<const int32_t> tokens) const;
   PrefixMatch match(int32_t root, std::span<const int32_t> tokens) const;
   bool shares_last_block(const Sequence& seq) const;
 
@@ -244,6 +242,7 @@ class KVCacheManager {
   bool continues_loop(std::span<const SequenceId> seqs) const;
   void begin_loop(std::span<const SequenceId> seqs);
   bool fits_loop() const;
+  void prefetch_rows(int32_t first_rank, int32_t last_rank) const;
   const StepBatch* step_loop();
   void commit_loop(std::span<const int32_t> sampled);
   void settle();
@@ -299,6 +298,7 @@ class KVCacheManager {
   std::vector<Sequence*> visited_;
   std::vector<Copy> copies_;
   std::vector<int32_t> new_blocks_;
+  mutable std::vector<int32_t> path_;
 };
 
 }  // namespace quire

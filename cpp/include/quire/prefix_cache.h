@@ -47,6 +47,11 @@ class PrefixCache {
   };
   Match find(int32_t parent, const int32_t* tokens, int32_t count) const;
 
+  // The blocks of the longest cached prefix of `count` tokens, from a root on. The last of them may
+  // begin with some of the remaining tokens only. Returns the length of that prefix in tokens.
+  int64_t find_path(int32_t root, const int32_t* tokens, int64_t count,
+                    std::vector<int32_t>* blocks) const;
+
   // Caches `block`, which holds these tokens, under `parent`. Returns `block`, or a child that
   // begins with all of them already; then nothing changes.
   int32_t insert(int32_t parent, const int32_t* tokens, int32_t count, int32_t block);
@@ -99,7 +104,6 @@ class PrefixCache {
   uint32_t top_child(int32_t parent) const;
   void set_top_child(int32_t parent, uint32_t child);
 
-  bool is_top_child(int32_t parent, Key key) const;
   int32_t equal_prefix(uint32_t node, Key key) const;
   bool is_before(uint32_t node, Key key, int32_t num_equal) const;
   int32_t token(uint32_t node, int32_t i) const;

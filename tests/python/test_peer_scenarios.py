@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of other KV cache managers ask for, asked of this one.
+
+Named after the suites they come from: vLLM's prefix caching, TensorRT-LLM's kvCacheManagerTest,
+SGLang's radix cache, the paged KV cache of TVM and MLC. Block ids are quire's own.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import quire
+
+SIZE = 16
+
+
+def tokens(count: int, first: int = 0) -> np.ndarray:
+    return np.arange(first, first + count, dtype=np.int32)
+
+
+def text(common: int, end: int, count: int) -> np.ndarray:
+    """`common` tokens that all texts share, then `count` of its own."""
+    return np.concatenate([tokens(common), np.full(count, 1000 + end, np.int32)])
+
+
+def start(manager: quire.KVCacheManager, prompt, **options) -> quire.Sequence:
+    seq = manager.create(prompt, **options)
+    batch = manager.step([seq], [seq.num_tokens - seq.num_computed_tokens])
+    assert batch is not None
+    manager.commit([seq])
+    manager.validate()
+    return seq
+
+
+def finish(manager: quire.KVCacheManager, *seqs: quire.Sequence) -> None:
+    manager.free(list(seqs))
+    manager.validate()
+
+
+def blocks(seq: quire.Sequence) -> list[int]:
+    return seq.block_table.tolist()
+
+
+@pytest.fixture
+def manager() -> quire.KVCacheManager:
+    return quire.KVCacheManager(10, SIZE)
+
+
+# ---- vLLM: prefix caching
+
+
+def test_vllm_second_request_shares_48_of_55_tokens(manager):
+    first = start(manager, text(48, 1, 7))
+    assert first.num_cached_tokens == 0 and len(blocks(first)) == 4
+    second = start(manager, text(48, 2, 7))
+    assert second.num_cached_tokens == 48
+    assert blocks(second)[:3] == blocks(first)[:3] and blocks(second)[3] != blocks(first)[3]
+    assert manager.num_used_blocks == 5
+
+
+def test_vllm_a_freed_prefix_is_revived_before_anything_is_allocated(manager):
+    first, second = start(manager, text(48, 1, 7)), start(manager, text(48, 2, 7))
+    prefix = blocks(first)[:3]
+    finish(manager, first)
+    finish(manager, second)
+    third = manager.create(text(48, 3, 7))
+    assert blocks(third) == prefix and manager.num_used_blocks == 3
+
+
+def test_vllm_a_miss_evicts_tails_before_heads_and_the_oldest_first(manager):
+    first, second = start(manager, text(64, 1, 0)), start(manager, tokens(64, 500))
+    finish(manager, first)
+    finish(manager, second)
+    for needed, left_of_first, left_of_second in ((3, 48, 63), (2, 16, 63), (3, 0, 32)):
+        manager.free([start(manager, np.full(needed * SIZE, 7000 + left_of_first, np.int32))])
+        assert manager.match(text(64, 1, 0)) == left_of_first
+        assert manager.match(tokens(64, 500)) == left_of_second
+
+
+def test_vllm_decode_fills_a_block_that_then_hits(manager):
+    seq = start(manager, tokens(63))
+    manager.commit([seq], [63])
+    assert manager.match(tokens(80)) == 48
+    manager.step([seq], [1])
+    assert len(blocks(seq)) == 4
+    manager.commit([seq], [64])
+    assert manager.match(tokens(80)) == 64
+    manager.step([seq], [1])
+    assert len(blocks(seq)) == 5
+
+
+def test_vllm_hits_are_not_evicted_by_their_own_allocation(manager):
+    finish(manager, start(manager, tokens(64)))
+    seq = manager.create(np.concatenate([tokens(64), tokens(96, 500)]))
+    assert seq.num_cached_tokens == 64
+    hits = blocks(seq)
+    assert manager.step([seq], [96]) is not None
+    assert blocks(seq)[:4] == hits and manager.num_used_blocks == 10
+
+
+def test_vllm_not_enough_blocks_changes_no_reference(manager):
+    finish(manager, start(manager, tokens(64)))
+    holder = start(manager, tokens(64, 500))
+    seq = manager.create(np.concatenate([tokens(64), tokens(112, 900)]))
+    before = manager.stats()
+    assert manager.step([seq], [112]) is None
+    assert manager.stats() == before and holder.num_computed_tokens == 64
+    manager.validate()
+
+
+def test_vllm_a_wholly_cached_prompt_computes_its_last_token_alone(manager):
+    finish(manager, start(manager, tokens(64)))
+    seq = manager.create(tokens(64))
+    assert seq.num_cached_tokens == 63  # not 48: the last block is copied, not computed again
+    assert len(manager.step([seq], [1]).copies) == 1
+
+
+def test_vllm_caching_off_never_hits():
+    manager = quire.KVCacheManager(10, SIZE, prefix_caching=False)
+    finish(manager, start(manager, tokens(64)))
+    assert manager.match(tokens(64)) == 0 and manager.num_free_blocks == 10
+
+
+def test_vllm_salts_separate(manager):
+    finish(manager, start(manager, tokens(48), salt="a"))
+    assert manager.match(tokens(49), salt="a") == 48
+    assert manager.match(tokens(49), salt="b") == manager.match(tokens(49)) == 0
+
+
+def test_vllm_equal_blocks_of_two_requests_become_one(manager):
+    first, second = manager.create(tokens(64)), manager.create(tokens(64))
+    manager.step([first, second], [64, 64])
+    assert manager.num_used_blocks == 8
+    manager.commit([first, second])
+    assert blocks(first) == blocks(second) and manager.num_used_blocks == 4
+
+
+def test_vllm_nothing_leaks_when_all_requests_have_ended(manager):
+    rng = np.random.default_rng(0)
+    for turn in range(50):
+        seqs = [manager.create(tokens(int(n), turn % 3)) for n in rng.integers(1, 50, 3)]
+        left = [seq.num_tokens - seq.num_computed_tokens for seq in seqs]
+        if manager.step(seqs, left) is not None and turn % 2:
+            manager.commit(seqs)
+        finish(manager, *seqs)
+    assert manager.num_used_blocks == 0 and manager.num_used_tokens == 0
+
+
+def test_vllm_blocks_of_steps_in_flight_come_back_with_their_step():
+    manager = quire.KVCacheManager(8, SIZE, prefix_caching=False, async_depth=2)
+    first, second = manager.create(tokens(32)), manager.create(tokens(32))
+    one = manager.step([first], [32])
+    two = manager.step([second], [32])
+    manager.free([first, second])
+    assert manager.num_free_blocks == 4 and manager.stats()["fenced_blocks"] == 4
+    manager.retire(one.ticket)
+    assert manager.num_free_blocks == 4  # freed while the second step ran too
+    manager.retire(two.ticket)
+    assert manager.num_free_blocks == 8 and manager.stats()["fenced_blocks"] == 0
+
+
+def test_vllm_a_copied_block_lives_until_its_copy_has_run():
+    manager = quire.KVCacheManager(8, SIZE, async_depth=1)
+    first = manager.create(tokens(32))
+    manager.retire(manager.step([first], [32]).ticket)
+    manager.commit([first])
+    second = manager.create(np.append(tokens(24), np.int32(-5)))
+    batch = manager.step([second], [1])
+    source = int(batch.copies[0, 0])
+    manager.free([first])
+    others = manager.create(tokens(96, 700))
+    with pytest.raises(ValueError, match="retire"):
+        manager.step([others], [80])
+    assert source not in blocks(second)
+    manager.retire(batch.ticket)
+    assert manager.step([others], [96]) is not None
+
+
+# ---- TensorRT-LLM: kvCacheManagerTest
+
+
+def cache_four(manager: quire.KVCacheManager, options: list[dict]) -> list[np.ndarray]:
+    """Four texts of two blocks, each with its own retention, given up in order."""
+    texts = [tokens(32, 100 * i) for i in range(len(options))]
+    seqs = [start(manager, t, **o) for t, o in zip(texts, options, strict=True)]
+    for seq in seqs:
+        finish(manager, seq)
+    return texts
+
+
+def evict(manager: quire.KVCacheManager, count: int) -> None:
+    """Takes the free blocks and `count` cached ones."""
+    seq = manager.create(np.array([-1], np.int32))
+    needed = manager.num_free_blocks + count
+    assert manager.step([seq], [1], lookahead=needed * SIZE - 1) is not None
+    manager.free([seq])
+    manager.validate()
+
+
+def test_trtllm_lower_priorities_are_evicted_first(manager):
+    texts = cache_four(manager, [{"priority": p} for p in (90, 10, 35, 20)])
+    for count, survivors in ((2, [0, 2, 3]), (2, [0, 2]), (2, [0])):
+        evict(manager, count)
+        found = [i for i, t in enumerate(texts) if manager.match(np.append(t, np.int32(0))) == 32]
+        assert found == survivors
+        for i, t in enumerate(texts):
+            if i not in survivors:
+                assert manager.match(np.append(t, np.int32(0))) == 0
+        start(manager, np.full(SIZE * manager.num_free_blocks, 5000 + count, np.int32))
+
+
+def test_trtllm_an_expired_high_priority_is_outlived_by_a_lower_one(manager):
+    short, long = cache_four(manager, [{"priority": 80, "ttl": 0.01}, {"priority": 50}])
+    time.sleep(0.02)
+    evict(manager, 2)
+    assert manager.match(np.append(short, np.int32(0))) == 0
+    assert manager.match(np.append(long, np.int32(0))) == 32
+
+
+def test_trtllm_a_priority_holds_until_it_expires(manager):
+    high, low = cache_four(manager, [{"priority": 80, "ttl": 60.0}, {"priority": 50}])
+    evict(manager, 2)
+    assert manager.match(np.append(high, np.int32(0))) == 32
+    assert manager.match(np.append(low, np.int32(0))) == 0
+
+
+def test_trtllm_an_expired_block_that_is_used_again_counts_anew(manager):
+    short, other = cache_four(manager, [{"priority": 80, "ttl": 0.01}, {"priority": 50}])
+    time.sleep(0.02)
+    finish(manager, start(manager, np.append(short, np.int32(0)), priority=60))
+    evict(manager, 1)  # the partial block of that sequence's last token goes first or stays
+    evict(manager, 2)
+    assert manager.match(np.append(short, np.int32(1))) == 32
+    assert manager.match(np.append(other, np.int32(1))) < 32
+
+
+def test_trtllm_an_expired_parent_goes_after_its_children(manager):
+    parent = start(manager, tokens(16), priority=80, ttl=0.0)
+    child = start(manager, tokens(48), priority=90)
+    finish(manager, child)
+    finish(manager, parent)
+    evict(manager, 1)
+    assert manager.match(tokens(48)) in (32, 47)  # a leaf is gone, never a parent alone
+    evict(manager, 2)
+    assert manager.match(tokens(48)) in (0, 15, 16, 32)
+
+
+def test_trtllm_pinned_blocks_stay(manager):
+    (system,) = cache_four(manager, [{}])
+    assert manager.pin(system) == 32 and manager.pin(system) == 32
+    assert manager.stats()["pinned_blocks"] == 2
+    evict(manager, 0)
+    seq = manager.create(np.array([9], np.int32))
+    assert manager.step([seq], [1], lookahead=8 * SIZE) is None
+    assert manager.step([seq], [1], lookahead=8 * SIZE - 1) is not None
+    assert manager.match(np.append(system, np.int32(0))) == 32
+    manager.free([seq])
+    assert manager.unpin(system) == manager.unpin(system) == 32 and manager.unpin(system) == 0
+    assert manager.num_used_blocks == 0 and manager.stats()["pinned_blocks"] == 0
+    evict(manager, 2)
+    assert manager.match(system) == 0
+
+
+def test_trtllm_pinning_a_sequence_keeps_what_it_computed(manager):
+    seq = start(manager, tokens(40))
+    assert manager.pin(seq) == 32
+    finish(manager, seq)
+    assert manager.stats()["pinned_blocks"] == 2 and manager.num_used_tokens == 32
+    assert manager.unpin(tokens(40)) == 32
+    assert manager.num_used_blocks == 0
+
+
+def test_trtllm_statistics_per_request(manager):
+    for _ in range(3):
+        finish(manager, start(manager, tokens(31)))
+    stats = manager.stats()
+    assert stats["prefix_query_tokens"] == 93 and stats["prefix_hit_tokens"] == 60
+
+
+def test_trtllm_partial_reuse_gives_all_but_the_last_token(manager):
+    finish(manager, start(manager, tokens(21)))
+    assert manager.match(tokens(21)) == 20
+    assert manager.match(tokens(30)) == 21
+    assert manager.match(tokens(18)) == 17
+
+
+def test_trtllm_rewind_gives_blocks_back(manager):
+    seq = start(manager, tokens(60))
+    manager.truncate(seq, 17)
+    assert len(blocks(seq)) == 2 and manager.num_used_blocks == 2
+
+
+def test_trtllm_beams_share_the_context_and_own_their_last_block(manager):
+    seq = start(manager, tokens(40))
+    beams = [seq, *manager.fork(seq, 3)]
+    manager.commit(beams, [50, 51, 52, 53])
+    batch = manager.step(beams, [1] * 4)
+    assert len(batch.copies) == 3
+    tables = [blocks(beam) for beam in beams]
+    assert all(table[:2] == tables[0][:2] for table in tables)
+    assert len({table[2] for table in tables}) == 4
+
+
+# ---- SGLang: radix cache
+
+
+def test_sglang_insert_1_2_3_match_1_2_4():
+    manager = quire.KVCacheManager(8, SIZE)
+    finish(manager, start(manager, [1, 2, 3]))
+    assert manager.match([1, 2, 4, 5]) == 2
+
+
+def test_sglang_siblings_split_where_they_differ(manager):
+    for end in range(5):
+        finish(manager, start(manager, text(20, end, 8)))
+    for end in range(5):
+        assert manager.match(text(20, end, 8)) == 27
+        assert manager.match(np.append(text(20, end, 3), np.int32(0))) == 23
+    assert manager.match(text(20, 77, 8)) == 20
+
+
+def test_sglang_a_locked_prefix_is_not_evicted(manager):
+    seq = start(manager, tokens(64))
+    finish(manager, start(manager, tokens(64, 500)))
+    evict(manager, 4)
+    assert manager.match(tokens(65)) == 64 and manager.match(tokens(65, 500)) == 0
+    finish(manager, seq)
+
+
+def test_sglang_free_and_evictable_and_protected_make_the_pool(manager):
+    seqs = []
+    for i in range(6):
+        seqs.append(start(manager, text(16, i, 10)))
+        if i % 2:
+            finish(manager, seqs.pop(0))
+        stats = manager.stats()
+        assert stats["free_blocks"] + stats["used_blocks"] + stats["cached_blocks"] == 10
+
+
+# ---- MLC and TVM: fork and rollback
+
+
+@pytest.mark.parametrize("offset", [1, 15, 16, 17, 31, 32, 33, 40])
+def test_mlc_fork_at_every_offset_then_both_sides_grow(offset):
+    manager = quire.KVCacheManager(32, SIZE)
+    kv = np.full(32 * SIZE, -1, np.int64)
+
+    def decode(seqs, sampled):
+        manager.commit(seqs, sampled)
+        batch = manager.step(seqs, [1] * len(seqs))
+        rows = kv.reshape(-1, SIZE)
+        rows[batch.copies[:, 1]] = rows[batch.copies[:, 0]]
+        kv[batch.slot_mapping] = sampled
+
+    parent = manager.create(tokens(40))
+    kv[manager.step([parent], [40]).slot_mapping] = tokens(40)
+    manager.commit([parent])
+    child = manager.fork(parent)
+    manager.truncate(child, offset)
+    for turn in range(20):
+        decode([parent, child], np.array([100 + turn, 200 + turn], np.int32))
+    manager.commit([parent, child])
+    for seq, known in (
+        (parent, [*range(40), *range(100, 120)]),
+        (child, [*range(offset), *range(200, 220)]),
+    ):
+        assert seq.token_ids.tolist() == known
+        assert kv.reshape(-1, SIZE)[seq.block_table].reshape(-1)[: len(known)].tolist() == known
+    manager.validate()
+
+
+def test_mlc_diverging_children_match_the_deepest_first():
+    manager = quire.KVCacheManager(32, SIZE)
+    seq = start(manager, tokens(20))
+    child = manager.fork(seq)
+    manager.commit([seq, child], [[50, 51, 52], [50, 61]])
+    manager.step([seq, child], [3, 2])
+    manager.commit([seq, child])
+    finish(manager, seq, child)
+    assert manager.match([*range(20), 50, 51, 52, 0]) == 23
+    assert manager.match([*range(20), 50, 61, 0]) == 22
+    assert manager.match([*range(20), 50, 9, 0]) == 21
+
+
+def test_mlc_rollback_by_any_length_gives_capacity_back():
+    for length in range(1, 49):
+        manager = quire.KVCacheManager(8, SIZE)
+        seq = start(manager, tokens(48))
+        other = manager.fork(seq)
+        manager.truncate(seq, length)
+        assert len(blocks(seq)) == -(-length // SIZE)
+        finish(manager, seq, other)
+        assert manager.num_used_blocks == 0
+
+
+def test_mlc_capacity_is_as_before_when_all_are_removed():
+    manager = quire.KVCacheManager(32, SIZE, prefix_caching=False)
+    seq = start(manager, tokens(40))
+    children = manager.fork(seq, 5)
+    grandchildren = manager.fork(children[2], 5)
+    finish(manager, children[0], seq, *grandchildren[:2])
+    finish(manager, *children[1:], *grandchildren[2:])
+    assert manager.num_free_blocks == 32
+
+
+# ---- Lookahead: room for drafts
+
+
+def test_lookahead_reaches_beyond_known_tokens(manager):
+    seq = start(manager, tokens(14))
+    manager.commit([seq], [14])
+    batch = manager.step([seq], [1], lookahead=4)
+    assert batch.seq_lens.tolist() == [15] and len(batch.slot_mapping) == 1
+    assert batch.block_table.shape == (1, 2) and len(blocks(seq)) == 2
+    manager.commit([seq], [[15, 16, 17]])
+    assert manager.step([seq], [3]) is not None and len(blocks(seq)) == 2
+    with pytest.raises(ValueError, match="lookahead: expected 0 or more, got -1"):
+        manager.step([seq], [1], lookahead=-1)
