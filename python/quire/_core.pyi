@@ -608,7 +608,7 @@ class KVStore:
         Fills `out`, block_bytes bytes of a writable contiguous buffer, with a payload.
 
         None: the queue is full. Unless the outcome is "done", `out` may hold anything.
-        Gets overtake puts that wait.
+        Gets do not wait for puts that wait.
 
         Example::
 

@@ -10,6 +10,7 @@ in build-fuzz; run the target with that file as its argument to see it again.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 from pathlib import Path
 
@@ -34,13 +35,16 @@ def main() -> None:
     names = [f"fuzz_{target}" for target in arguments.targets]
     build = ["cmake", "--build", BUILD, "-j", str(arguments.jobs), "--target", *names]
     subprocess.run(build, check=True)
+    environment = dict(os.environ)
+    if Path("/dev/shm").is_dir():  # a disk would take most of the time
+        environment["TMPDIR"] = "/dev/shm"
     for name in names:
         corpus = BUILD / "corpus" / name
         corpus.mkdir(parents=True, exist_ok=True)
         print(f"== {name}, {arguments.seconds} s", flush=True)
         limits = [f"-max_total_time={arguments.seconds}", "-max_len=2048", "-print_final_stats=1"]
         command = [BUILD / "tests/fuzz" / name, corpus, *limits, f"-artifact_prefix={BUILD}/"]
-        subprocess.run(command, check=True, cwd=BUILD)
+        subprocess.run(command, check=True, cwd=BUILD, env=environment)
 
 
 if __name__ == "__main__":
