@@ -186,6 +186,21 @@ TEST_CASE("a write that fails leaves no trace, and the store goes on") {
   CHECK(folder.block_files().size() == 2);
 }
 
+TEST_CASE("a file that can't be opened just now is a miss, and stays") {
+  const TemporaryFolder folder;
+  fill(folder, 1);
+  const auto store = open(folder);
+  rlimit before;
+  REQUIRE(::getrlimit(RLIMIT_NOFILE, &before) == 0);
+  const rlimit none{0, before.rlim_max};
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &none) == 0);
+  const KVOutcome outcome = get(*store, 0);
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &before) == 0);
+  CHECK(outcome == KVOutcome::kMissing);
+  CHECK(get(*store, 0) == KVOutcome::kDone);
+  CHECK(store->stats().dropped == 0);
+}
+
 namespace {
 
 constexpr int32_t kGroup = 4;  // puts that run at once

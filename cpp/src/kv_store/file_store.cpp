@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <sstream>
 #include <system_error>
 
@@ -230,10 +231,10 @@ class FileStore final : public KVStore {
       index_.touch(slot);
       path = path_of(slot);
     }
-    BlockFileState state = BlockFileState::kBad;
+    std::optional<BlockFileState> state;
     try {
       state = read_block_file(path, request.key, request.out);
-    } catch (const std::system_error&) {  // what can't be read is as good as rotten
+    } catch (const std::system_error&) {  // too many open files, say: no word on the file itself
     }
     const std::lock_guard lock(mutex_);
     if (state == BlockFileState::kGood) {
@@ -241,6 +242,7 @@ class FileStore final : public KVStore {
       return KVOutcome::kDone;
     }
     ++stats_.misses;
+    if (!state) return KVOutcome::kMissing;
     // erase() may have been faster; a new file of the key would have another name.
     const int32_t slot = index_.find(request.key);
     if (slot != StoreIndex::kNone && path_of(slot) == path) {
