@@ -18,15 +18,24 @@ struct ExchangeApi {
 
 constexpr int kDLPackCuda = 2;
 
+// Of a torch whose tensors have no exchange API yet.
+void* torch_stream(nb::handle tensor, int device_index) {
+  const nb::object torch = nb::module_::import_("sys").attr("modules").attr("get")("torch");
+  if (torch.is_none() || !nb::isinstance(tensor, torch.attr("Tensor"))) return nullptr;
+  const nb::object stream = torch.attr("cuda").attr("current_stream")(device_index);
+  return reinterpret_cast<void*>(nb::cast<uintptr_t>(stream.attr("cuda_stream")));
+}
+
 void* framework_stream(nb::handle tensor, int device_index) {
   const nb::object capsule =
       nb::getattr(nb::handle(tensor.type()), "__dlpack_c_exchange_api__", nb::none());
-  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api"))
+    return torch_stream(tensor, device_index);
   const auto* api =
       static_cast<ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   while (api && api->major != 1) api = api->previous;
   void* stream = nullptr;
-  if (!api || !api->current_work_stream) return nullptr;
+  if (!api || !api->current_work_stream) return torch_stream(tensor, device_index);
   if (api->current_work_stream(kDLPackCuda, device_index, &stream) != 0) throw nb::python_error();
   return stream;
 }
