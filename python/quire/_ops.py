@@ -284,7 +284,6 @@ def append_kv(
     k ``[num_tokens, num_kv_heads, head_dim]``, v likewise, caches as for `paged_attention`, all of
     one dtype; slot_mapping int64 ``[num_tokens]``: ``block * block_size + offset``, and -1 skips
     a token. `rope` turns the keys on their way, in float32 and rounded once; v stays as it is.
-
     A quantised cache takes k and v of any float dtype, each element divided by its scale in
     float32, rounded to nearest even and bounded by the largest finite one (448, 57344, 127). NaN
     stays NaN in float8 and becomes 0 in int8.
@@ -296,9 +295,8 @@ def append_kv(
         v_cache: where the values go.
         slot_mapping: where each token goes.
         rope: see `Rope`; None leaves the keys as they are.
-        k_scale: as for `paged_attention`. A number or one a head is used as given; one a token
-            and head is written: the largest magnitude of the token's head over the largest
-            finite element.
+        k_scale: as for `paged_attention`; but one a token and head is written, not read: the
+            largest magnitude of the token's head over the largest finite element.
         v_scale: likewise.
         stream: CUDA stream; None on the CPU.
 
