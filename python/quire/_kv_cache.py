@@ -16,7 +16,7 @@ class KVCache:
 
     On the CPU a block of one head is contiguous, with V behind K:
     ``[num_layers, num_blocks, num_kv_heads, 2, block_size, head_dim]``. `k` and `v` are views.
-    bfloat16 and float8 need the package ml_dtypes. The scales of a quantised dtype are the caller's.
+    bfloat16 and float8 need the package ml_dtypes. Scales of a quantised dtype are the caller's.
 
     Raises ValueError for a count below 1 or an unknown dtype or device.
 
