@@ -302,9 +302,8 @@ def append_kv(
         v_cache: where the values go.
         slot_mapping: where each token goes.
         rope: see `Rope`; None leaves the keys as they are.
-        k_scale: as for `paged_attention`. A number or one a head is used as given; one a token
-            and head is written: the largest magnitude of the token's head over the largest
-            finite element.
+        k_scale: as for `paged_attention`; but one a token and head is written, not read: the
+            largest magnitude of the token's head over the largest finite element.
         v_scale: likewise.
         stream: CUDA stream; None on the CPU.
 

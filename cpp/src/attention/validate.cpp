@@ -167,6 +167,8 @@ void validate(const AttentionDesc& desc, const AttentionPlan& plan,
     check_tensor(function + ": v", tensors.v,
                  with_rows(plan, {"total_k", plan.total_k}, desc.num_kv_heads, dim_v),
                  desc.kv_dtype, device);
+    QUIRE_CHECK_ARG(!tensors.scales.k && !tensors.scales.v,
+                    "attention: k_scale, v_scale: expected none without a paged cache");
   }
   check_options(desc, plan, tensors);
 }
