@@ -69,8 +69,8 @@ bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
-// Units cover the items in order; items of one unit read the same whole chunks, all visible to
-// all of their rows.
+// Units cover the items in order; items of one unit are the same rows for other kv heads, or read
+// the same whole chunks, all visible to all of their rows.
 void check_units(const AttentionDesc& desc, const AttentionPlan& plan) {
   int next = 0, shared = 0;
   for (const WorkUnit& unit : plan.units) {
@@ -78,8 +78,18 @@ void check_units(const AttentionDesc& desc, const AttentionPlan& plan) {
     REQUIRE(unit.end > unit.begin);
     next = unit.end;
     if (unit.end - unit.begin == 1) continue;
-    shared += unit.end - unit.begin;
     const WorkItem& first = plan.items[unit.begin];
+    if (plan.items[unit.begin + 1].kv_head != first.kv_head) {
+      for (int i = unit.begin + 1; i < unit.end; ++i) {
+        WorkItem item = plan.items[i];
+        CHECK(item.kv_head == plan.items[i - 1].kv_head + 1);
+        CHECK(std::tie(item.sequence, item.q_begin, item.q_end, item.kv_begin, item.kv_end) ==
+              std::tie(first.sequence, first.q_begin, first.q_end, first.kv_begin, first.kv_end));
+        CHECK((item.partial >= 0) == (first.partial >= 0));
+      }
+      continue;
+    }
+    shared += unit.end - unit.begin;
     for (int i = unit.begin; i < unit.end; ++i) {
       const WorkItem& item = plan.items[i];
       CHECK(std::tie(item.kv_head, item.kv_begin, item.kv_end) ==
@@ -211,13 +221,23 @@ TEST_CASE("a shared prefix becomes one unit a kv head, however the batch is orde
         for (int i = 0; i < 64; ++i)
           paged.block_table[b * paged.max_blocks + i] = backwards ? 5000 - i : 5000 + i;
     const AttentionPlan p = plan(desc, paged.batch(), {1, 384, Sharing::kWherePays});
-    CHECK(p.num_shared_items == 2 * 8);  // of two kv heads
-    REQUIRE(p.units.size() == 2 * (1 + 8 + 1));
+    CHECK(p.num_shared_items == 2 * 8);    // of two kv heads
+    REQUIRE(p.units.size() == 2 + 8 + 1);  // what is a sequence's own: both heads together
     CHECK(p.units[0].end - p.units[0].begin == 8);
     CHECK(p.items[0].kv_end == 1024);
     CHECK(p.merges.size() == 2 * 8);  // the stranger's item sees all it needs
     CHECK(plan(desc, paged.batch(), {1, 384}).num_shared_items == 0);
   }
+}
+
+TEST_CASE("a sequence alone is cut into chunks before its kv heads are") {
+  const AttentionDesc desc = paged_desc();
+  const Paged paged({1}, {8 * kKvChunk}, 16);
+  const AttentionPlan few = plan(desc, paged.batch(), {2, 384, Sharing::kWherePays});
+  REQUIRE(few.units.size() == 8);
+  for (const WorkUnit& unit : few.units) CHECK(unit.end - unit.begin == 2);
+  const AttentionPlan many = plan(desc, paged.batch(), {16, 384, Sharing::kWherePays});
+  CHECK(many.units.size() == 16);
 }
 
 TEST_CASE("how rows are cut never moves a chunk boundary") {

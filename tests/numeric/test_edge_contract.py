@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import subprocess
 import sys
@@ -137,28 +136,6 @@ def test_garbage_beyond_use_changes_nothing(dtype, q_len):
         results.append((bits(out), bits(lse)))
     assert all(result == results[0] for result in results)
     assert any(entry in GARBAGE for entry in table.ravel().tolist())
-
-
-@on_cpu
-def test_caches_beyond_2_31_elements():
-    """64-bit addressing: a sparse mapping of 9 GiB, used at both ends."""
-    heads, dim, block_size = 2, 128, 16
-    block = block_size * heads * dim
-    num_blocks = (2**31 + 2**28) // block
-    size = num_blocks * block * 4
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    memory = mmap.mmap(-1, size, flags=flags)
-    cache = np.frombuffer(memory, np.float32).reshape(num_blocks, block_size, heads, dim)
-    rng = np.random.default_rng(0)
-    ids = np.array([[num_blocks - 1, 0, num_blocks - 2]], np.int32)
-    k = rng.standard_normal((40, heads, dim), np.float32)
-    slots = (ids[0].astype(np.int64)[:, None] * block_size + np.arange(block_size)).ravel()[:40]
-    quire.append_kv(k, k, cache, cache, slots)
-    q = rng.standard_normal((1, 4, dim), np.float32)
-    out = quire.paged_attention(q, cache, cache, ids, np.array([40], np.int32))
-    small = quire.attention(q[None], k[None], k[None], causal=True)
-    assert slots.max() * heads * dim > 2**31
-    assert bits(out) == bits(small[0])
 
 
 @on_cpu

@@ -66,8 +66,9 @@ struct PlanTraits {
   Sharing sharing = Sharing::kNever;  // else the backend is to run units, not items
 };
 
-// Items [begin, end) of a plan: what a worker runs at once. Where there are several, they are of
-// one kv head and read the same keys, of different sequences: whole chunks of blocks in common.
+// Items [begin, end) of a plan: what a worker runs at once. Where there are several, they have one
+// range of keys, and either are the same rows for several kv heads, or of one kv head and of
+// sequences that share the blocks of that range: whole chunks that all of their rows see.
 struct WorkUnit {
   int32_t begin, end;
 };
@@ -81,7 +82,7 @@ struct AttentionPlan {
   int num_partials = 0;      // slots of the workspace, each of partial_rows rows
   int partial_rows = 0;      // with kNever: most rows of an item that is split, else those of one
                              // query; a chunk of an item takes as many slots as its rows need
-  int num_shared_items = 0;  // in units of several
+  int num_shared_items = 0;  // whose keys are read once for several sequences
   int64_t total_q = 0;       // rows that q must have (dense: rows of each sequence)
   int64_t total_k = 0;       // rows that k and v must have (dense: of each sequence; paged: 0)
   bool dense = false;

@@ -99,7 +99,8 @@ class Cutter {
  private:
   struct Piece {
     Run run;
-    int64_t cost;
+    int32_t num_heads;  // kv heads of a unit
+    int64_t cost;       // of a unit
   };
   struct Place {  // of a tile's results
     int32_t num_pieces = 0;
@@ -147,9 +148,14 @@ class Cutter {
   }
 
   // A run by its chunks, and where those do not suffice or its rows are too many, by its members.
+  // Few rows of one sequence are cut for all kv heads together, before their heads are dealt out:
+  // their keys lie side by side in token-major caches, and are then read side by side.
   void cut(const Run& run) {
+    const bool few_alone = traits_.sharing != Sharing::kNever && runs_.size(run) == 1 &&
+                           tiles_[runs_.members[run.member_begin]].rows <= kReadCost;
+    const int64_t whole = cost(run) * (few_alone ? num_kv_heads_ : 1);
     const int64_t chunks = std::max(1, run.chunk_end - run.chunk_begin);
-    const int64_t parts = std::min(chunks, 1 + std::max<int64_t>(0, cost(run) - 1) / share_);
+    const int64_t parts = std::min(chunks, 1 + std::max<int64_t>(0, whole - 1) / share_);
     const int64_t step = (chunks + parts - 1) / parts;
     for (Run part = run; part.member_begin < run.member_end; part.member_begin = part.member_end) {
       part.member_end = end_of_part(part, run.member_end);
@@ -157,7 +163,9 @@ class Cutter {
         part.chunk_begin = static_cast<int32_t>(run.chunk_begin + begin);
         part.chunk_end =
             static_cast<int32_t>(std::min<int64_t>(run.chunk_end, part.chunk_begin + step));
-        pieces_.push_back({part, cost(part)});
+        const int64_t fit = few_alone ? share_ / std::max<int64_t>(1, cost(part)) : 1;
+        const auto heads = static_cast<int32_t>(std::clamp<int64_t>(fit, 1, num_kv_heads_));
+        pieces_.push_back({part, heads, cost(part) * heads});
       }
     }
     for (int i = run.member_begin; i < run.member_end; ++i)
@@ -212,11 +220,15 @@ class Cutter {
     plan_.items.reserve(pieces_.size() * num_kv_heads_);
     plan_.units.reserve(pieces_.size() * num_kv_heads_);
     for (const Piece& piece : pieces_)
-      for (int kv_head = 0; kv_head < num_kv_heads_; ++kv_head) emit(piece.run, kv_head);
+      for (int kv_head = 0; kv_head < num_kv_heads_; kv_head += piece.num_heads) {
+        const auto begin = static_cast<int32_t>(plan_.items.size());
+        for (int h = kv_head; h < std::min(kv_head + piece.num_heads, num_kv_heads_); ++h)
+          emit(piece.run, h);
+        plan_.units.push_back({begin, static_cast<int32_t>(plan_.items.size())});
+      }
   }
 
   void emit(const Run& run, int kv_head) {
-    const auto begin = static_cast<int32_t>(plan_.items.size());
     for (int i = run.member_begin; i < run.member_end; ++i) {
       const Tile& tile = tiles_[runs_.members[i]];
       const Place& place = places_[runs_.members[i]];
@@ -236,9 +248,7 @@ class Cutter {
       }
       plan_.items.push_back(item);
     }
-    const auto end = static_cast<int32_t>(plan_.items.size());
-    plan_.units.push_back({begin, end});
-    if (end - begin > 1) plan_.num_shared_items += end - begin;
+    if (runs_.size(run) > 1) plan_.num_shared_items += runs_.size(run);
   }
 
   const int num_kv_heads_, group_;

@@ -19,40 +19,76 @@
 #include "cpu/roof_kernel.h"
 // clang-format on
 
-template <class Kernel>
-void attend_with(const Run& run, const Task& task) {
-  const int rows = Kernel::padded_rows(task.rows);
-  const int stride = value_stride(task);
+inline void finish_rows(const Task& task, const State& state) {
+  with_query_type(task.p, [&]<class T>() {
+    for (int r = 0; r < task.rows; ++r) finish_row<T>(task, r, state.seen[r], state.row(r));
+  });
+}
+
+// The state to its slots for the chunk at `begin`, and cleared for the next one.
+inline void store_chunk(const Run& run, const Task& task, const State& state, int64_t begin) {
+  const int64_t chunk = (begin - task.item.kv_begin) / kKvChunk;
+  const int64_t slot = task.item.partial + chunk * run.slots(task.rows);
+  for (int r = 0; r < task.rows; ++r) store_partial(run, task, r, slot, state, r);
+  state.clear(task.rows);
+}
+
+// Few rows of one sequence, for one kv head or several: these go through the keys together, chunk
+// by chunk, as in a token-major cache they lie side by side. T is the type of k and v.
+template <class T>
+void attend_decode(const Run& run, std::span<const Task> tasks) {
+  const Task& first = tasks[0];
+  const WorkItem& item = first.item;
+  const int stride = value_stride(first);
+  const size_t seen_floats = padded(first.rows * sizeof(Seen) / sizeof(float));
+  const size_t state_floats = seen_floats + padded(static_cast<size_t>(first.rows) * stride);
+  float* scratch = thread_scratch(tasks.size() * state_floats + Decode<T>::scratch_floats(first));
+  const auto state = [&](size_t i) {
+    float* memory = scratch + i * state_floats;
+    return State{reinterpret_cast<Seen*>(memory), memory + seen_floats, stride};
+  };
+  for (size_t i = 0; i < tasks.size(); ++i) state(i).clear(first.rows);
+  for (int64_t begin = item.kv_begin; begin < item.kv_end; begin += kKvChunk)
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      Decode<T> kernel(tasks[i], scratch + tasks.size() * state_floats);
+      kernel.chunk(begin, std::min<int64_t>(begin + kKvChunk, item.kv_end), state(i),
+                   tasks[(i + 1) % tasks.size()]);
+      if (item.partial >= 0) store_chunk(run, tasks[i], state(i), begin);
+    }
+  if (item.partial >= 0) return;
+  for (size_t i = 0; i < tasks.size(); ++i) finish_rows(tasks[i], state(i));
+}
+
+template <class T>
+void attend_prefill(const Run& run, const Task& task) {
+  using Kernel = Prefill<T>;
+  const int rows = Kernel::padded_rows(task.rows), stride = value_stride(task);
   const size_t seen_floats = padded(rows * sizeof(Seen) / sizeof(float));
   const size_t value_floats = padded(static_cast<size_t>(rows) * stride);
   float* scratch = thread_scratch(seen_floats + value_floats + Kernel::scratch_floats(task));
   const State state{reinterpret_cast<Seen*>(scratch), scratch + seen_floats, stride};
   Kernel kernel(task, scratch + seen_floats + value_floats);
   const WorkItem& item = task.item;
-  int64_t slot = item.partial;
   state.clear(rows);
   for (int64_t begin = item.kv_begin; begin < item.kv_end; begin += kKvChunk) {
     kernel.chunk(begin, std::min<int64_t>(begin + kKvChunk, item.kv_end), state);
-    if (item.partial < 0) continue;
-    for (int r = 0; r < task.rows; ++r) store_partial(run, task, r, slot, state, r);
-    slot += run.slots(task.rows);
-    state.clear(rows);
+    if (item.partial >= 0) store_chunk(run, task, state, begin);
   }
-  if (item.partial >= 0) return;
-  with_query_type(task.p, [&]<class T>() {
-    for (int r = 0; r < task.rows; ++r) finish_row<T>(task, r, state.seen[r], state.row(r));
-  });
+  if (item.partial < 0) finish_rows(task, state);
 }
 
 // T is the type of k and v.
 template <class T>
 void attend_as(const Run& run, std::span<const WorkItem> unit) {
-  if (unit.size() > 1) return attend_shared<T>(run, unit);
-  const Task task(run.params, unit[0]);
-  if (is_decode(task))
-    attend_with<Decode<T>>(run, task);
-  else
-    attend_with<Prefill<T>>(run, task);
+  std::vector<Task> few, many;  // the kernel of a row depends on its sequence alone
+  for (const WorkItem& item : unit) {
+    const Task task(run.params, item);
+    (is_decode(task) ? few : many).push_back(task);
+  }
+  const bool is_shared = unit.size() > 1 && unit[0].kv_head == unit[1].kv_head;
+  if (!few.empty()) is_shared ? SharedDecode<T>(run, few).attend() : attend_decode<T>(run, few);
+  if (is_shared && !many.empty()) return attend_shared_prefill<T>(run, many);
+  for (const Task& task : many) attend_prefill<T>(run, task);
 }
 
 // T is the type of out.

@@ -15,7 +15,10 @@ inline bool is_decode(const Task& task) {
 constexpr int kTileRows = 4;  // rows of a register tile, of both products
 constexpr int kTileKeys = kRegisters == 32 ? 4 : 2;
 constexpr int kTileColumns = kRegisters == 32 ? 4 : 2;  // vectors
-constexpr int kWeighKeys = 16;                          // keys a visit of the values
+constexpr int kWeighKeys = 32;                          // keys a visit of the values
+
+// Into the L2 cache: the line buffers of L1 are too few to cover the latency of memory.
+QUIRE_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // s[r][t] = q[r] . keys[t] for R rows and kTileKeys keys; q is padded with zeros.
 template <int R, class T>
@@ -54,15 +57,19 @@ QUIRE_INLINE void dot_tile(const float* q, int q_stride, const T* const* keys, i
 }
 
 // values[r][d, d + C vectors) += the sum over `count` keys t of weights[r][t] * rows[t][d ...).
-template <int R, int C, class T, class Load>
+// With kAhead the same columns of rows[t + ahead] are prefetched on the way.
+template <int R, int C, bool kAhead, class T, class Load>
 QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const T* const* rows,
-                             int count, int d, const State& state, Load load_value) {
+                             int count, int ahead, int d, const State& state, Load load_value) {
   Vec acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) acc[r][c] = load(state.row(r) + d + c * kWidth);
   for (int t = 0; t < count; ++t) {
+    if constexpr (kAhead)
+#pragma GCC unroll 4
+      for (size_t i = 0; i < C * kWidth; i += 64 / sizeof(T)) prefetch_far(rows[t + ahead] + d + i);
     Vec v[C];
     load_value(rows[t] + d, v);
 #pragma GCC unroll 8
@@ -78,22 +85,23 @@ QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const T* c
     for (int c = 0; c < C; ++c) store(state.row(r) + d + c * kWidth, acc[r][c]);
 }
 
-template <int R, class T>
+template <int R, bool kAhead, class T>
 QUIRE_INLINE void weigh_rows(const float* weights, int weight_stride, const T* const* rows,
-                             int count, int dim, const State& state) {
+                             int count, int ahead, int dim, const State& state) {
   const auto whole = [](const T* p, Vec* v) {
 #pragma GCC unroll 2
     for (int c = 0; c < kTileColumns; c += 2) load2(p + c * kWidth, v + c);
   };
   int d = 0;
   for (; d + kTileColumns * kWidth <= dim; d += kTileColumns * kWidth)
-    weigh_tile<R, kTileColumns>(weights, weight_stride, rows, count, d, state, whole);
+    weigh_tile<R, kTileColumns, kAhead>(weights, weight_stride, rows, count, ahead, d, state,
+                                        whole);
   for (; d + kWidth <= dim; d += kWidth)
-    weigh_tile<R, 1>(weights, weight_stride, rows, count, d, state,
-                     [](const T* p, Vec* v) { *v = load(p); });
+    weigh_tile<R, 1, kAhead>(weights, weight_stride, rows, count, ahead, d, state,
+                             [](const T* p, Vec* v) { *v = load(p); });
   if (d < dim)
-    weigh_tile<R, 1>(weights, weight_stride, rows, count, d, state,
-                     [n = dim - d](const T* p, Vec* v) { *v = load(p, n); });
+    weigh_tile<R, 1, kAhead>(weights, weight_stride, rows, count, ahead, d, state,
+                             [n = dim - d](const T* p, Vec* v) { *v = load(p, n); });
 }
 
 // f.operator()<R>() for the R = min(count, kTileRows) next rows.
@@ -114,7 +122,6 @@ QUIRE_INLINE void with_rows(int count, F f) {
 template <class T>
 class Decode {
  public:
-  static int padded_rows(int rows) { return rows; }
   static size_t scratch_floats(const Task& task) {
     return task.rows * (padded(task.p.head_dim) + padded(task.p.head_dim_v) + kScores);
   }
@@ -135,12 +142,13 @@ class Decode {
     for (int r = 0; r < task.rows; ++r) load_query(task, r, scale, q_ + r * q_stride_);
   }
 
-  // Adds the chunk of keys [begin, end) to the state.
-  void chunk(int64_t begin, int64_t end, const State& state) {
+  // Adds the chunk of keys [begin, end) to the state. `next` is what comes then: the same chunk for
+  // a further kv head, or the next one for the first.
+  void chunk(int64_t begin, int64_t end, const State& state, const Task& next) {
     const int64_t first = std::max(begin, first_key_), last = std::min(end, end_key_);
     if (first >= last) return;
     const int offset = static_cast<int>(first - begin), count = static_cast<int>(last - first);
-    find_rows(first, last);
+    find_rows(first, last, next);
     for (const KvScale* scale : {&task_.p.k_scale, &task_.p.v_scale})
       if (kIsQuantised<T> && scale->is_per_token) prefetch_token_scales(task_, *scale, first, last);
     score(offset, count);
@@ -163,25 +171,26 @@ class Decode {
  private:
   static constexpr int kScores = kKvChunk + 16;  // of a row; tiles may end beyond the chunk
   static constexpr int kMaxAhead = 64;
-  static constexpr size_t kBytesAhead = 8192;  // from use to prefetch: more would be lost again
+  static constexpr size_t kBytesAhead = 16384;  // from use to prefetch
 
-  // k of keys [first, last), their v, then what is needed next: k of the chunk to come.
-  void find_rows(int64_t first, int64_t last) {
+  // k of keys [first, last), their v, then the first k of `next`.
+  void find_rows(int64_t first, int64_t last, const Task& next) {
     const T** out = rows_;
     task_.k_rows(first, last, out);
     out += last - first;
     task_.v_rows(first, last, out);
     out += last - first;
-    const int64_t next_end = std::min(last + ahead_, end_key_);
-    task_.k_rows(last, next_end, out);
-    out += next_end - last;
+    const int64_t next_begin = next.item.kv_head > task_.item.kv_head ? first : last;
+    const int64_t next_end = std::min(next_begin + ahead_, end_key_);
+    next.k_rows(next_begin, next_end, out);
+    out += next_end - next_begin;
     std::fill(out, rows_ + 2 * (last - first) + ahead_ + kWeighKeys, rows_[0]);
   }
 
   QUIRE_INLINE static void prefetch_rows(const T* const* rows, int count, size_t dim) {
     for (int i = 0; i < count; ++i)
       for (size_t byte = 0; byte < dim * sizeof(T); byte += 64)
-        prefetch(reinterpret_cast<const char*>(rows[i]) + byte);
+        prefetch_far(reinterpret_cast<const char*>(rows[i]) + byte);
   }
 
   void score(int offset, int count) {
@@ -199,15 +208,19 @@ class Decode {
 
   void weigh(int offset, int count) {
     for (int t = 0; t < count; t += kWeighKeys) {
-      const T* const* rows = rows_ + count + t;
-      prefetch_rows(rows + ahead_, kWeighKeys, task_.p.head_dim_v);
-      for (int r = 0; r < task_.rows; r += kTileRows)
-        with_rows(task_.rows - r, [&]<int R>() {
-          weigh_rows<R>(s_ + r * kScores + offset + t, kScores, rows,
-                        std::min(kWeighKeys, count - t), task_.p.head_dim_v,
-                        {chunk_.seen, chunk_.row(r), chunk_.stride});
-        });
+      weigh_visit<true>(0, offset, t, count);
+      for (int r = kTileRows; r < task_.rows; r += kTileRows)
+        weigh_visit<false>(r, offset, t, count);
     }
+  }
+
+  template <bool kAhead>
+  QUIRE_INLINE void weigh_visit(int r, int offset, int t, int count) {
+    with_rows(task_.rows - r, [&]<int R>() {
+      weigh_rows<R, kAhead>(s_ + r * kScores + offset + t, kScores, rows_ + count + t,
+                            std::min(kWeighKeys, count - t), ahead_, task_.p.head_dim_v,
+                            {chunk_.seen, chunk_.row(r), chunk_.stride});
+    });
   }
 
   const Task& task_;

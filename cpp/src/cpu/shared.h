@@ -47,7 +47,7 @@ class SharedDecode {
   static constexpr int kRowsAtOnce = 2 * kTile;
   static constexpr int kScores = kKvChunk + 16;
   static constexpr int kValueKeys = 32;  // a visit of the values: they stay in the L1 cache
-  static constexpr int kAhead = 16;      // keys from use to prefetch
+  static constexpr int kAhead = 32;      // keys from use to prefetch
 
   size_t q_stride() const { return padded(first_.p.head_dim); }
   size_t v_stride() const { return padded(first_.p.head_dim_v); }
@@ -58,7 +58,7 @@ class SharedDecode {
     for (int key = 0; key < kKvChunk; ++key, to += stride) {
       const T* next = from[std::min(key + kAhead, kKvChunk - 1)];
       for (size_t byte = 0; byte < dim * sizeof(T); byte += 64)
-        prefetch(reinterpret_cast<const char*>(next) + byte);
+        prefetch_far(reinterpret_cast<const char*>(next) + byte);
       int d = 0;
       for (; d + kWidth <= dim; d += kWidth) store(to + d, load(from[key] + d));
       if (d < dim) store(to + d, load(from[key] + d, dim - d));
@@ -119,9 +119,9 @@ class SharedDecode {
       for (int j = 0; j < kValueKeys; ++j) rows[j] = v_ + (t + j) * v_stride();
       for (int r = 0; r < count; r += kTile)
         with_tile(count - r, [&]<int R>() {
-          weigh_rows<R>(s_ + r * kScores + t, kScores, rows, kValueKeys,
-                        whole_vectors(first_.p.head_dim_v),
-                        {state.seen, state.row(r), state.stride});
+          weigh_rows<R, false>(s_ + r * kScores + t, kScores, rows, kValueKeys, 0,
+                               whole_vectors(first_.p.head_dim_v),
+                               {state.seen, state.row(r), state.stride});
         });
     }
   }
@@ -160,15 +160,4 @@ void attend_shared_prefill(const Run& run, std::span<const Task> tasks) {
       for (int r = 0; r < task.rows; ++r) store_partial(run, task, r, slot, state, r);
     }
   }
-}
-
-template <class T>
-void attend_shared(const Run& run, std::span<const WorkItem> unit) {
-  std::vector<Task> few, many;
-  for (const WorkItem& item : unit) {
-    const Task task(run.params, item);
-    (is_decode(task) ? few : many).push_back(task);
-  }
-  if (!few.empty()) SharedDecode<T>(run, few).attend();
-  if (!many.empty()) attend_shared_prefill<T>(run, many);
 }

@@ -9,6 +9,7 @@ struct Vec {
   float32x4_t v;
 };
 
+QUIRE_INLINE Vec in_register(Vec a) { return a; }
 QUIRE_INLINE Vec zero() { return {vdupq_n_f32(0)}; }
 QUIRE_INLINE Vec set(float x) { return {vdupq_n_f32(x)}; }
 QUIRE_INLINE Vec iota() { return {float32x4_t{0, 1, 2, 3}}; }
@@ -29,16 +30,45 @@ QUIRE_INLINE uint16x4_t narrow(Vec a, BFloat16) {  // as from_float()
   return vmovn_u32(vbslq_u32(is_number, vshrq_n_u32(sum, 16), vorrq_u32(high, vdupq_n_u32(0x40))));
 }
 
+// Four bytes, sign-extended.
+QUIRE_INLINE int16x4_t extended(const void* p) {
+  uint32_t bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes))));
+}
+template <class T>
+constexpr float kLoadUnit = 1;
+template <>
+inline constexpr float kLoadUnit<Float8E4M3> = 256;
+
 QUIRE_INLINE Vec load(const float* p) { return {vld1q_f32(p)}; }
 template <class T>
 QUIRE_INLINE Vec load(const T* p) {
   return widen(vld1_u16(&p->bits), T{});
+}
+QUIRE_INLINE Vec load(const Int8* p) { return {vcvtq_f32_s32(vmovl_s16(extended(p)))}; }
+QUIRE_INLINE Vec load(const Float8E5M2* p) {  // the upper halves of float16
+  return widen(vreinterpret_u16_s16(vshl_n_s16(extended(p), 8)), Float16{});
+}
+// As float16: fraction and exponent keep their places, also of subnormals, which makes them 2^8 too
+// small (kLoadUnit); NaN has to be made one.
+QUIRE_INLINE Vec load(const Float8E4M3* p) {
+  const uint16x4_t nans = vdup_n_u16(0x3f80);
+  const uint16x4_t x =
+      vand_u16(vreinterpret_u16_s16(vshl_n_s16(extended(p), 7)), vdup_n_u16(0xbfff));
+  const uint16x4_t is_nan = vceq_u16(vand_u16(x, nans), nans);
+  return widen(vbsl_u16(is_nan, vdup_n_u16(0x7e00), x), Float16{});
 }
 template <class T>
 QUIRE_INLINE Vec load(const T* p, int n) {
   T part[4] = {};
   for (int i = 0; i < n; ++i) part[i] = p[i];
   return load(part);
+}
+template <class T>
+QUIRE_INLINE void load2(const T* p, Vec* v) {
+  v[0] = load(p);
+  v[1] = load(p + kWidth);
 }
 QUIRE_INLINE void store(float* p, Vec a) { vst1q_f32(p, a.v); }
 template <class T>
