@@ -4,8 +4,10 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <functional>
+#include <string>
 #include <thread>
 #include <tuple>
 #include <utility>
@@ -18,7 +20,7 @@
 using namespace quire;
 using namespace quire::test;
 
-#if defined(__x86_64__)
+#ifdef QUIRE_MODELLED_TIERS
 namespace quire::cpu {  // see model/immintrin.h
 extern const Kernels kAvx512Model, kAvx512Bf16Model, kAvx512AmxModel;
 }  // namespace quire::cpu
@@ -43,7 +45,7 @@ std::vector<const cpu::Kernels*> kernels_under_test() {
   std::vector<const cpu::Kernels*> result;
   for (const cpu::Tier& tier : cpu::tiers())
     if (tier.is_supported) result.push_back(tier.kernels);
-#if defined(__x86_64__)
+#ifdef QUIRE_MODELLED_TIERS
   const auto is_avx2 = [](const cpu::Kernels* kernels) {
     return kernels->isa == std::string("avx2");
   };

@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <numeric>
 #include <random>
@@ -280,6 +281,24 @@ TEST_CASE("flops and bytes count visible pairs") {
   CHECK(plan(desc, paged.batch(), {1, 64}).flops == 2 * 16 * 8 * 128);
 }
 
+TEST_CASE("the longest of sequences is planned without overflow") {
+  AttentionDesc desc = paged_desc();
+  const int32_t seq_len = std::numeric_limits<int32_t>::max(), block = 0;
+  desc.block_size = seq_len;
+  AttentionBatch batch;
+  batch.batch_size = batch.max_blocks = 1;
+  batch.seq_lens = &seq_len;
+  batch.block_table = &block;
+  const AttentionPlan p = plan(desc, batch, {4, 64});
+  int64_t keys = 0;
+  for (const WorkItem& item : p.items) {
+    CHECK(item.kv_begin < item.kv_end);
+    keys += item.kv_end - item.kv_begin;
+  }
+  CHECK(keys == int64_t{seq_len} * desc.num_kv_heads);
+  CHECK(p.num_partials == (1 << 22) * desc.num_kv_heads);
+}
+
 TEST_CASE("wrong batches are refused by name") {
   const AttentionDesc desc = paged_desc();
   Paged paged({1, 1}, {20, 40}, 16);
@@ -361,6 +380,10 @@ TEST_CASE("tensors are checked against the plan before any work") {
   CHECK(contains(refused([](auto& t) { t.out.strides[0] = 0; }), "distinct addresses"));
   CHECK(contains(refused([](auto& t) { t.k.strides[3] = 2; }), "contiguous last dimension"));
   CHECK(contains(refused([](auto& t) { t.q.data = t.q.template as<char>() + 1; }), "aligned"));
+  CHECK(
+      contains(refused([](auto& t) { t.v.data = nullptr; }), "v_cache: expected data, got a null"));
+  CHECK(contains(refused([](auto& t) { t.q.ndim = 9; }), "got [2, 8, 64, 0, 0, 0, 0, 0, ...]"));
+  CHECK(contains(refused([](auto& t) { t.k.shape[0] = t.v.shape[0] = -5; }), "k_cache: expected"));
   CHECK(contains(refused([&](auto& t) { t.lse = {q.data(), DType::kFloat32, {2, 8}}; }),
                  "lse: expected [8, 2] float32"));
   CHECK(std::all_of(out.begin(), out.end(), [](float x) { return x == 1.0f; }));
