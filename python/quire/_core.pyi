@@ -60,6 +60,10 @@ def cuda_state() -> str:
         >>> print(quire.cuda_state())
     """
 
+def multiply_add_rate(bfloat16_pairs: bool) -> float: ...
+
+def read_rate(data: object) -> float: ...
+
 def capabilities() -> list[dict[str, Any]]:
     """
     What works, a dict a row: device, isa, dtype, kv_dtype, head_dim (least, most), features, available (on this machine).

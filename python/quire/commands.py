@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands: `replay` runs a request trace, `info` shows what this machine can do.
+"""The commands: `replay` runs a request trace, `bench` measures, `info` shows this machine.
 
 Exit codes: 0 done, 1 a check failed, 2 what was given can't be used, 130 interrupted.
 """
@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 import quire
+from quire.bench import table as bench_table
 from quire.replay import session, table
 from quire.replay.policies import Geometry, make_policies
 from quire.replay.progress import LiveProgress, status_line
@@ -98,6 +99,36 @@ def _cell(value: object) -> str:
 
 def _positive(default_help: str) -> Any:
     return typer.Option(min=1, help=default_help)
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and samples.")] = False,
+    threads: Annotated[
+        int | None, _positive("CPU threads of all candidates. Default: what quire uses.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON lines alone.")] = False,
+) -> None:
+    """Measure attention on this machine against its limits and the peers that are installed.
+
+    Every result is checked once, then all take turns; figures are medians. Compare ratios and
+    shares of one line, not figures of different lines: a shared machine drifts.
+    """
+    from quire.bench import cases, measure, peers, roofs
+
+    if threads:
+        quire.set_num_threads(threads)
+    count = quire.num_threads()
+    found, roof = peers.installed(count), roofs.Roofs()
+    names = [peer.name for peer in found]
+    if not json_output:
+        versions = "".join(f", {peer.name} {peer.version}" for peer in found)
+        print(f"quire {quire.__version__} ({quire.cpu_isa()}, {count} threads){versions}")
+        print(bench_table.head(names))
+    for make in cases.standard(quick):
+        row = measure.measure(make(), found, roof.measure, count, samples=3 if quick else 7)
+        text = bench_table.to_json(row) if json_output else bench_table.line(row, names)
+        print(text, flush=True)
 
 
 @app.command()

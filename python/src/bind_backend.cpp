@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What this build and this machine can do.
 #include "quire/backend.h"
+
+#include "quire/error.h"
+#include "quire/roofs.h"
 #include "tensor.h"
 
 namespace quire::python {
@@ -43,6 +46,25 @@ void bind_backend(nb::module_& m) {
   m.def("cuda_state", &cuda_state,
         "One sentence on CUDA: \"built without CUDA\", \"no driver\", ...\n\n"
         "Example::\n\n    >>> print(quire.cuda_state())");
+  m.def(
+      "multiply_add_rate",
+      [](bool bfloat16_pairs) {
+        nb::gil_scoped_release release;
+        return multiply_add_rate(bfloat16_pairs);
+      },
+      nb::arg("bfloat16_pairs"));
+  m.def(
+      "read_rate",
+      [](nb::handle data) {
+        TensorArgs args;
+        const TensorView view = args.input(data, "read_rate: data");
+        QUIRE_CHECK_ARG(view.ndim == 1 && view.dtype == DType::kFloat32 && view.strides[0] == 1,
+                        "read_rate: data: expected [count] float32, contiguous, got ",
+                        describe(view));
+        nb::gil_scoped_release release;
+        return read_rate(view.as<float>(), static_cast<size_t>(view.shape[0]));
+      },
+      nb::arg("data"));
   m.def("capabilities", &capability_rows,
         "What works, a dict a row: device, isa, dtype, kv_dtype, head_dim (least, most), "
         "features, available (on this machine).\n\n"

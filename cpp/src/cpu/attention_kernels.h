@@ -12,6 +12,7 @@
 #include "cpu/decode.h"
 #include "cpu/prefill.h"
 #include "cpu/backward_kernel.h"
+#include "cpu/roof_kernel.h"
 // clang-format on
 
 // Leaves the rows' state over one chunk in its slot.

@@ -27,6 +27,9 @@ struct Kernels {
   // Gradients: first of all tiles of rows, then of all chunks of keys.
   void (*prepare_backward)(const BackwardRun& run, const BackwardHead& head, int tile);
   void (*backward)(const BackwardRun& run, const BackwardHead& head, int chunk);
+  // What the machine can do, for roofs.h.
+  double (*multiply_adds)(int64_t rounds, bool bfloat16_pairs, float* sink);
+  float (*read_all)(const float* data, int64_t count);
 };
 
 extern const Kernels kScalarKernels;

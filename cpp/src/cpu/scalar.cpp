@@ -23,7 +23,8 @@ namespace {
 
 namespace quire::cpu {
 
-const Kernels kScalarKernels = {"scalar", scalar::attend, scalar::merge, scalar::prepare_backward,
-                                scalar::backward};
+const Kernels kScalarKernels = {
+    "scalar",         scalar::attend,        scalar::merge,   scalar::prepare_backward,
+    scalar::backward, scalar::multiply_adds, scalar::read_all};
 
 }  // namespace quire::cpu
