@@ -460,8 +460,9 @@ TEST_CASE("append_kv: slots from the host, positions from the device, a rope") {
   CHECK(args.k.cache.stride_outer == 16 * 2 * 64);
   CHECK(args.k.from.stride_outer == 128);
   s.driver.capture = 1;
-  CHECK_THROWS_AS(s.backend().append_kv(k, k, cache, cache, slot_view, nullptr, {}, {kGpu, kStream}),
-                  InvalidArgument);
+  CHECK_THROWS_AS(
+      s.backend().append_kv(k, k, cache, cache, slot_view, nullptr, {}, {kGpu, kStream}),
+      InvalidArgument);
   const TensorView on_device = on_gpu(slots, DType::kInt64, {3});
   s.backend().append_kv(k, k, cache, cache, on_device, nullptr, {}, {kGpu, kStream});
   CHECK(seen.all.back().slot_mapping == slots);
