@@ -27,7 +27,8 @@ namespace {
 
 namespace quire::cpu {
 
-const Kernels kNeonKernels = {"neon", neon::attend, neon::merge, neon::prepare_backward,
-                              neon::backward};
+const Kernels kNeonKernels = {
+    "neon",         neon::attend,        neon::merge,   neon::prepare_backward,
+    neon::backward, neon::multiply_adds, neon::read_all};
 
 }  // namespace quire::cpu
