@@ -339,19 +339,27 @@ class KVCacheManager:
             seq = manager.create(np.array([1, 2, 3], np.int32))
         """
 
-    @typing.overload
-    def fork(self, seq: Sequence, n: None = None) -> Sequence: ...
     @overload
-    def fork(self, seq: Sequence, n: int) -> list[Sequence]:
+    def fork(self, seq: Sequence) -> Sequence:
         """
         A sequence of the same tokens that shares every block with computed tokens.
 
-        With `n` a list of n such sequences. The first write into a shared partial block
-        copies it: see StepBatch.copies. Raises ValueError for a negative n.
+        The first write into a shared partial block copies it: see StepBatch.copies.
 
         Example::
 
             child = manager.fork(seq)
+        """
+
+    @overload
+    def fork(self, seq: Sequence, n: int) -> list[Sequence]:
+        """
+        n such sequences, at a cost that does not grow with their length.
+
+        Raises ValueError for a negative n.
+
+        Example::
+
             beams = manager.fork(seq, 8)
         """
 

@@ -79,11 +79,14 @@ PySequence create(Manager self, nb::handle token_ids, Salt salt, int32_t priorit
           of(self).manager.create({tokens.data(), tokens.size()}, salt, retention)};
 }
 
-nb::object fork(Manager self, const PySequence& seq, std::optional<int64_t> n) {
+PySequence fork(Manager self, const PySequence& seq) {
+  return {nb::borrow(self), &of(self), of(self).manager.fork(seq.id)};
+}
+
+nb::list fork_many(Manager self, const PySequence& seq, int64_t n) {
   PyManager& manager = of(self);
-  if (!n) return nb::cast(PySequence{nb::borrow(self), &manager, manager.manager.fork(seq.id)});
-  QUIRE_CHECK_ARG(*n >= 0, "fork: n: expected 0 or more, got ", *n);
-  manager.seqs.resize(static_cast<size_t>(*n));
+  QUIRE_CHECK_ARG(n >= 0 && n <= INT32_MAX, "fork: n: expected 0 or more, got ", n);
+  manager.seqs.resize(static_cast<size_t>(n));
   manager.manager.fork(seq.id, manager.seqs);
   nb::list children;
   for (SequenceId id : manager.seqs)
@@ -314,15 +317,15 @@ void bind_sequence_methods(nb::class_<PyManager>& manager) {
            "lowest. Of several sequences that held a block the highest priority counts.\n\n"
            "Raises ValueError for no tokens, a priority outside 0 to 100, or a negative ttl.\n\n"
            "Example::\n\n    seq = manager.create(np.array([1, 2, 3], np.int32))")
-      .def("fork", &fork, nb::arg("seq"), nb::arg("n") = nb::none(),
-           nb::sig("@typing.overload\n"
-                   "def fork(self, seq: Sequence, n: None = None) -> Sequence: ...\n"
-                   "@typing.overload\n"
-                   "def fork(self, seq: Sequence, n: int) -> list[Sequence]"),
+      .def("fork", &fork, nb::arg("seq"),
            "A sequence of the same tokens that shares every block with computed tokens.\n\n"
-           "With `n` a list of n such sequences. The first write into a shared partial block\n"
-           "copies it: see StepBatch.copies. Raises ValueError for a negative n.\n\n"
-           "Example::\n\n    child = manager.fork(seq)\n    beams = manager.fork(seq, 8)")
+           "The first write into a shared partial block copies it: see StepBatch.copies.\n\n"
+           "Example::\n\n    child = manager.fork(seq)")
+      .def("fork", &fork_many, nb::arg("seq"), nb::arg("n"),
+           nb::sig("def fork(self, seq: Sequence, n: int) -> list[Sequence]"),
+           "n such sequences, at a cost that does not grow with their length.\n\n"
+           "Raises ValueError for a negative n.\n\n"
+           "Example::\n\n    beams = manager.fork(seq, 8)")
       .def(
           "truncate",
           [](PyManager& self, const PySequence& seq, int64_t num_tokens) {
