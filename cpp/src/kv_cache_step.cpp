@@ -274,6 +274,10 @@ const StepBatch* KVCacheManager::step_loop() {
 void KVCacheManager::commit_loop(std::span<const int32_t> sampled) {
   const auto [first, last] = loop_.filling();
   prefetch_rows(first, last);
+  for (int32_t rank = first; cache_ && rank < last; ++rank) {
+    const BlockTable& table = sequence_of(loop_seqs_[loop_.row(rank)]).table;
+    cache_->prefetch(table[table.size() - 1]);
+  }
   for (int32_t rank = first; rank < last; ++rank) {
     const int32_t row = loop_.row(rank);
     Sequence& seq = sequence_of(loop_seqs_[row]);

@@ -390,7 +390,7 @@ class KVCacheManager:
     @overload
     def fork(self, seq: Sequence, n: int) -> list[Sequence]:
         """
-        A list of n such sequences.
+        n such sequences, at a cost that does not grow with their length.
 
         Raises ValueError for a negative n.
 

@@ -80,13 +80,12 @@ PySequence create(Manager self, nb::handle token_ids, Salt salt, int32_t priorit
 }
 
 PySequence fork(Manager self, const PySequence& seq) {
-  PyManager& manager = of(self);
-  return {nb::borrow(self), &manager, manager.manager.fork(seq.id)};
+  return {nb::borrow(self), &of(self), of(self).manager.fork(seq.id)};
 }
 
-nb::object fork_often(Manager self, const PySequence& seq, int64_t n) {
+nb::list fork_many(Manager self, const PySequence& seq, int64_t n) {
   PyManager& manager = of(self);
-  QUIRE_CHECK_ARG(n >= 0, "fork: n: expected 0 or more, got ", n);
+  QUIRE_CHECK_ARG(n >= 0 && n <= INT32_MAX, "fork: n: expected 0 or more, got ", n);
   manager.seqs.resize(static_cast<size_t>(n));
   manager.manager.fork(seq.id, manager.seqs);
   nb::list children;
@@ -322,9 +321,9 @@ void bind_sequence_methods(nb::class_<PyManager>& manager) {
            "A sequence of the same tokens that shares every block with computed tokens.\n\n"
            "The first write into a shared partial block copies it: see StepBatch.copies.\n\n"
            "Example::\n\n    child = manager.fork(seq)")
-      .def("fork", &fork_often, nb::arg("seq"), nb::arg("n"),
+      .def("fork", &fork_many, nb::arg("seq"), nb::arg("n"),
            nb::sig("def fork(self, seq: Sequence, n: int) -> list[Sequence]"),
-           "A list of n such sequences.\n\n"
+           "n such sequences, at a cost that does not grow with their length.\n\n"
            "Raises ValueError for a negative n.\n\n"
            "Example::\n\n    beams = manager.fork(seq, 8)")
       .def(
