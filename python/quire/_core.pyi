@@ -79,7 +79,16 @@ class AttentionPlan:
 
     @property
     def num_work_items(self) -> int:
-        """Units of work that threads share."""
+        """
+        Work items: some rows of a sequence, for one kv head, against a range of its keys.
+        """
+
+    @property
+    def num_shared_items(self) -> int:
+        """
+        Those whose keys are read once for several sequences: blocks that begin the block
+        tables of all of them. The result is the same, bit by bit.
+        """
 
     @property
     def flops(self) -> int:
@@ -142,9 +151,28 @@ class Attention:
             attn.run(plan, q, cache.k(layer), cache.v(layer), out=out)
         """
 
+    def run_part(self, plan: AttentionPlan, ith: int, nth: int, q: object, k_cache: object, v_cache: object, out: object, workspace: object, lse: object | None = None, sinks: object | None = None, alibi_slopes: object | None = None) -> None:
+        """
+        Runs one of nth parts of what run() does, for hosts with threads of their own.
+
+        All parts, ith = 0 ... nth - 1, are to be called with the same arguments, in any order
+        and from any threads; when all have returned, out has the bits that run() gives. No
+        part waits for another, and none uses quire's threads. workspace uint8
+        [workspace_size(plan)], zeros before its first use, is left ready for the next run of
+        this or another plan that it is large enough for; one run at a time. CPU only.
+
+        Raises ValueError, before any work, naming the wrong argument.
+
+        Example::
+
+            workspace = numpy.zeros(attn.workspace_size(plan), numpy.uint8)
+            for i in range(n):  # or on n threads
+                attn.run_part(plan, i, n, q, k_cache, v_cache, out, workspace)
+        """
+
     def workspace_size(self, plan: AttentionPlan) -> int:
         """
-        Bytes of scratch memory that run() uses for this plan.
+        Bytes of scratch memory that run() uses for this plan, and run_part() asks for.
 
         Example::
 
