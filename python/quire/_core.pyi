@@ -157,7 +157,7 @@ class Attention:
             attn.run(plan, q, cache.k(layer), cache.v(layer), out=out)
         """
 
-    def run_part(self, plan: AttentionPlan, ith: int, nth: int, q: object, k_cache: object, v_cache: object, out: object, workspace: object, lse: object | None = None, sinks: object | None = None, alibi_slopes: object | None = None) -> None:
+    def run_part(self, plan: AttentionPlan, ith: int, nth: int, q: object, k_cache: object, v_cache: object, out: object, workspace: object, lse: object | None = None, sinks: object | None = None, alibi_slopes: object | None = None, k_scale: object = 1.0, v_scale: object = 1.0) -> None:
         """
         Runs one of nth parts of what run() does, for hosts with threads of their own.
 
