@@ -32,7 +32,7 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: torch.Tensor, _dlse: torch.Tensor) -> Any:
         dout, q, k, v, sinks, out, lse = _detached(dout, *ctx.saved_tensors)
         if dout.stride(-1) != 1:  # an expanded gradient, as that of sum()
