@@ -16,8 +16,6 @@ import quire
 class Request:
     """A request: its tokens, and its sequence while it holds blocks."""
 
-    __slots__ = ("len_computed", "seq", "tokens", "toks")
-
     def __init__(self, tokens: list[int]) -> None:
         """A request of these prompt tokens."""
         self.toks = array("i", tokens)
