@@ -30,12 +30,24 @@ ELEMENT_TYPES = {"float16": 1, "bfloat16": 2}
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 
+class Scale(ctypes.Structure):
+    """KvScale of quire/kernel_params.h."""
+
+    _fields_ = [
+        ("values", POINTER),
+        ("strides", LONG * 3),  # block, row, head
+        ("value", FLOAT),
+        ("is_per_token", ctypes.c_bool),
+    ]
+
+
 class Params(ctypes.Structure):
     """AttentionParams of quire/kernel_params.h."""
 
     _fields_ = [
         *((name, INT) for name in ("num_heads", "num_kv_heads", "head_dim", "head_dim_v")),
         ("dtype", ctypes.c_uint8),
+        ("kv_dtype", ctypes.c_uint8),
         ("scale", FLOAT),
         ("softcap", FLOAT),
         ("window_left", INT),
@@ -53,6 +65,8 @@ class Params(ctypes.Structure):
         *((name, POINTER) for name in ("alibi_slopes", "sinks", "mask")),
         ("mask_strides", LONG * 2),  # sequence, row
         ("mask_is_tree", ctypes.c_bool),
+        ("k_scale", Scale),
+        ("v_scale", Scale),
     ]
 
 
@@ -133,6 +147,7 @@ def make_call(problem: Problem, t: Tensors, use_decode: bool) -> Call:
         head_dim=case.head_dim,
         head_dim_v=case.head_dim_v,
         dtype=ELEMENT_TYPES[case.dtype],
+        kv_dtype=ELEMENT_TYPES[case.dtype],
         scale=1 / np.sqrt(case.head_dim),
         softcap=case.softcap,
         window_left=case.window[0],
