@@ -16,7 +16,8 @@ EXAMPLES = re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", PAGE, re.MULTILINE
 
 
 def test_each_framework_has_an_example():
-    assert [title for title, _ in EXAMPLES] == ["NumPy", "torch", "JAX", "Any other framework"]
+    titles = [title for title, _ in EXAMPLES]
+    assert titles == ["NumPy", "torch", "JAX", "transformers", "Any other framework"]
 
 
 @pytest.mark.parametrize(("title", "code"), EXAMPLES)
