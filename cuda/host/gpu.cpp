@@ -38,11 +38,15 @@ Gpu::Gpu(const Driver& driver, const Images& images, int index)
 }
 
 Handle Gpu::context() const {
-  std::call_once(context_once_, [this] {  // the one that every framework shares
-    check(driver_, driver_.retain_context(&context_, info_.device.index),
+  if (const Handle context = context_.load(std::memory_order_acquire)) return context;
+  std::lock_guard lock(context_mutex_);
+  if (!context_.load()) {
+    Handle context = nullptr;  // the one that every framework shares
+    check(driver_, driver_.retain_context(&context, info_.device.index),
           "cuDevicePrimaryCtxRetain");
-  });
-  return context_;
+    context_.store(context, std::memory_order_release);
+  }
+  return context_.load();
 }
 
 Handle Gpu::function(const Kernel& kernel) {

@@ -56,9 +56,9 @@ class Gpu {
   const Images& images_;
   DeviceInfo info_;
   std::string name_, arch_;
-  mutable std::once_flag context_once_;
-  mutable Handle context_ = nullptr;
-  std::mutex mutex_;  // of what follows
+  mutable std::mutex context_mutex_;
+  mutable std::atomic<Handle> context_ = nullptr;  // retained at first use
+  std::mutex mutex_;                               // of what follows
   std::vector<Handle> libraries_;
   std::atomic<Handle> functions_[std::size(kKernels)] = {};
   std::vector<std::unique_ptr<Slab>> slabs_;

@@ -40,7 +40,7 @@ class TensorArgs {
   TensorView from_dlpack(const TensorSource& source, nb::handle object, const char* name);
 
   // More tensors than any call has: a seat for each is cheaper than a vector.
-  static constexpr int kMaxHeld = 16;
+  static constexpr int kMaxHeld = 32;  // two of a tensor that comes through __dlpack__
   void hold(nb::handle object);
   std::array<PyObject*, kMaxHeld> held_;
   int num_held_ = 0;

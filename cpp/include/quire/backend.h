@@ -3,13 +3,16 @@
 // of sequences, or policies. Adding a function here is a design decision.
 #pragma once
 
+#include <cstddef>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "quire/attention.h"
 #include "quire/backward_params.h"
 #include "quire/cache_ops.h"
+#include "quire/error.h"
 
 namespace quire {
 
@@ -41,11 +44,19 @@ class Backend {
   virtual size_t workspace_size(const AttentionDesc& desc, const AttentionPlan& plan) const = 0;
   virtual void run(const AttentionPlan& plan, const AttentionParams& params,
                    const Stream& stream) const = 0;
+  // What a backend need not have throws Unsupported. Inline, as all of this class: a backend in a
+  // library of its own takes no symbol from this one.
+  //
   // One of the `nth` parts of a run whose counters are in `workspace`; see Attention::run_part.
-  virtual void run_part(const AttentionPlan& plan, const AttentionParams& params,
-                        std::span<std::byte> workspace,
-                        int nth) const;  // throws Unsupported unless overridden
-  virtual void attention_backward(const BackwardParams& params) const;  // likewise
+  virtual void run_part(const AttentionPlan&, const AttentionParams&, std::span<std::byte>,
+                        int) const {
+    throw Unsupported(std::string("run_part: not implemented on ") + name() +
+                      ": only the CPU has parts");
+  }
+  virtual void attention_backward(const BackwardParams&) const {
+    throw Unsupported(std::string("attention_backward: the backend ") + name() +
+                      " has no kernel for it");
+  }
   virtual void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
                          const TensorView& v_cache, const TensorView& slot_mapping,
                          const Rope* rope, const KvScales& scales, const Stream& stream) const = 0;
