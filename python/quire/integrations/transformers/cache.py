@@ -62,10 +62,9 @@ class QuireLayer(CacheLayerMixin):  # type: ignore[misc]
         options: dict[str, Any],
     ) -> torch.Tensor:
         """Write k, v and attend: q, k, v ``[batch, seq, heads, dim]``, mask ``[batch, seen]``."""
-        new = None if mask is None else mask[:, -q.shape[1] :].bool()
         if self.index == 0:
-            self.cache.begin_step(q.shape[0], q.shape[1], new)
-        batch = self.cache.batch
+            self.cache.begin_step(q.shape[0], q.shape[1], mask)
+        batch, new = self.cache.batch, self.cache.new_tokens
         k_pages, v_pages = (x.transpose(1, 2) for x in (self.keys, self.values))
         if len(batch.copies):
             quire.copy_blocks(k_pages, v_pages, batch.copies)
@@ -137,6 +136,7 @@ class QuireCache(Cache):  # type: ignore[misc]
         self.manager = quire.KVCacheManager(self.num_blocks, block_size, prefix_caching=False)
         self.sequences: list[quire._core.Sequence] = []
         self.batch: Any = None  # of the running step
+        self.new_tokens: torch.Tensor | None = None  # bool [batch, seq]; None: no padding
         super().__init__(layers=[QuireLayer(i, self) for i in range(config.num_hidden_layers)])
 
     @property
@@ -144,11 +144,13 @@ class QuireCache(Cache):  # type: ignore[misc]
         """Sequences in the cache; -1 before the first tokens."""
         return len(self.sequences) or -1
 
-    def begin_step(self, batch_size: int, num_new: int, new: torch.Tensor | None) -> None:
-        """Give slots to the new tokens: num_new of each sequence, or where `new` is set."""
+    def begin_step(self, batch_size: int, num_new: int, mask: torch.Tensor | None) -> None:
+        """Give slots to the new tokens: the last num_new of each sequence, without padding."""
         counts = np.full(batch_size, num_new, np.int32)
-        if new is not None:
-            counts = new.sum(1, dtype=torch.int32).numpy()
+        self.new_tokens = None
+        if mask is not None:
+            self.new_tokens = mask[:, -num_new:].bool()
+            counts = self.new_tokens.sum(1, dtype=torch.int32).numpy()
         # The manager counts tokens; which ones they are matters to a prefix cache only. A sequence
         # has one more than it has computed, so that a row may begin with padding alone.
         if self.sequences:

@@ -25,12 +25,16 @@ _STEP = "_quire_step"  # on an allocator: the tables of the running step
 class Step:
     """What all layers of one allocator share in a step.
 
-    block_table: int32 [batch, max_blocks]; None: the keys of the step's own tokens are all there
-    is. seq_lens: int32 [batch].
+    slots: int64 [total_q], where the new keys go; cu_seqlens_q, cu_seqlens_k: int32 [batch + 1].
+    block_table: int32 [batch, max_blocks] with seq_lens, int32 [batch]; None where the keys do not
+    lie in pages as they are wanted: then the allocator itself writes and gathers.
     """
 
-    block_table: torch.Tensor | None
-    seq_lens: torch.Tensor
+    slots: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    block_table: torch.Tensor | None = None
+    seq_lens: torch.Tensor | None = None
 
 
 def attend_continuous(
@@ -49,25 +53,20 @@ def attend_continuous(
     allocator = cache.layer_to_allocator[layer]
     read_index = kwargs["read_index"][allocator.index]
     write_index = kwargs["write_index"][allocator.index]
-    cu_q = kwargs["cu_seq_lens_q"].to(torch.int32)
-    cu_k = kwargs["cu_seq_lens_k"][allocator.layer_type].to(torch.int32)
     if layer == allocator.layer_indices[0]:
-        setattr(allocator, _STEP, plan_step(allocator, read_index, write_index, cu_q, cu_k))
-    step: Step | None = getattr(allocator, _STEP)
-    if step is None:
+        cu_k = kwargs["cu_seq_lens_k"][allocator.layer_type]
+        step = plan_step(allocator, read_index, write_index, kwargs["cu_seq_lens_q"], cu_k)
+        setattr(allocator, _STEP, step)
+    step = getattr(allocator, _STEP)
+    options = {**options, "cu_seqlens_q": step.cu_seqlens_q}
+    out: Any
+    if step.block_table is None:
         k, v = allocator.update(k, v, layer, read_index, write_index)
-        table = None
+        out = quire.attention(q, k, v, cu_seqlens_k=step.cu_seqlens_k, **options)
     else:
         k_pages, v_pages = allocator._kv_page_views[layer]
-        quire.append_kv(k, v, k_pages, v_pages, write_index.to(torch.int64))
-        table = step.block_table
-    out: Any
-    if step is None or table is None:
-        out = quire.attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
-    else:
-        out = quire.paged_attention(
-            q, k_pages, v_pages, table, step.seq_lens, cu_seqlens_q=cu_q, **options
-        )
+        quire.append_kv(k, v, k_pages, v_pages, step.slots)
+        out = quire.paged_attention(q, k_pages, v_pages, step.block_table, step.seq_lens, **options)
     return out
 
 
@@ -77,23 +76,24 @@ def plan_step(
     write_index: torch.Tensor,
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
-) -> Step | None:
-    """Block tables of a step, or None where the allocator itself must write and gather.
+) -> Step:
+    """What a step's layers share. The allocator must write and gather in two cases.
 
-    That is a chunk of a prompt in a ring buffer: it overwrites slots that its first rows still
-    see.
+    A step without a past needs no pages: the new keys are all there are. And a chunk of a prompt
+    in a ring buffer overwrites slots that its first rows still see.
     """
-    seq_lens = cu_k.diff()
-    is_ring = isinstance(allocator, SlidingAttentionCacheAllocator)
-    page_size = allocator.tokens_per_page
-    if is_ring:
-        is_decode = read_index.numel() > 0 and cu_q.numel() - 1 == int(cu_q[-1])
-        if not is_decode or allocator.sliding_window % page_size:
-            return None
-        return _ring_step(read_index, write_index, cu_k, page_size, allocator.sliding_window)
+    step = Step(write_index.to(torch.int64), cu_q.to(torch.int32), cu_k.to(torch.int32))
     if read_index.numel() == 0:
-        return Step(None, seq_lens)
-    return Step(_pages_of_rows(read_index, cu_k, page_size), seq_lens)
+        return step
+    page_size = allocator.tokens_per_page
+    if not isinstance(allocator, SlidingAttentionCacheAllocator):
+        step.block_table = _pages_of_rows(read_index, step.cu_seqlens_k, page_size)
+        step.seq_lens = step.cu_seqlens_k.diff()
+    elif cu_q.numel() - 1 == int(cu_q[-1]) and allocator.sliding_window % page_size == 0:
+        step.block_table, step.seq_lens = _ring_tables(
+            read_index, write_index, step.cu_seqlens_k, page_size, allocator.sliding_window
+        )
+    return step
 
 
 def _pages_of_rows(rows: torch.Tensor, cu_k: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -105,10 +105,10 @@ def _pages_of_rows(rows: torch.Tensor, cu_k: torch.Tensor, page_size: int) -> to
     return (rows[first] // page_size).to(torch.int32)
 
 
-def _ring_step(
+def _ring_tables(
     rows: torch.Tensor, new_rows: torch.Tensor, cu_k: torch.Tensor, page_size: int, window: int
-) -> Step:
-    """Tables of one new token a sequence in ring buffers: slot = position % window.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables and lengths of one new token a sequence in ring buffers: slot = position % window.
 
     The new token takes the slot of the one that leaves the window, so writing first is safe. In a
     ring that has wrapped, the page of the new token is the newest up to it and the oldest behind
@@ -130,4 +130,4 @@ def _ring_step(
             lengths.append(window + offset + 1)
         tables.append(pages.to(torch.int32))
     table = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
-    return Step(table, torch.tensor(lengths, dtype=torch.int32))
+    return table, torch.tensor(lengths, dtype=torch.int32)
