@@ -33,8 +33,7 @@ inline void store_chunk(const Run& run, const Task& task, const State& state, in
   state.clear(task.rows);
 }
 
-// Few rows of one sequence, for one kv head or several: these go through the keys together, chunk
-// by chunk, as in a token-major cache they lie side by side. T is the type of k and v.
+// Few rows of one sequence, for one kv head or several. T is the type of k and v.
 template <class T>
 void attend_decode(const Run& run, std::span<const Task> tasks) {
   const Task& first = tasks[0];
@@ -42,21 +41,22 @@ void attend_decode(const Run& run, std::span<const Task> tasks) {
   const int stride = value_stride(first);
   const size_t seen_floats = padded(first.rows * sizeof(Seen) / sizeof(float));
   const size_t state_floats = seen_floats + padded(static_cast<size_t>(first.rows) * stride);
-  float* scratch = thread_scratch(tasks.size() * state_floats + Decode<T>::scratch_floats(first));
-  const auto state = [&](size_t i) {
+  float* scratch =
+      thread_scratch(tasks.size() * state_floats + Decode<T>::scratch_floats(first, tasks.size()));
+  std::vector<State> states;
+  for (size_t i = 0; i < tasks.size(); ++i) {
     float* memory = scratch + i * state_floats;
-    return State{reinterpret_cast<Seen*>(memory), memory + seen_floats, stride};
-  };
-  for (size_t i = 0; i < tasks.size(); ++i) state(i).clear(first.rows);
-  for (int64_t begin = item.kv_begin; begin < item.kv_end; begin += kKvChunk)
-    for (size_t i = 0; i < tasks.size(); ++i) {
-      Decode<T> kernel(tasks[i], scratch + tasks.size() * state_floats);
-      kernel.chunk(begin, std::min<int64_t>(begin + kKvChunk, item.kv_end), state(i),
-                   tasks[(i + 1) % tasks.size()]);
-      if (item.partial >= 0) store_chunk(run, tasks[i], state(i), begin);
-    }
+    states.push_back({reinterpret_cast<Seen*>(memory), memory + seen_floats, stride});
+    states[i].clear(first.rows);
+  }
+  Decode<T> kernel(tasks, scratch + tasks.size() * state_floats);
+  for (int64_t begin = item.kv_begin; begin < item.kv_end; begin += kKvChunk) {
+    kernel.chunk(begin, std::min<int64_t>(begin + kKvChunk, item.kv_end), states.data());
+    if (item.partial < 0) continue;
+    for (size_t i = 0; i < tasks.size(); ++i) store_chunk(run, tasks[i], states[i], begin);
+  }
   if (item.partial >= 0) return;
-  for (size_t i = 0; i < tasks.size(); ++i) finish_rows(tasks[i], state(i));
+  for (size_t i = 0; i < tasks.size(); ++i) finish_rows(tasks[i], states[i]);
 }
 
 template <class T>
@@ -86,7 +86,11 @@ void attend_as(const Run& run, std::span<const WorkItem> unit) {
     (is_decode(task) ? few : many).push_back(task);
   }
   const bool is_shared = unit.size() > 1 && unit[0].kv_head == unit[1].kv_head;
-  if (!few.empty()) is_shared ? SharedDecode<T>(run, few).attend() : attend_decode<T>(run, few);
+  if (is_shared && !few.empty()) SharedDecode<T>(run, few).attend();
+  for (size_t i = 0, count; !is_shared && i < few.size(); i += count) {
+    count = std::min(few.size() - i, Decode<T>::most_heads(few[i]));
+    attend_decode<T>(run, std::span(few).subspan(i, count));
+  }
   if (is_shared && !many.empty()) return attend_shared_prefill<T>(run, many);
   for (const Task& task : many) attend_prefill<T>(run, task);
 }

@@ -15,10 +15,30 @@ inline bool is_decode(const Task& task) {
 constexpr int kTileRows = 4;  // rows of a register tile, of both products
 constexpr int kTileKeys = kRegisters == 32 ? 4 : 2;
 constexpr int kTileColumns = kRegisters == 32 ? 4 : 2;  // vectors
-constexpr int kWeighKeys = 32;                          // keys a visit of the values
 
 // Into the L2 cache: the line buffers of L1 are too few to cover the latency of memory.
 QUIRE_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// A row of floats as load2() loads elements of T, which comes to the same in both products; and
+// back. Only whole pairs of vectors are loaded so.
+template <class T>
+inline void to_loaded_order(float* row, int dim) {
+  if (!kLoadsPairs<T>) return;
+  for (; dim >= 2 * kWidth; dim -= 2 * kWidth, row += 2 * kWidth) {
+    float loaded[2 * kWidth];
+    for (int i = 0; i < kWidth; ++i) loaded[i] = row[2 * i], loaded[kWidth + i] = row[2 * i + 1];
+    std::copy_n(loaded, 2 * kWidth, row);
+  }
+}
+template <class T>
+inline void from_loaded_order(float* row, int dim) {
+  if (!kLoadsPairs<T>) return;
+  for (; dim >= 2 * kWidth; dim -= 2 * kWidth, row += 2 * kWidth) {
+    float natural[2 * kWidth];
+    for (int i = 0; i < kWidth; ++i) natural[2 * i] = row[i], natural[2 * i + 1] = row[kWidth + i];
+    std::copy_n(natural, 2 * kWidth, row);
+  }
+}
 
 // s[r][t] = q[r] . keys[t] for R rows and kTileKeys keys; q is padded with zeros.
 template <int R, class T>
@@ -56,22 +76,40 @@ QUIRE_INLINE void dot_tile(const float* q, int q_stride, const T* const* keys, i
   for (int r = 0; r < R; ++r) std::copy_n(sums + r * kTileKeys, kTileKeys, s + r * s_stride);
 }
 
-// values[r][d, d + C vectors) += the sum over `count` keys t of weights[r][t] * rows[t][d ...).
-// With kAhead the same columns of rows[t + ahead] are prefetched on the way.
+// Where tiles of values are added up: [rows][stride].
+struct Sums {
+  float* values;
+  int stride;
+
+  float* row(int r) const { return values + static_cast<int64_t>(r) * stride; }
+};
+
+// The rows of v that a tile reads: `count` from keys[0] + shift on, and the same columns of those
+// `ahead` keys further on to be prefetched; 0: none.
+template <class T>
+struct ValueRows {
+  const T* const* keys;
+  int64_t shift;
+  int count, ahead;
+};
+
+// sums[r][d, d + C vectors) += the sum over the rows t of weights[r][t] * rows[t][d ...).
 template <int R, int C, bool kAhead, class T, class Load>
-QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const T* const* rows,
-                             int count, int ahead, int d, const State& state, Load load_value) {
+QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const ValueRows<T>& rows,
+                             int d, const Sums& sums, Load load_value) {
   Vec acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) acc[r][c] = load(state.row(r) + d + c * kWidth);
-  for (int t = 0; t < count; ++t) {
+    for (int c = 0; c < C; ++c) acc[r][c] = load(sums.row(r) + d + c * kWidth);
+  const int64_t column = rows.shift + d;
+  for (int t = 0; t < rows.count; ++t) {
     if constexpr (kAhead)
 #pragma GCC unroll 4
-      for (size_t i = 0; i < C * kWidth; i += 64 / sizeof(T)) prefetch_far(rows[t + ahead] + d + i);
+      for (size_t i = 0; i < C * kWidth; i += 64 / sizeof(T))
+        prefetch_far(rows.keys[t + rows.ahead] + column + i);
     Vec v[C];
-    load_value(rows[t] + d, v);
+    load_value(rows.keys[t] + column, v);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec w = set(weights[r * weight_stride + t]);
@@ -82,25 +120,28 @@ QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const T* c
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(state.row(r) + d + c * kWidth, acc[r][c]);
+    for (int c = 0; c < C; ++c) store(sums.row(r) + d + c * kWidth, acc[r][c]);
 }
 
 template <int R, bool kAhead, class T>
-QUIRE_INLINE void weigh_rows(const float* weights, int weight_stride, const T* const* rows,
-                             int count, int ahead, int dim, const State& state) {
-  const auto whole = [](const T* p, Vec* v) {
-#pragma GCC unroll 2
-    for (int c = 0; c < kTileColumns; c += 2) load2(p + c * kWidth, v + c);
-  };
+QUIRE_INLINE void weigh_rows(const float* weights, int weight_stride, const ValueRows<T>& rows,
+                             int dim, const Sums& sums) {
   int d = 0;
   for (; d + kTileColumns * kWidth <= dim; d += kTileColumns * kWidth)
-    weigh_tile<R, kTileColumns, kAhead>(weights, weight_stride, rows, count, ahead, d, state,
-                                        whole);
+    weigh_tile<R, kTileColumns, kAhead>(weights, weight_stride, rows, d, sums,
+                                        [](const T* p, Vec* v) {
+#pragma GCC unroll 2
+                                          for (int c = 0; c < kTileColumns; c += 2)
+                                            load2(p + c * kWidth, v + c);
+                                        });
+  for (; kTileColumns > 2 && d + 2 * kWidth <= dim; d += 2 * kWidth)
+    weigh_tile<R, 2, kAhead>(weights, weight_stride, rows, d, sums,
+                             [](const T* p, Vec* v) { load2(p, v); });
   for (; d + kWidth <= dim; d += kWidth)
-    weigh_tile<R, 1, kAhead>(weights, weight_stride, rows, count, ahead, d, state,
+    weigh_tile<R, 1, kAhead>(weights, weight_stride, rows, d, sums,
                              [](const T* p, Vec* v) { *v = load(p); });
   if (d < dim)
-    weigh_tile<R, 1, kAhead>(weights, weight_stride, rows, count, ahead, d, state,
+    weigh_tile<R, 1, kAhead>(weights, weight_stride, rows, d, sums,
                              [n = dim - d](const T* p, Vec* v) { *v = load(p, n); });
 }
 
@@ -119,118 +160,164 @@ QUIRE_INLINE void with_rows(int count, F f) {
   }
 }
 
+// The rows of one sequence for one kv head, or for several that follow each other: `heads` are
+// their tasks. A few keys are read for all heads before the next ones, so that token-major caches
+// are read in the order in which they lie.
 template <class T>
 class Decode {
  public:
-  static size_t scratch_floats(const Task& task) {
-    return task.rows * (padded(task.p.head_dim) + padded(task.p.head_dim_v) + kScores);
+  // How many heads of the rows of one are computed together.
+  static size_t most_heads(const Task& task) { return static_cast<size_t>(kMaxRows / task.rows); }
+
+  static size_t scratch_floats(const Task& task, size_t num_heads) {
+    return num_heads * task.rows * (padded(task.p.head_dim) + padded(task.p.head_dim_v) + kScores);
   }
 
-  Decode(const Task& task, float* scratch)
-      : task_(task),
-        q_stride_(static_cast<int>(padded(task.p.head_dim))),
+  Decode(std::span<const Task> heads, float* scratch)
+      : heads_(heads),
+        task_(heads[0]),
+        q_stride_(static_cast<int>(padded(task_.p.head_dim))),
+        v_stride_(static_cast<int>(padded(task_.p.head_dim_v))),
         q_(scratch),
-        s_(q_ + task.rows * q_stride_),
-        chunk_{chunk_seen_, s_ + task.rows * kScores, static_cast<int>(padded(task.p.head_dim_v))},
-        first_key_(task.first_key(0)),
-        end_key_(std::min<int64_t>(task.end_key(task.rows - 1), task.item.kv_end)),
-        v_scale_(item_scale<T>(task, task.p.v_scale)),
-        ahead_(static_cast<int>(std::clamp<size_t>(kBytesAhead / (task.p.head_dim * sizeof(T)),
-                                                   kTileKeys, kMaxAhead))) {
-    std::fill_n(q_, task.rows * q_stride_, 0.0f);
-    const float scale = task.q_scale() * item_scale<T>(task, task.p.k_scale);
-    for (int r = 0; r < task.rows; ++r) load_query(task, r, scale, q_ + r * q_stride_);
+        s_(q_ + num_rows() * q_stride_),
+        values_(s_ + num_rows() * kScores),
+        first_key_(task_.first_key(0)),
+        end_key_(std::min<int64_t>(task_.end_key(task_.rows - 1), task_.item.kv_end)) {
+    const size_t bytes_a_key = task_.p.head_dim * sizeof(T) * heads.size();
+    const auto visits = std::clamp<size_t>(kBytesAhead / (bytes_a_key * kVisitKeys), 1, kMaxVisits);
+    ahead_ = static_cast<int>(visits) * kVisitKeys;
+    std::fill_n(q_, num_rows() * q_stride_, 0.0f);
+    for (size_t h = 0; h < heads.size(); ++h) {
+      const float scale = task_.q_scale() * item_scale<T>(heads[h], task_.p.k_scale);
+      for (int r = 0; r < task_.rows; ++r) {
+        float* q = q_ + row(h, r) * q_stride_;
+        load_query(heads[h], r, scale, q);
+        to_loaded_order<T>(q, task_.p.head_dim);
+      }
+    }
   }
 
-  // Adds the chunk of keys [begin, end) to the state. `next` is what comes then: the same chunk for
-  // a further kv head, or the next one for the first.
-  void chunk(int64_t begin, int64_t end, const State& state, const Task& next) {
+  // Adds the chunk of keys [begin, end) to the states of the heads.
+  void chunk(int64_t begin, int64_t end, const State* states) {
     const int64_t first = std::max(begin, first_key_), last = std::min(end, end_key_);
     if (first >= last) return;
     const int offset = static_cast<int>(first - begin), count = static_cast<int>(last - first);
-    find_rows(first, last, next);
-    for (const KvScale* scale : {&task_.p.k_scale, &task_.p.v_scale})
-      if (kIsQuantised<T> && scale->is_per_token) prefetch_token_scales(task_, *scale, first, last);
+    find_rows(first, last);
+    prefetch_scales(first, last);
     score(offset, count);
-    scale_tokens<T>(task_, task_.p.k_scale, first, last, s_ + offset, task_.rows, kScores);
-    chunk_.clear(task_.rows);
-    Fold folds[kDecodeRows];
-    const int s_begin = offset / kWidth * kWidth;
-    const int s_end = (offset + count + kWidth - 1) / kWidth * kWidth;
-    for (int r = 0; r < task_.rows; ++r)
-      folds[r] =
-          fold(state.seen[r], softmax_row(task_, r, begin, s_ + r * kScores, s_begin, s_end));
-    scale_tokens<T>(task_, task_.p.v_scale, first, last, s_ + offset, task_.rows, kScores);
+    std::fill_n(values_, num_rows() * v_stride_, 0.0f);
+    Fold folds[kMaxRows];
+    for (size_t h = 0; h < heads_.size(); ++h)
+      softmax(heads_[h], h, begin, first, last, states[h].seen, folds + row(h, 0));
     weigh(offset, count);
-    for (int r = 0; r < task_.rows; ++r) {
-      if (kIsQuantised<T>) folds[r].take *= v_scale_;
-      fold_values(state.row(r), chunk_.row(r), task_.p.head_dim_v, folds[r]);
+    for (size_t h = 0; h < heads_.size(); ++h) {
+      const float v_scale = item_scale<T>(heads_[h], task_.p.v_scale);
+      for (int r = 0; r < task_.rows; ++r) {
+        Fold& fold = folds[row(h, r)];
+        if (kIsQuantised<T>) fold.take *= v_scale;
+        float* values = values_ + row(h, r) * v_stride_;
+        from_loaded_order<T>(values, task_.p.head_dim_v);
+        fold_values(states[h].row(r), values, task_.p.head_dim_v, fold);
+      }
     }
   }
 
  private:
   static constexpr int kScores = kKvChunk + 16;  // of a row; tiles may end beyond the chunk
-  static constexpr int kMaxAhead = 64;
+  static constexpr int kMaxRows = 64;            // of all heads: their scores stay in the L2 cache
+  static constexpr int kVisitKeys = 16;          // read for all heads before the next ones
+  static constexpr int kMaxVisits = 4;
   static constexpr size_t kBytesAhead = 16384;  // from use to prefetch
+  static_assert(kVisitKeys % kTileKeys == 0 && kKvChunk % kVisitKeys == 0);
 
-  // k of keys [first, last), their v, then the first k of `next`.
-  void find_rows(int64_t first, int64_t last, const Task& next) {
+  size_t row(size_t h, int r) const { return h * task_.rows + r; }  // over all heads
+  size_t num_rows() const { return heads_.size() * task_.rows; }
+
+  // Of head 0: k of keys [first, last), their v, then the first k of the next chunk.
+  void find_rows(int64_t first, int64_t last) {
     const T** out = rows_;
     task_.k_rows(first, last, out);
     out += last - first;
     task_.v_rows(first, last, out);
     out += last - first;
-    const int64_t next_begin = next.item.kv_head > task_.item.kv_head ? first : last;
-    const int64_t next_end = std::min(next_begin + ahead_, end_key_);
-    next.k_rows(next_begin, next_end, out);
-    out += next_end - next_begin;
-    std::fill(out, rows_ + 2 * (last - first) + ahead_ + kWeighKeys, rows_[0]);
+    const int64_t next_end = std::min(last + ahead_, end_key_);
+    task_.k_rows(last, next_end, out);
+    out += next_end - last;
+    std::fill(out, rows_ + 2 * (last - first) + ahead_ + kVisitKeys, rows_[0]);
   }
 
-  QUIRE_INLINE static void prefetch_rows(const T* const* rows, int count, size_t dim) {
-    for (int i = 0; i < count; ++i)
-      for (size_t byte = 0; byte < dim * sizeof(T); byte += 64)
-        prefetch_far(reinterpret_cast<const char*>(rows[i]) + byte);
+  void prefetch_scales(int64_t first, int64_t last) const {
+    if (!kIsQuantised<T>) return;
+    for (const KvScale* scale : {&task_.p.k_scale, &task_.p.v_scale})
+      if (scale->is_per_token)
+        for (const Task& head : heads_) prefetch_token_scales(head, *scale, first, last);
+  }
+
+  void softmax(const Task& head, size_t h, int64_t begin, int64_t first, int64_t last, Seen* seen,
+               Fold* folds) {
+    float* s = s_ + row(h, 0) * kScores;
+    const int offset = static_cast<int>(first - begin);
+    const int s_begin = offset / kWidth * kWidth;
+    const int s_end = static_cast<int>((last - begin + kWidth - 1) / kWidth * kWidth);
+    scale_tokens<T>(head, task_.p.k_scale, first, last, s + offset, task_.rows, kScores);
+    for (int r = 0; r < task_.rows; ++r)
+      folds[r] = fold(seen[r], softmax_row(head, r, begin, s + r * kScores, s_begin, s_end));
+    scale_tokens<T>(head, task_.p.v_scale, first, last, s + offset, task_.rows, kScores);
   }
 
   void score(int offset, int count) {
-    for (int t = 0; t < count; t += kTileKeys) {
+    for (int t = 0; t < count; t += kVisitKeys)
+      for (size_t h = 0; h < heads_.size(); ++h)
+        score_visit(h, offset, t, std::min(t + kVisitKeys, count), count);
+  }
+
+  // Logits of keys [t, end) for head h.
+  void score_visit(size_t h, int offset, int t, int end, int count) {
+    const int64_t shift = static_cast<int64_t>(h) * task_.p.k_stride_head;
+    const float* q = q_ + row(h, 0) * q_stride_;
+    float* s = s_ + row(h, 0) * kScores + offset;
+    for (; t < end; t += kTileKeys) {
       const T* keys[kTileKeys];  // beyond the last: the last again
-      for (int i = 0; i < kTileKeys; ++i) keys[i] = rows_[std::min(t + i, count - 1)];
-      prefetch_rows(rows_ + t + ahead_, kTileKeys, task_.p.head_dim);
+      for (int i = 0; i < kTileKeys; ++i) {
+        keys[i] = rows_[std::min(t + i, count - 1)] + shift;
+        for (size_t byte = 0; byte < task_.p.head_dim * sizeof(T); byte += 64)
+          prefetch_far(reinterpret_cast<const char*>(rows_[t + i + ahead_] + shift) + byte);
+      }
       for (int r = 0; r < task_.rows; r += kTileRows)
         with_rows(task_.rows - r, [&]<int R>() {
-          dot_tile<R>(q_ + r * q_stride_, q_stride_, keys, task_.p.head_dim,
-                      s_ + r * kScores + offset + t, kScores);
+          dot_tile<R>(q + r * q_stride_, q_stride_, keys, task_.p.head_dim, s + r * kScores + t,
+                      kScores);
         });
     }
   }
 
   void weigh(int offset, int count) {
-    for (int t = 0; t < count; t += kWeighKeys) {
-      weigh_visit<true>(0, offset, t, count);
-      for (int r = kTileRows; r < task_.rows; r += kTileRows)
-        weigh_visit<false>(r, offset, t, count);
-    }
+    for (int t = 0; t < count; t += kVisitKeys)
+      for (size_t h = 0; h < heads_.size(); ++h) {
+        weigh_visit<true>(h, 0, offset, t, count);
+        for (int r = kTileRows; r < task_.rows; r += kTileRows)
+          weigh_visit<false>(h, r, offset, t, count);
+      }
   }
 
   template <bool kAhead>
-  QUIRE_INLINE void weigh_visit(int r, int offset, int t, int count) {
+  QUIRE_INLINE void weigh_visit(size_t h, int r, int offset, int t, int count) {
+    const int64_t shift = static_cast<int64_t>(h) * task_.p.v_stride_head;
     with_rows(task_.rows - r, [&]<int R>() {
-      weigh_rows<R, kAhead>(s_ + r * kScores + offset + t, kScores, rows_ + count + t,
-                            std::min(kWeighKeys, count - t), ahead_, task_.p.head_dim_v,
-                            {chunk_.seen, chunk_.row(r), chunk_.stride});
+      weigh_rows<R, kAhead>(
+          s_ + row(h, r) * kScores + offset + t, kScores,
+          ValueRows<T>{rows_ + count + t, shift, std::min(kVisitKeys, count - t), ahead_},
+          task_.p.head_dim_v, {values_ + row(h, r) * v_stride_, v_stride_});
     });
   }
 
-  const Task& task_;
-  int q_stride_;
-  float* q_;  // [rows][q_stride], scaled
-  float* s_;  // [rows][kScores]: logits of a chunk, then weights
-  Seen chunk_seen_[kDecodeRows];
-  State chunk_;
-  int64_t first_key_, end_key_;                           // seen by any row
-  float v_scale_;                                         // of all values, apart from the tokens'
-  int ahead_;                                             // keys from use to prefetch
-  const T* rows_[2 * kKvChunk + kMaxAhead + kWeighKeys];  // in order of use
+  std::span<const Task> heads_;
+  const Task& task_;  // of the first
+  int q_stride_, v_stride_;
+  float* q_;                     // [heads][rows][q_stride], scaled
+  float* s_;                     // [heads][rows][kScores]: logits of a chunk, then weights
+  float* values_;                // [heads][rows][v_stride] of a chunk
+  int64_t first_key_, end_key_;  // seen by any row
+  int ahead_;                    // keys from use to prefetch
+  const T* rows_[2 * kKvChunk + (kMaxVisits + 1) * kVisitKeys];  // of head 0, in order of use
 };

@@ -21,8 +21,10 @@ class SharedDecode {
     v_ = k_ + kKvChunk * q_stride();
     std::fill_n(q_, rows_.size() * q_stride(), 0.0f);
     const float scale = first_.q_scale() * item_scale<T>(first_, first_.p.k_scale);
-    for (size_t i = 0; i < rows_.size(); ++i)
+    for (size_t i = 0; i < rows_.size(); ++i) {
       load_query(*rows_[i].task, rows_[i].index, scale, q_ + i * q_stride());
+      to_loaded_order<T>(q_ + i * q_stride(), first_.p.head_dim);
+    }
   }
 
   void attend() {
@@ -53,13 +55,19 @@ class SharedDecode {
   size_t v_stride() const { return padded(first_.p.head_dim_v); }
   static int whole_vectors(int dim) { return (dim + kWidth - 1) / kWidth * kWidth; }
 
-  // The rows of a chunk as floats, zeros behind them.
+  // The rows of a chunk as floats in loaded order, zeros behind them.
   static void widen(const T* const* from, int dim, float* to, size_t stride) {
     for (int key = 0; key < kKvChunk; ++key, to += stride) {
       const T* next = from[std::min(key + kAhead, kKvChunk - 1)];
       for (size_t byte = 0; byte < dim * sizeof(T); byte += 64)
         prefetch_far(reinterpret_cast<const char*>(next) + byte);
       int d = 0;
+      for (; d + 2 * kWidth <= dim; d += 2 * kWidth) {
+        Vec pair[2];
+        load2(from[key] + d, pair);
+        store(to + d, pair[0]);
+        store(to + d + kWidth, pair[1]);
+      }
       for (; d + kWidth <= dim; d += kWidth) store(to + d, load(from[key] + d));
       if (d < dim) store(to + d, load(from[key] + d, dim - d));
     }
@@ -89,6 +97,7 @@ class SharedDecode {
     if (kIsQuantised<T>) scale_values(count);
     for (int r = 0; r < count; ++r) {
       const auto& [task, index] = rows_[i + r];
+      from_loaded_order<T>(state.row(r), first_.p.head_dim_v);
       const int64_t chunks_before = (begin - task->item.kv_begin) / kKvChunk;
       store_partial(run_, *task, index, task->item.partial + chunks_before * run_.slots(task->rows),
                     state, r);
@@ -119,9 +128,9 @@ class SharedDecode {
       for (int j = 0; j < kValueKeys; ++j) rows[j] = v_ + (t + j) * v_stride();
       for (int r = 0; r < count; r += kTile)
         with_tile(count - r, [&]<int R>() {
-          weigh_rows<R, false>(s_ + r * kScores + t, kScores, rows, kValueKeys, 0,
-                               whole_vectors(first_.p.head_dim_v),
-                               {state.seen, state.row(r), state.stride});
+          weigh_rows<R, false>(s_ + r * kScores + t, kScores,
+                               ValueRows<float>{rows, 0, kValueKeys, 0},
+                               whole_vectors(first_.p.head_dim_v), {state.row(r), state.stride});
         });
     }
   }

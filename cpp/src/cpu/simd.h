@@ -6,7 +6,8 @@
 //   zero() set(x) iota()      all 0; all x; 0, 1, 2, ...
 //   in_register(v)            v, not to be loaded anew for each use
 //   load(p) load(p, n)        from any element (element.h); the first n elements, then 0
-//   load2(p, v)               two vectors, of 2 * kWidth elements
+//   load2(p, v)               two vectors, of 2 * kWidth elements: the first half of them and the
+//                             second or, with kLoadsPairs<T>, the even ones and the odd ones
 //   kLoadUnit<T>              elements are what load() gives times this; 1, or a power of two that
 //                             is cheaper to multiply into a scale
 //   store(p, v) store(p, v, n)  to float, Float16, BFloat16, rounding to nearest even

@@ -79,9 +79,19 @@ QUIRE_INLINE Vec load(const T* p, int n) {
   return load(part);
 }
 template <class T>
+constexpr bool kLoadsPairs = false;
+template <>
+inline constexpr bool kLoadsPairs<BFloat16> = true;  // saves the shuffle
+
+template <class T>
 QUIRE_INLINE void load2(const T* p, Vec* v) {
   v[0] = load(p);
   v[1] = load(p + kWidth);
+}
+QUIRE_INLINE void load2(const BFloat16* p, Vec* v) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  v[0] = {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))};
+  v[1] = {_mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)))};
 }
 QUIRE_INLINE void load2(const Float8E5M2* p, Vec* v) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -83,6 +83,11 @@ QUIRE_INLINE Vec load(const T* p, int n) {
     return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T{});
 }
 template <class T>
+constexpr bool kLoadsPairs = false;
+template <>
+inline constexpr bool kLoadsPairs<BFloat16> = true;  // saves the shuffle
+
+template <class T>
 QUIRE_INLINE void load2(const T* p, Vec* v) {
   if constexpr (sizeof(T) == 1 && !std::is_same_v<T, Int8>) {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -92,6 +97,11 @@ QUIRE_INLINE void load2(const T* p, Vec* v) {
   } else {
     v[0] = load(p);
     v[1] = load(p + kWidth);
+  }
+  QUIRE_INLINE void load2(const BFloat16* p, Vec* v) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    v[0] = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+    v[1] = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)))};
   }
 }
 QUIRE_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }

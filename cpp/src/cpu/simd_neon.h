@@ -66,6 +66,8 @@ QUIRE_INLINE Vec load(const T* p, int n) {
   return load(part);
 }
 template <class T>
+constexpr bool kLoadsPairs = false;
+template <class T>
 QUIRE_INLINE void load2(const T* p, Vec* v) {
   v[0] = load(p);
   v[1] = load(p + kWidth);
