@@ -27,7 +27,9 @@ namespace {
 #include "cpu/words.h"
 #include "cpu/words_bf16.h"
 template <>
-struct Words<BFloat16> : VectorProducts, BFloat16Pairs {};
+struct Words<BFloat16> : VectorProducts, BFloat16Pairs {
+  using Products = Words;
+};
 #include "cpu/attention_kernels.h"
 // clang-format on
 }  // namespace

@@ -137,15 +137,14 @@ QUIRE_INLINE void weigh_rows(const float* weights, int weight_stride, const Valu
   for (; kTileColumns > 2 && d + 2 * kWidth <= dim; d += 2 * kWidth)
     weigh_tile<R, 2, kAhead>(weights, weight_stride, rows, d, sums,
                              [](const T* p, Vec* v) { load2(p, v); });
-  for (; d + kWidth <= dim; d += kWidth)
-    weigh_tile<R, 1, kAhead>(weights, weight_stride, rows, d, sums,
-                             [](const T* p, Vec* v) { *v = load(p); });
-  if (d < dim)
-    weigh_tile<R, 1, kAhead>(weights, weight_stride, rows, d, sums,
-                             [n = dim - d](const T* p, Vec* v) { *v = load(p, n); });
+  for (; d < dim; d += kWidth)
+    weigh_tile<R, 1, kAhead>(
+        weights, weight_stride, rows, d, sums,
+        [n = dim - d](const T* p, Vec* v) { *v = n < kWidth ? load(p, n) : load(p); });
 }
 
-// f.operator()<R>() for the R = min(count, kTileRows) next rows.
+// f.operator()<R>() for the next `count` rows: R are computed, kTileRows at most. Three are as many
+// as four, which halves what is compiled.
 template <class F>
 QUIRE_INLINE void with_rows(int count, F f) {
   switch (count) {
@@ -153,12 +152,12 @@ QUIRE_INLINE void with_rows(int count, F f) {
       return f.template operator()<1>();
     case 2:
       return f.template operator()<2>();
-    case 3:
-      return f.template operator()<3>();
     default:
       return f.template operator()<kTileRows>();
   }
 }
+// So many rows are computed for `count`.
+inline int computed_rows(int count) { return count % kTileRows == 3 ? count + 1 : count; }
 
 // The rows of one sequence for one kv head, or for several that follow each other: `heads` are
 // their tasks. A few keys are read for all heads before the next ones, so that token-major caches
@@ -167,7 +166,9 @@ template <class T>
 class Decode {
  public:
   // How many heads of the rows of one are computed together.
-  static size_t most_heads(const Task& task) { return static_cast<size_t>(kMaxRows / task.rows); }
+  static size_t most_heads(const Task& task) {
+    return static_cast<size_t>(kMaxRows / computed_rows(task.rows));
+  }
 
   static size_t scratch_floats(const Task& task, size_t num_heads) {
     return num_heads * task.rows * (padded(task.p.head_dim) + padded(task.p.head_dim_v) + kScores);
@@ -176,6 +177,7 @@ class Decode {
   Decode(std::span<const Task> heads, float* scratch)
       : heads_(heads),
         task_(heads[0]),
+        head_rows_(computed_rows(task_.rows)),
         q_stride_(static_cast<int>(padded(task_.p.head_dim))),
         v_stride_(static_cast<int>(padded(task_.p.head_dim_v))),
         q_(scratch),
@@ -230,8 +232,8 @@ class Decode {
   static constexpr size_t kBytesAhead = 16384;  // from use to prefetch
   static_assert(kVisitKeys % kTileKeys == 0 && kKvChunk % kVisitKeys == 0);
 
-  size_t row(size_t h, int r) const { return h * task_.rows + r; }  // over all heads
-  size_t num_rows() const { return heads_.size() * task_.rows; }
+  size_t row(size_t h, int r) const { return h * head_rows_ + r; }  // over all heads
+  size_t num_rows() const { return heads_.size() * head_rows_; }
 
   // Of head 0: k of keys [first, last), their v, then the first k of the next chunk.
   void find_rows(int64_t first, int64_t last) {
@@ -313,10 +315,11 @@ class Decode {
 
   std::span<const Task> heads_;
   const Task& task_;  // of the first
+  int head_rows_;     // computed ones; those behind the task's are zeros
   int q_stride_, v_stride_;
-  float* q_;                     // [heads][rows][q_stride], scaled
-  float* s_;                     // [heads][rows][kScores]: logits of a chunk, then weights
-  float* values_;                // [heads][rows][v_stride] of a chunk
+  float* q_;                     // [heads][head_rows][q_stride], scaled
+  float* s_;                     // [heads][head_rows][kScores]: logits of a chunk, then weights
+  float* values_;                // [heads][head_rows][v_stride] of a chunk
   int64_t first_key_, end_key_;  // seen by any row
   int ahead_;                    // keys from use to prefetch
   const T* rows_[2 * kKvChunk + (kMaxVisits + 1) * kVisitKeys];  // of head 0, in order of use

@@ -181,8 +181,8 @@ class Prefill {
     if (begin >= end) return;
     const int s_begin = begin / kPanel * kPanel, s_end = (end + kPanel - 1) / kPanel * kPanel;
     for (int key = s_begin; key < s_end; key += kPanel)
-      score_tile<M, W>(q_row(r), depth_, k_ + static_cast<int64_t>(key) * depth_, task_.q_scale(),
-                       s_ + key, kScores);
+      score_tile<M, typename W::Products>(q_row(r), depth_, k_ + static_cast<int64_t>(key) * depth_,
+                                          task_.q_scale(), s_ + key, kScores);
     Fold folds[M];
     for (int i = 0; i < rows; ++i) {
       float* s = s_ + i * kScores;
@@ -192,7 +192,7 @@ class Prefill {
     const int first_word = begin / kStep * W::kDepthStep;
     const int words = round_up(end) / W::kElements - first_word;
     for (int d = 0; d < task_.p.head_dim_v; d += kPanel)
-      weigh_panel<M, W>(
+      weigh_panel<M, typename W::Products>(
           s_ + first_word, kScores,
           v_ + static_cast<int64_t>(d) * (kKvChunk / W::kElements) + first_word * kPanel, words,
           folds, state.row(r) + d, state.stride);

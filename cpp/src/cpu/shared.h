@@ -5,6 +5,45 @@
 // Every row sees every key of these chunks. Included inside the namespace of the tier.
 #pragma once
 
+constexpr int kSharedTile = 6;   // rows of a register tile
+constexpr int kSharedKeys = 32;  // a visit of the values: they stay in the L1 cache
+
+// f.operator()<R>() for the next `count` rows: R are computed, kSharedTile at most.
+template <class F>
+QUIRE_INLINE void with_shared_rows(int count, F f) {
+  if (count > kTileRows) return f.template operator()<kSharedTile>();
+  with_rows(count, f);
+}
+
+// Logits s of `count` rows of q for a chunk of keys as floats, both [...][stride].
+inline void score_floats(const float* q, int count, const float* k, int stride, int dim, float* s,
+                         int s_stride) {
+  for (int t = 0; t < kKvChunk; t += kTileKeys) {
+    const float* keys[kTileKeys];
+    for (int j = 0; j < kTileKeys; ++j) keys[j] = k + static_cast<int64_t>(t + j) * stride;
+    for (int r = 0; r < count; r += kSharedTile)
+      with_shared_rows(count - r, [&]<int R>() {
+        dot_tile<R>(q + static_cast<int64_t>(r) * stride, stride, keys, dim, s + r * s_stride + t,
+                    s_stride);
+      });
+  }
+}
+
+// Adds to `count` rows of sums a chunk of values as floats, [...][sums.stride], by their weights.
+inline void weigh_floats(const float* weights, int weight_stride, int count, const float* v,
+                         int dim, const Sums& sums) {
+  const float* rows[kSharedKeys];
+  for (int t = 0; t < kKvChunk; t += kSharedKeys) {
+    for (int j = 0; j < kSharedKeys; ++j) rows[j] = v + static_cast<int64_t>(t + j) * sums.stride;
+    for (int r = 0; r < count; r += kSharedTile)
+      with_shared_rows(count - r, [&]<int R>() {
+        weigh_rows<R, false>(weights + r * weight_stride + t, weight_stride,
+                             ValueRows<float>{rows, 0, kSharedKeys, 0}, dim,
+                             {sums.row(r), sums.stride});
+      });
+  }
+}
+
 // Rows of sequences that decode. There are many together, so the work is arithmetic: keys are
 // widened to float once a chunk, and register tiles are as large as the registers allow.
 template <class T>
@@ -13,13 +52,14 @@ class SharedDecode {
   SharedDecode(const Run& run, std::span<const Task> tasks) : run_(run), first_(tasks[0]) {
     for (const Task& task : tasks)
       for (int r = 0; r < task.rows; ++r) rows_.push_back({&task, r});
-    q_ = thread_scratch(rows_.size() * q_stride() + kRowsAtOnce * (kScores + v_stride()) +
+    const size_t num_rows = (rows_.size() + kSharedTile - 1) / kSharedTile * kSharedTile;
+    q_ = thread_scratch(num_rows * q_stride() + kRowsAtOnce * (kScores + v_stride()) +
                         kKvChunk * (q_stride() + v_stride()));
-    s_ = q_ + rows_.size() * q_stride();
+    s_ = q_ + num_rows * q_stride();
     values_ = s_ + kRowsAtOnce * kScores;
     k_ = values_ + kRowsAtOnce * v_stride();
     v_ = k_ + kKvChunk * q_stride();
-    std::fill_n(q_, rows_.size() * q_stride(), 0.0f);
+    std::fill_n(q_, num_rows * q_stride(), 0.0f);
     const float scale = first_.q_scale() * item_scale<T>(first_, first_.p.k_scale);
     for (size_t i = 0; i < rows_.size(); ++i) {
       load_query(*rows_[i].task, rows_[i].index, scale, q_ + i * q_stride());
@@ -45,11 +85,9 @@ class SharedDecode {
     const Task* task;
     int index;
   };
-  static constexpr int kTile = 6;  // rows of a register tile
-  static constexpr int kRowsAtOnce = 2 * kTile;
+  static constexpr int kRowsAtOnce = 2 * kSharedTile;
   static constexpr int kScores = kKvChunk + 16;
-  static constexpr int kValueKeys = 32;  // a visit of the values: they stay in the L1 cache
-  static constexpr int kAhead = 32;      // keys from use to prefetch
+  static constexpr int kAhead = 32;  // keys from use to prefetch
 
   size_t q_stride() const { return padded(first_.p.head_dim); }
   size_t v_stride() const { return padded(first_.p.head_dim_v); }
@@ -73,27 +111,21 @@ class SharedDecode {
     }
   }
 
-  // f.operator()<R>() for the R = min(count, kTile) next rows.
-  template <class F>
-  static void with_tile(int count, F f) {
-    if (count >= kTile) return f.template operator()<kTile>();
-    if (count == 5) return f.template operator()<5>();
-    with_rows(count, f);
-  }
-
   // `count` rows from `i` on against the widened chunk.
   void chunk(int64_t begin, size_t i, int count) {
     const int64_t end = begin + kKvChunk;
-    score(i, count);
+    score_floats(q_ + i * q_stride(), count, k_, static_cast<int>(q_stride()),
+                 whole_vectors(first_.p.head_dim), s_, kScores);
     scale_tokens<T>(first_, first_.p.k_scale, begin, end, s_, count, kScores);
     Seen seen[kRowsAtOnce];
     const State state{seen, values_, static_cast<int>(v_stride())};
-    state.clear(count);
+    state.clear(kRowsAtOnce);
     for (int r = 0; r < count; ++r)
       seen[r] =
           softmax_row(*rows_[i + r].task, rows_[i + r].index, begin, s_ + r * kScores, 0, kKvChunk);
     scale_tokens<T>(first_, first_.p.v_scale, begin, end, s_, count, kScores);
-    weigh(count, state);
+    weigh_floats(s_, kScores, count, v_, whole_vectors(first_.p.head_dim_v),
+                 {state.values, state.stride});
     if (kIsQuantised<T>) scale_values(count);
     for (int r = 0; r < count; ++r) {
       const auto& [task, index] = rows_[i + r];
@@ -109,36 +141,10 @@ class SharedDecode {
     for (size_t i = 0; i < count * v_stride(); ++i) values_[i] *= scale;
   }
 
-  void score(size_t i, int count) {
-    const int stride = static_cast<int>(q_stride());
-    for (int t = 0; t < kKvChunk; t += kTileKeys) {
-      const float* keys[kTileKeys];
-      for (int j = 0; j < kTileKeys; ++j) keys[j] = k_ + (t + j) * q_stride();
-      for (int r = 0; r < count; r += kTile)
-        with_tile(count - r, [&]<int R>() {
-          dot_tile<R>(q_ + (i + r) * q_stride(), stride, keys, whole_vectors(first_.p.head_dim),
-                      s_ + r * kScores + t, kScores);
-        });
-    }
-  }
-
-  void weigh(int count, const State& state) {
-    const float* rows[kValueKeys];
-    for (int t = 0; t < kKvChunk; t += kValueKeys) {
-      for (int j = 0; j < kValueKeys; ++j) rows[j] = v_ + (t + j) * v_stride();
-      for (int r = 0; r < count; r += kTile)
-        with_tile(count - r, [&]<int R>() {
-          weigh_rows<R, false>(s_ + r * kScores + t, kScores,
-                               ValueRows<float>{rows, 0, kValueKeys, 0},
-                               whole_vectors(first_.p.head_dim_v), {state.row(r), state.stride});
-        });
-    }
-  }
-
   const Run& run_;
   const Task& first_;      // whose keys are read
   std::vector<Row> rows_;  // of all tasks
-  float* q_;               // [rows][q_stride], scaled
+  float* q_;               // [whole tiles][q_stride], scaled
   float* s_;               // [kRowsAtOnce][kScores]: logits of a chunk, then weights
   float* values_;          // [kRowsAtOnce][v_stride]
   float* k_;               // [kKvChunk][q_stride]

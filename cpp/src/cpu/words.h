@@ -14,8 +14,8 @@ struct VectorProducts {
   struct Unit {};                                  // lives as long as an item's products
 };
 
-template <class T>
-struct Words : VectorProducts {
+// Products of words of a float each.
+struct FloatWords : VectorProducts {
   static constexpr int kElements = 1;           // of a word
   static constexpr bool kScalesLogits = false;  // the scale is applied to q, not to the product
 
@@ -23,6 +23,14 @@ struct Words : VectorProducts {
   QUIRE_INLINE static Vec multiply_add(const float* a, Vec b, Vec sum) {
     return fma(set(*a), b, sum);
   }
+  // Turns weights s[begin, end) into words from s[begin / kElements] on.
+  QUIRE_INLINE static void pack_weights(float*, int, int) {}
+};
+
+template <class T>
+struct Words : FloatWords {
+  using Products = FloatWords;  // what multiplies them; compiled once for all types that share it
+
   // A vector of words from the first n elements at p, then zeros.
   QUIRE_INLINE static Vec load_words(const T* p, int n) {
     return n >= kWidth ? load(p) : load(p, n);
@@ -31,6 +39,4 @@ struct Words : VectorProducts {
   QUIRE_INLINE static Vec load_columns(const T* const* rows, int column, int n) {
     return load_words(rows[0] + column, n);
   }
-  // Turns weights s[begin, end) into words from s[begin / kElements] on.
-  QUIRE_INLINE static void pack_weights(float*, int, int) {}
 };

@@ -9,6 +9,7 @@ constexpr int kTile = 16;  // rows, and words a row
 
 template <>
 struct Words<BFloat16> : BFloat16Pairs {
+  using Products = Words;
   static constexpr int kRows = 2 * kTile;
   static constexpr int kRowStep = kTile;
   static constexpr int kDepthStep = kTile;

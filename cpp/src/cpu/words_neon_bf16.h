@@ -6,6 +6,7 @@
 
 template <>
 struct Words<BFloat16> : VectorProducts {
+  using Products = Words;
   static constexpr int kElements = 2;
   static constexpr bool kScalesLogits = true;  // a scaled q would have to be rounded again
 
