@@ -35,8 +35,9 @@ std::shared_ptr<PtxKernel> load(const std::string& file, const std::string& entr
 // The geometry is that of the traits; the body is nvcc's.
 template <class Traits>
 AttentionKernel from_ptx(const std::string& file, const std::string& entry) {
-  AttentionKernel kernel = bind<Traits>(nullptr);
-  kernel.run = [program = load(file, entry)](const device::AttentionArgs& args) {
+  AttentionKernel kernel =
+      bind<Traits>(static_cast<void (*)(const device::AttentionArgs&)>(nullptr));
+  kernel.run = [program = load(file, entry)](const device::BoxedAttentionArgs& args) {
     program->run(&args);
   };
   return kernel;
