@@ -57,9 +57,13 @@ struct RowSource {
 
   template <Side kSide>
   static QUIRE_DEVICE RowSource of(const AttentionParams& p, const Item& item) {
-    const KeySource source(p, item);
-    if (kSide == Side::kKeys) return {source.k, p.k_stride_block, p.k_stride_row, p.head_dim};
-    return {source.v, p.v_stride_block, p.v_stride_row, p.head_dim_v};
+    const bool is_k = kSide == Side::kKeys;
+    const int64_t stride_seq = is_k ? p.k_stride_seq : p.v_stride_seq;
+    const int64_t stride_head = is_k ? p.k_stride_head : p.v_stride_head;
+    return {static_cast<const uint16_t*>(is_k ? p.k : p.v) + item.sequence_index * stride_seq +
+                item.kv_head * stride_head,
+            is_k ? p.k_stride_block : p.v_stride_block, is_k ? p.k_stride_row : p.v_stride_row,
+            is_k ? p.head_dim : p.head_dim_v};
   }
 };
 
