@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "host/arch.h"
+#include "host/boxes.h"
 #include "host/cache_ops.h"
 #include "host/plan_memory.h"
 #include "host/select.h"
@@ -32,6 +33,22 @@ bool is_aligned(const AttentionParams& p) {
 device::Mode mode_of(const AttentionParams& p, bool aligned) {
   const bool is_plain = p.scale > 0 && p.softcap == 0 && !p.alibi_slopes && !p.mask;
   return is_plain && aligned ? device::Mode::kFast : device::Mode::kFull;
+}
+
+// Tensor maps of K and V for boxes of at most `most` rows. Where the driver takes the tensors for
+// none, the kernel gathers rows.
+void set_boxes(const Driver& driver, int most, device::BoxedAttentionArgs& args) {
+  const AttentionParams& p = args.attention.params;
+  args.box_rows = box_rows(p, args.attention.is_aligned, most);
+  if (args.box_rows == 0) return;
+  for (const bool is_k : {true, false}) {
+    const BoxedTensor tensor = boxed_tensor(p, is_k, args.box_rows);
+    const uint32_t steps[] = {1, 1, 1, 1};
+    const int result = driver.encode_tensor_map(
+        is_k ? &args.k : &args.v, kUInt16, 4, const_cast<void*>(tensor.base), tensor.dims,
+        tensor.strides, tensor.box, steps, kNoInterleave, kSwizzle128, kL2Promotion256, kFillZeros);
+    if (result != kSuccess) args.box_rows = 0;
+  }
 }
 
 class CudaBackend final : public Backend {
@@ -82,7 +99,8 @@ class CudaBackend final : public Backend {
         to_string(stream.device));
     Gpu& gpu = on_gpu->gpu();
     const ContextScope scope(gpu);
-    device::AttentionArgs args{};
+    device::BoxedAttentionArgs boxed{};
+    device::AttentionArgs& args = boxed.attention;
     args.params = params;
     args.is_aligned = is_aligned(params);
     on_gpu->use(stream.handle, args);
@@ -91,9 +109,10 @@ class CudaBackend final : public Backend {
     for (const PlanOnGpu::Segment& segment : on_gpu->segments()) {
       args.items = items + segment.first;
       args.num_items = segment.count;
+      const Kernel& kernel = *on_gpu->kernels().kernels[segment.phase][mode];
+      if (kernel.box_rows > 0) set_boxes(gpu.driver(), kernel.box_rows, boxed);
       // A block an item: the device deals them out in order, the longest first.
-      gpu.launch(*on_gpu->kernels().kernels[segment.phase][mode], segment.count, &args,
-                 stream.handle);
+      gpu.launch(kernel, segment.count, &boxed, stream.handle);
     }
   }
 

@@ -6,24 +6,31 @@
 #include "kernels/cache_ops.h"
 #include "kernels/decode.h"
 #include "kernels/prefill.h"
+#include "kernels/sm90/prefill.h"
 
 // The traits come last: they contain commas.
-#define QUIRE_ATTENTION(name, body, ...)                                              \
+#define QUIRE_ATTENTION(name, body, Args, ...)                                        \
   extern "C" __global__ void __launch_bounds__(                                       \
       quire::device::__VA_ARGS__::kThreads,                                           \
       quire::device::blocks_per_multiprocessor(quire::device::__VA_ARGS__::kThreads)) \
-      name(const __grid_constant__ quire::device::AttentionArgs args) {               \
+      name(const __grid_constant__ quire::device::Args args) {                        \
     quire::device::body<quire::device::__VA_ARGS__>(args);                            \
   }
 
-#define QUIRE_PREFILL(type, head_dim, rows, keys, mode)                \
-  QUIRE_ATTENTION(                                                     \
-      prefill_##type##_##head_dim##_##rows##_##keys##_##mode, prefill, \
+#define QUIRE_PREFILL(type, head_dim, rows, keys, mode)                               \
+  QUIRE_ATTENTION(                                                                    \
+      prefill_##type##_##head_dim##_##rows##_##keys##_##mode, prefill, AttentionArgs, \
       PrefillTraits<quire::device::type, head_dim, rows, keys, quire::device::Mode::mode>)
 
-#define QUIRE_DECODE(type, head_dim, warps, stages, mode)               \
-  QUIRE_ATTENTION(                                                      \
-      decode_##type##_##head_dim##_##warps##_##stages##_##mode, decode, \
+#define QUIRE_PREFILL_SM90(type, head_dim, rows, keys, stages, mode)                      \
+  QUIRE_ATTENTION(prefill_sm90_##type##_##head_dim##_##rows##_##keys##_##stages##_##mode, \
+                  prefill_sm90, BoxedAttentionArgs,                                       \
+                  Sm90PrefillTraits<quire::device::type, head_dim, rows, keys, stages,    \
+                                    quire::device::Mode::mode>)
+
+#define QUIRE_DECODE(type, head_dim, warps, stages, mode)                              \
+  QUIRE_ATTENTION(                                                                     \
+      decode_##type##_##head_dim##_##warps##_##stages##_##mode, decode, AttentionArgs, \
       DecodeTraits<quire::device::type, head_dim, warps, stages, quire::device::Mode::mode>)
 
 #define QUIRE_APPEND_KV(type, threads)                                                       \

@@ -22,6 +22,9 @@ inline constexpr int kRelaxedCapture = 2;
 inline constexpr unsigned kDisableTiming = 2;  // a flag of events
 inline constexpr unsigned kPortable = 1;       // a flag of pinned memory
 inline constexpr int kCaptureActive = 1;
+// Of tensor maps: 16-bit elements, rows of 128 bytes swizzled, fetched to L2 by 256 bytes.
+inline constexpr int kUInt16 = 1, kNoInterleave = 0, kSwizzle128 = 3, kL2Promotion256 = 3;
+inline constexpr int kFillZeros = 0;
 
 // name of the member, symbol in the library, parameters
 #define QUIRE_DRIVER_FUNCTIONS(F)                                                                \
@@ -52,7 +55,10 @@ inline constexpr int kCaptureActive = 1;
   F(record_event, cuEventRecord, Handle event, Handle stream)                                    \
   F(query_event, cuEventQuery, Handle event)                                                     \
   F(exchange_capture_mode, cuThreadExchangeStreamCaptureMode, int* mode)                         \
-  F(capture_info, cuStreamGetCaptureInfo, Handle stream, int* status, uint64_t* id)
+  F(capture_info, cuStreamGetCaptureInfo, Handle stream, int* status, uint64_t* id)              \
+  F(encode_tensor_map, cuTensorMapEncodeTiled, void* map, int type, unsigned rank, void* base,   \
+    const uint64_t* dims, const uint64_t* strides, const uint32_t* box,                          \
+    const uint32_t* element_strides, int interleave, int swizzle, int promotion, int fill)
 
 struct Driver {
 #define QUIRE_MEMBER(member, symbol, ...) int (*member)(__VA_ARGS__) = nullptr;

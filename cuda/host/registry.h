@@ -22,6 +22,8 @@ struct Kernel {
   int threads;
   int shared_bytes;
   int blocks_per_multiprocessor;  // that registers are left for
+  const char* arch = nullptr;     // the only one it is compiled for, "90a"; null: all
+  int box_rows = 0;               // at most; 0: its only argument is AttentionArgs
 };
 
 namespace rows {
@@ -48,6 +50,14 @@ constexpr Kernel attention(const char* name, Family family) {
           device::blocks_per_multiprocessor(Traits::kThreads)};
 }
 
+template <class Traits>
+constexpr Kernel sm90_prefill(const char* name) {
+  Kernel kernel = attention<Traits>(name, Family::kPrefill);
+  kernel.arch = "90a";
+  kernel.box_rows = Traits::kWarpKeys;
+  return kernel;
+}
+
 constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, int threads) {
   return {name, family, dtype, 0, 0, Mode::kFull, threads, 0, 1};
 }
@@ -55,6 +65,9 @@ constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, in
 #define QUIRE_PREFILL(type, head_dim, rows, keys, mode)                     \
   attention<device::PrefillTraits<type, head_dim, rows, keys, Mode::mode>>( \
       "prefill_" #type "_" #head_dim "_" #rows "_" #keys "_" #mode, Family::kPrefill),
+#define QUIRE_PREFILL_SM90(type, head_dim, rows, keys, stages, mode)                       \
+  sm90_prefill<device::Sm90PrefillTraits<type, head_dim, rows, keys, stages, Mode::mode>>( \
+      "prefill_sm90_" #type "_" #head_dim "_" #rows "_" #keys "_" #stages "_" #mode),
 #define QUIRE_DECODE(type, head_dim, warps, stages, mode)                     \
   attention<device::DecodeTraits<type, head_dim, warps, stages, Mode::mode>>( \
       "decode_" #type "_" #head_dim "_" #warps "_" #stages "_" #mode, Family::kDecode),
@@ -70,6 +83,7 @@ inline constexpr Kernel kKernels[] = {
 };
 
 #undef QUIRE_PREFILL
+#undef QUIRE_PREFILL_SM90
 #undef QUIRE_DECODE
 #undef QUIRE_APPEND_KV
 #undef QUIRE_COPY_BLOCKS

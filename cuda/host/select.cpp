@@ -13,7 +13,8 @@ namespace {
 // Rows that are better streamed past by the decode kernel, 16 at a time, than padded to a tile.
 constexpr int kDecodeRows = 32;
 
-// A sequence is worth the wide tile from so many of them on.
+// A sequence is worth the wide tile from so many of them on. One is enough where the kernel was
+// written for the architecture.
 constexpr int kWideTiles = 4;
 
 std::string reason_against(const AttentionDesc& desc, int head_dim, const std::string& isa,
@@ -52,7 +53,9 @@ int KernelSet::max_rows() const { return kernels[has_wide() ? kWide : kNarrow][0
 
 Phase KernelSet::phase_of(int64_t rows) const {
   if (rows <= kDecodeRows) return kDecode;
-  return has_wide() && rows >= kWideTiles * kernels[kWide][0]->rows ? kWide : kNarrow;
+  if (!has_wide()) return kNarrow;
+  const Kernel& wide = *kernels[kWide][0];
+  return rows >= (wide.arch ? 1 : kWideTiles) * wide.rows ? kWide : kNarrow;
 }
 
 std::vector<int> head_dims() {
@@ -70,12 +73,15 @@ KernelSet kernels_for(ElementType dtype, int head_dim, const std::string& isa) {
     if (!is_prefill && kernel.family != Family::kDecode) continue;
     if (kernel.dtype != dtype || kernel.head_dim != head_dim) continue;
     if (kernel.shared_bytes > shared_bytes_per_block(isa)) continue;
+    if (kernel.arch && serving_arch(kernel.arch, isa).empty()) continue;
     const int mode = static_cast<int>(kernel.mode);
     const Kernel*& first = set.kernels[is_prefill ? kNarrow : kDecode][mode];
-    if (!first)
+    if (!first) {
       first = &kernel;
-    else if (is_prefill && kernel.rows > first->rows && !set.kernels[kWide][mode])
-      set.kernels[kWide][mode] = &kernel;
+    } else if (is_prefill && kernel.rows > first->rows) {
+      const Kernel*& wide = set.kernels[kWide][mode];
+      if (!wide || (kernel.arch && !wide->arch)) wide = &kernel;
+    }
   }
   if (!set.kernels[kWide][0] || !set.kernels[kWide][1])
     set.kernels[kWide][0] = set.kernels[kWide][1] = nullptr;

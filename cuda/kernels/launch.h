@@ -21,6 +21,17 @@ struct AttentionArgs {
   bool is_aligned;     // rows of q, k, v and out begin at multiples of 16 bytes
 };
 
+// For kernels that bring keys and values by bulk copies. AttentionArgs come first: other kernels
+// of the same launch take those alone.
+struct BoxedAttentionArgs {
+  AttentionArgs attention;
+  // k and v as [block or sequence, row, kv head, column], copied in boxes of `box_rows` rows times
+  // 64 columns: a power of 2 that divides the block size and is at least 8. 0: no maps, as the
+  // tensors do not lend themselves to it.
+  int32_t box_rows;
+  TensorMap k, v;
+};
+
 // A tensor [outer, rows, heads, dim] by strides in elements.
 struct CacheView {
   uint16_t* data;

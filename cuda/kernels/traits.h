@@ -76,4 +76,39 @@ struct DecodeTraits {
   static_assert(kKvChunk / kKeys % kWarps == 0, "every chunk is dealt alike");
 };
 
+// Prefill on compute capability 9.0a: consumers are warpgroups of 64 rows each, and one warpgroup
+// more brings keys and values. Tiles lie in columns of 64 elements, rows of 128 bytes.
+template <class Type_, int kHeadDim_, int kRows_, int kKeys_, int kStages_, Mode kMode_>
+struct Sm90PrefillTraits {
+  using Type = Type_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRows = kRows_;
+  static constexpr int kKeys = kKeys_;
+  static constexpr int kStages = kStages_;
+  static constexpr Mode kMode = kMode_;
+  static constexpr int kConsumers = kRows / 64;  // warpgroups
+  static constexpr int kConsumerThreads = kConsumers * 4 * kWarpSize;
+  static constexpr int kThreads = kConsumerThreads + 4 * kWarpSize;
+  static constexpr int kWarpKeys = kKeys / 4;  // of a tile, that one warp of the producer brings
+  // Registers a thread; two times the first and the second are three times the 168 of the launch.
+  static constexpr int kConsumerRegisters = 216;
+  static constexpr int kProducerRegisters = 72;
+
+  // Shared memory, in bytes from its begin.
+  static constexpr int kColumnBytes = kKeys * 128;  // 64 columns of a tile of keys
+  static constexpr int kKeyTileBytes = kKeys * kHeadDim * 2;
+  static constexpr int kQueryOffset = 0;
+  static constexpr int kStageOffset = kRows * kHeadDim * 2;  // K and V of stage 0, of stage 1, ...
+  static constexpr int kTotalOffset = kStageOffset + 2 * kStages * kKeyTileBytes;
+  static constexpr int kStatsOffset = kTotalOffset + kRows * kHeadDim * 4;
+  static constexpr int kBarrierOffset = kStatsOffset + kRows * 8;  // [K, V][full, empty][kStages]
+  static constexpr int kFlagOffset = kBarrierOffset + 4 * kStages * 8;
+  static constexpr int kSharedBytes = kFlagOffset + 16;
+
+  static_assert(kConsumers == 2);
+  static_assert(kRows % 64 == 0 && kHeadDim % 64 == 0 && kKeys % 64 == 0 && kStages >= 2);
+  static_assert(kKvChunk % kKeys == 0, "a tile belongs to one chunk");
+  static_assert(kWarpKeys <= kWarpSize, "a lane locates at most one key of a tile");
+};
+
 }  // namespace quire::device

@@ -24,4 +24,9 @@ struct BFloat16 {
 
 inline constexpr int kWarpSize = 32;
 
+// A tensor as bulk copies are told of it: what the driver's cuTensorMapEncodeTiled writes.
+struct alignas(64) TensorMap {
+  uint64_t words[16];
+};
+
 }  // namespace quire::device

@@ -13,7 +13,8 @@ namespace quire::device {
 // --- Who am I ------------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
-extern __shared__ __align__(128) unsigned char shared_memory[];
+// Tiles that are swizzled over 128 bytes begin at multiples of eight of their rows.
+extern __shared__ __align__(1024) unsigned char shared_memory[];
 #endif
 
 QUIRE_DEVICE int thread_index() {

@@ -11,6 +11,7 @@
 #include <bit>
 #include <cmath>
 
+#include "emulator/hopper_instructions.h"
 #include "emulator/instructions.h"
 #endif
 

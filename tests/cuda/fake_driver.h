@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "emulator/tensor_map.h"
 #include "host/driver.h"
 
 namespace quire::cuda {
@@ -205,6 +206,17 @@ inline Driver FakeDriver::table() {
       *status = f.capture != 0 ? kCaptureActive : 0;
       *id = f.capture;
     });
+  };
+  d.encode_tensor_map = [](void* map, int type, unsigned rank, void* base, const uint64_t* dims,
+                           const uint64_t* strides, const uint32_t* box, const uint32_t* steps,
+                           int interleave, int swizzle, int, int fill) {
+    bool is_valid = type == kUInt16 && rank == 4 && interleave == kNoInterleave &&
+                    swizzle == kSwizzle128 && fill == kFillZeros;
+    for (int i = 0; i < 4; ++i) is_valid &= steps[i] == 1;
+    const int result = call("cuTensorMapEncodeTiled", [&](FakeDriver&) {
+      is_valid = is_valid && emulator::encode_tensor_map(map, base, dims, strides, box);
+    });
+    return result != kSuccess || is_valid ? result : 1;
   };
   return d;
 }

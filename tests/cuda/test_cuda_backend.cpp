@@ -22,7 +22,8 @@ const Images& all_images() {
     static const std::vector<std::string> names = [] {
       std::vector<std::string> result = {"cache_ops"};
       for (int dim : head_dims())
-        for (const char* family : {"prefill_", "decode_"}) result.push_back(concat(family, dim));
+        for (const char* family : {"prefill_", "prefill_sm90_", "decode_"})
+          result.push_back(concat(family, dim));
       return result;
     }();
     std::vector<Image> images;
@@ -72,12 +73,12 @@ struct Batch {
   std::vector<int32_t> seq_lens, cu = {0}, table;
   AttentionBatch view;
 
-  explicit Batch(std::vector<std::pair<int, int>> lengths) {
+  explicit Batch(std::vector<std::pair<int, int>> lengths, int block_size = 16) {
     int blocks = 0;
     for (const auto& [q, s] : lengths) {
       seq_lens.push_back(s);
       cu.push_back(cu.back() + q);
-      blocks = std::max(blocks, (s + 15) / 16);
+      blocks = std::max(blocks, (s + block_size - 1) / block_size);
     }
     for (size_t i = 0; i < lengths.size() * blocks; ++i) table.push_back(static_cast<int>(i) % 97);
     view.batch_size = static_cast<int>(lengths.size());
@@ -160,6 +161,9 @@ TEST_CASE("which GPU runs what, and the reason where none does") {
   CHECK(contains(explain("sm_90", model()),
                  "cuda.sm_90a.d128 (decode_BFloat16_128_4_3_kFast, "
                  "prefill_BFloat16_128_64_64_kFast"));
+  CHECK(contains(explain("sm_90", model()), "prefill_sm90_BFloat16_128_128_128_2_kFast)"));
+  CHECK(!contains(explain("sm_80", model()), "prefill_sm90"));
+  CHECK(!contains(explain("sm_100", model()), "prefill_sm90"));
   CHECK(contains(explain("sm_90", model()), "cuda.d96: head_dim 128: at most 96"));
   CHECK(contains(explain("sm_90", model(256)), "cuda.sm_90a.d256 (decode_BFloat16_256"));
   CHECK(contains(explain("sm_89", model()), "decode_BFloat16_128_4_2_kFast"));  // 99 KB a block
@@ -205,8 +209,8 @@ TEST_CASE("a mixed batch: kernels by sequence, grids, shared memory, arguments")
   s.backend().run(plan, params, {kGpu, kStream});
 
   REQUIRE(s.driver.launches.size() == 3);
-  const char* expected[] = {"prefill_BFloat16_128_128_64_kFast", "prefill_BFloat16_128_64_64_kFast",
-                            "decode_BFloat16_128_4_3_kFast"};
+  const char* expected[] = {"prefill_sm90_BFloat16_128_128_128_2_kFast",
+                            "prefill_BFloat16_128_64_64_kFast", "decode_BFloat16_128_4_3_kFast"};
   const std::set<int> sequences[] = {{2}, {1}, {0, 4}};
   unsigned total = 0;
   for (int i = 0; i < 3; ++i) {
@@ -215,7 +219,7 @@ TEST_CASE("a mixed batch: kernels by sequence, grids, shared memory, arguments")
     CHECK(launch.kernel == expected[i]);
     CHECK(launch.stream == kStream);
     CHECK(launch.blocks == static_cast<unsigned>(args.num_items));
-    CHECK(launch.threads == (i == 0 ? 256u : 128u));
+    CHECK(launch.threads == (i == 0 ? 384u : 128u));
     CHECK(s.driver.shared_limits[launch.kernel] == static_cast<int>(launch.shared_bytes));
     CHECK(launch.shared_bytes > 48u << 10);
     CHECK(args.is_aligned);
@@ -249,6 +253,39 @@ TEST_CASE("a mixed batch: kernels by sequence, grids, shared memory, arguments")
   const size_t promised = s.backend().workspace_size(desc, plan);
   CHECK(static_cast<size_t>(end - begin) <= promised);
   CHECK(promised - static_cast<size_t>(end - begin) < 64);
+}
+
+TEST_CASE("on sm_90 a prompt's keys come by boxes where their layout allows it") {
+  Setup s;
+  Seen<device::BoxedAttentionArgs> seen(s.driver);
+  const auto boxes = [&](int block_size, auto change) {
+    AttentionDesc desc = model();
+    desc.block_size = block_size;
+    const AttentionPlan plan = make_plan(s.backend(), desc, Batch({{100, 300}}, block_size));
+    AttentionParams params = params_of(desc, plan);
+    change(params);
+    s.backend().run(plan, params, {kGpu, nullptr});
+    CHECK(contains(s.driver.launches.back().kernel, "prefill_sm90_BFloat16_128_128_128_2_k"));
+    return seen.all.back().box_rows;
+  };
+  const auto as_it_is = [](AttentionParams&) {};
+  for (const auto& [block_size, rows] :
+       {std::pair{16, 16}, {8, 8}, {24, 8}, {48, 16}, {64, 32}, {96, 32}, {4, 0}, {1, 0}, {20, 0}})
+    CHECK(boxes(block_size, as_it_is) == rows);
+  CHECK(boxes(16, [](AttentionParams& p) { p.k_stride_row += 4; }) == 0);
+  // What the driver does not take is gathered: a stride that goes back, one too long.
+  CHECK(boxes(16, [](AttentionParams& p) { p.v_stride_row = -p.v_stride_row; }) == 0);
+  CHECK(boxes(16, [](AttentionParams& p) { p.k_stride_block = int64_t{1} << 40; }) == 0);
+  emulator::TensorMapCode code;
+  boxes(16, as_it_is);
+  std::memcpy(&code, &seen.all.back().v, sizeof code);
+  CHECK(code.base == seen.all.back().attention.params.v);
+  CHECK(code.dims[0] == 128);
+  CHECK(code.dims[1] == 16);
+  CHECK(code.dims[2] == 2);
+  CHECK(code.strides[0] == 2 * 2 * 128);
+  CHECK(code.strides[1] == 2 * 128);
+  CHECK(code.strides[2] == 2 * 2 * 128 * 16);
 }
 
 TEST_CASE("options and layouts that the fast kernels lack go to the full ones") {

@@ -14,6 +14,7 @@
 
 #include "emulator/async.h"
 #include "emulator/fiber.h"
+#include "emulator/hopper.h"
 #include "emulator/memory.h"
 #include "emulator/site.h"
 
@@ -31,6 +32,7 @@ struct Report {
   uint64_t collectives = 0;
   uint64_t ldmatrix = 0;            // 8 x 8 matrices read
   uint64_t ldmatrix_conflicts = 0;  // extra passes because rows lay in the same banks
+  uint64_t boxes = 0;               // that bulk copies have brought
 
   bool ok() const { return error.empty(); }
 };
@@ -50,6 +52,7 @@ class Block {
         threads_(num_threads),
         arrived_lanes_(num_threads / kWarpSize),
         shared_(num_threads, shared_bytes, options.check_races) {
+    hopper_.groups.resize(num_threads / kGroupThreads);
     for (int i = 0; i < num_threads; ++i) {
       threads_[i].id = i;
       threads_[i].fiber.prepare(stacks.stack(i), FiberStacks::kStackSize, &Block::enter);
@@ -110,7 +113,7 @@ class Block {
     const int warp = me.id / kWarpSize;
     me.argument = &argument;
     arrived_lanes_[warp] |= 1u << (me.id % kWarpSize);
-    if (arrived_lanes_[warp] != ~0u) return park(State::kAtWarp);
+    if (arrived_lanes_[warp] != ~0u) return park(State::kParked);
     Argument* arguments[kWarpSize];
     for (int lane = 0; lane < kWarpSize; ++lane) {
       const Thread& t = threads_[warp * kWarpSize + lane];
@@ -135,7 +138,7 @@ class Block {
 
   void sync_block(Site site) {
     at("sync_block", site);
-    if (++num_at_barrier_ < num_threads()) return park(State::kAtBarrier);
+    if (++num_at_barrier_ < num_threads()) return park(State::kParked);
     for (const Thread& t : threads_)
       if (t.site != site) fail("the block has diverged: another thread is at " + describe(t));
     shared_.races().synchronize(0, num_threads(), ~0u);
@@ -143,6 +146,108 @@ class Block {
     num_at_barrier_ = 0;
     for (Thread& t : threads_) t.state = State::kReady;
   }
+
+  // Of `count` threads, whichever they are.
+  void sync_named(int id, int count, Site site) {
+    at("bar.sync", site);
+    NamedBarrier& barrier = hopper_.named[id];
+    if (barrier.waiting.empty()) barrier.count = count;
+    if (barrier.count != count) fail("threads that expect another number of threads are waiting");
+    barrier.waiting.push_back(thread());
+    if (static_cast<int>(barrier.waiting.size()) < count) return park(State::kParked);
+    shared_.races().synchronize(barrier.waiting);
+    ++report_.collectives;
+    for (int waiting : std::exchange(barrier.waiting, {})) threads_[waiting].state = State::kReady;
+  }
+
+  // run(Argument* (&)[128], group) is called once, with what each thread of the warpgroup gave.
+  template <class Argument, class Run>
+  void group_collective(const char* op, Site site, Argument& argument, Run run) {
+    at(op, site);
+    Thread& me = *running_;
+    const int index = me.id / kGroupThreads;
+    me.argument = &argument;
+    Warpgroup& group = hopper_.groups[index];
+    if (++group.arrived < kGroupThreads) return park(State::kParked);
+    group.arrived = 0;
+    Argument* arguments[kGroupThreads];
+    for (int i = 0; i < kGroupThreads; ++i) {
+      const Thread& t = threads_[index * kGroupThreads + i];
+      if (t.op != op || t.site != site)
+        fail("the warpgroup has diverged: thread " + std::to_string(t.id) + " is at " +
+             describe(t));
+      arguments[i] = static_cast<Argument*>(t.argument);
+    }
+    run(arguments, group);
+    ++report_.collectives;
+    for (int i = 0; i < kGroupThreads; ++i)
+      threads_[index * kGroupThreads + i].state = State::kReady;
+  }
+
+  // Whether something in flight happens now, where it may.
+  bool happens_now() {
+    return options_.async == AsyncMode::kEager ||
+           (options_.async == AsyncMode::kRandom && random_() % 2 == 0);
+  }
+
+  void init_mbarrier(uint32_t address, uint32_t count) {
+    check_shared(thread(), address, 8, 8, true);
+    const char* error = hopper_.init_mbarrier(address, count, thread());
+    if (error) fail(error);
+  }
+  void fence_mbarriers() { hopper_.fence_mbarriers(thread()); }
+
+  void arrive(uint32_t address, uint32_t bytes) {
+    Mbarrier& barrier = mbarrier(address);
+    if (barrier.arrived == barrier.count) fail("more arrivals than the mbarrier expects");
+    shared_.races().release(thread(), barrier.arriving);
+    ++barrier.arrived;
+    barrier.missing_bytes += bytes;
+    complete_phase(address, barrier);
+  }
+
+  // Until the phase of `parity` is complete.
+  void wait_mbarrier(uint32_t address, bool parity) {
+    Mbarrier& barrier = mbarrier(address);
+    while (barrier.parity == parity) {
+      running_->mbarrier = address;
+      park(State::kAtMbarrier);
+    }
+    shared_.races().acquire(thread(), barrier.completed);
+  }
+
+  // A copy that `land` performs, of `bytes` bytes to `destination`.
+  void copy_bulk(uint32_t destination, uint32_t bytes, uint32_t address,
+                 std::function<void()> land) {
+    Mbarrier& barrier = mbarrier(address);
+    if (!barrier.is_fenced) fail("the mbarrier's initialisation is not fenced for copies");
+    const std::string error = shared_.check_bulk(barrier.agent, thread(), destination, bytes);
+    if (!error.empty()) fail(error);
+    shared_.set_in_flight(thread(), destination, bytes, true);
+    std::memset(shared() + destination, kPoison, bytes);
+    ++report_.boxes;
+    const int issuer = thread();
+    hopper_.bulk.pending.push_back(
+        [this, issuer, destination, bytes, address, land = std::move(land)] {
+          shared_.set_in_flight(issuer, destination, bytes, false);
+          land();
+          Mbarrier& to = hopper_.mbarriers[address];
+          shared_.races().release_agent(to.agent, to.arriving);
+          to.missing_bytes -= bytes;
+          complete_phase(address, to);
+        });
+    if (happens_now()) hopper_.bulk.land_any(hopper_.bulk.pending.size() - 1);
+  }
+
+  void check_product(int first_thread, uint32_t address) {
+    const std::string error = shared_.check_product(first_thread, address);
+    if (!error.empty()) fail(error);
+  }
+  void check_registers() {
+    if (!hopper_.registers_are_there(num_threads()))
+      fail("setmaxnreg asks for more registers than there are");
+  }
+  void fence_proxy() { shared_.fence_proxy(thread()); }
 
   void copy_async(uint32_t destination, const void* source, uint32_t bytes, uint32_t valid) {
     check_shared(thread(), destination, bytes, bytes, true);
@@ -157,6 +262,7 @@ class Block {
   void wait_copies(size_t allowed) {
     running_->copies.wait(shared(), allowed, [this](const AsyncCopies::Copy& copy) {
       shared_.set_in_flight(thread(), copy.destination, copy.bytes, false);
+      shared_.wrote(thread(), copy.destination, copy.bytes);
     });
   }
 
@@ -171,7 +277,7 @@ class Block {
   }
 
  private:
-  enum class State : uint8_t { kReady, kAtWarp, kAtBarrier, kDone };
+  enum class State : uint8_t { kReady, kParked, kAtMbarrier, kDone };
 
   struct Thread {
     Fiber fiber;
@@ -180,6 +286,7 @@ class Block {
     const char* op = "start";
     Site site;
     void* argument = nullptr;  // of the collective that it waits in
+    uint32_t mbarrier = 0;     // that it waits for
     bool has_unfenced_stores = false;
     AsyncCopies copies;
   };
@@ -198,9 +305,27 @@ class Block {
     Fiber::entered(block.previous_->fiber);
     block.kernel_();
     if (!block.running_->copies.idle()) block.fail("the thread ends with copies in flight");
+    if (block.hopper_.has_products(block.thread()))
+      block.fail("the thread ends with products in flight");
     block.running_->state = State::kDone;
     block.leave(true);
     __builtin_unreachable();
+  }
+
+  Mbarrier& mbarrier(uint32_t address) {
+    check_shared(thread(), address, 8, 8, false);
+    const auto found = hopper_.mbarriers.find(address);
+    if (found == hopper_.mbarriers.end()) fail("no mbarrier at " + std::to_string(address));
+    return found->second;
+  }
+
+  void complete_phase(uint32_t address, Mbarrier& barrier) {
+    if (!barrier.is_complete()) return;
+    barrier.completed = barrier.arriving;
+    barrier.arrived = 0;
+    barrier.parity = !barrier.parity;
+    for (Thread& t : threads_)
+      if (t.state == State::kAtMbarrier && t.mbarrier == address) t.state = State::kReady;
   }
 
   void resume(Thread& from, Thread& next, bool last = false) {
@@ -232,10 +357,16 @@ class Block {
 
   // Null when all are done; none ready but not all done is a deadlock.
   Thread* choose() {
+    BulkCopies& bulk = hopper_.bulk;
+    if (!bulk.pending.empty() && happens_now()) bulk.land_any(random_());
     const int num_warps = num_threads() / kWarpSize;
     const int start = static_cast<int>(random_() % num_warps);
     for (int i = 0; i < num_warps; ++i)
       if (Thread* t = ready_lane((start + i) % num_warps)) return t;
+    if (!bulk.pending.empty()) {  // as late as it can be
+      bulk.land_any(random_());
+      return choose();
+    }
     for (const Thread& t : threads_)
       if (t.state != State::kDone) report_deadlock();
     return nullptr;
@@ -259,6 +390,7 @@ class Block {
   std::vector<uint32_t> arrived_lanes_;  // by warp
   int num_at_barrier_ = 0;
   SharedMemory shared_;
+  HopperState hopper_;
   Thread scheduler_;  // stands for whoever called run()
   Thread* running_ = nullptr;
   Thread* previous_ = nullptr;

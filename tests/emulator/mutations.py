@@ -4,7 +4,7 @@
     python tests/emulator/mutations.py [--only TEXT]
 
 A mutation is a change of one place of the kernels' source. The kernel is built with it and run by
-test_mutation.cpp over a few cases, several seeds and all modes of asynchronous copies; it counts
+test_mutation.cpp (or test_mutation_sm90.cpp) over a few cases, several seeds and all modes of asynchronous copies; it counts
 as caught when every seed reports an error of the emulator or a wrong result in some case. The
 unchanged source must pass every one. Takes about ten seconds a mutation, so it is not part of
 the ordinary tests."""
@@ -33,6 +33,7 @@ class Mutation:
 
 P, D, T, S, K, A = (f"cuda/kernels/{x}.h" for x in "prefill decode tile softmax keys args".split())
 STATE = "cuda/kernels/state.h"
+H = "cuda/kernels/sm90/prefill.h"
 
 MUTATIONS = [
     Mutation("prefill: no barrier before a tile is read", P,
@@ -110,14 +111,63 @@ MUTATIONS = [
              "values[e] = scales.apply(values[e], chunk[e]);", "values[e] += chunk[e];"),
     Mutation("the rescale is not exactly 1", S, "exp2(mul(rows[h].max, factor) - base)",
              "exp2(fma(rows[h].max, factor, -base))"),
+    Mutation("sm90: bytes of boxes are not announced", H,
+             "mbarrier_arrive_expect(full, Traits::kWarpKeys * Traits::kHeadDim * 2);",
+             "mbarrier_arrive(full);"),
+    Mutation("sm90: half of the bytes are announced", H,
+             "Traits::kWarpKeys * Traits::kHeadDim * 2);", "Traits::kWarpKeys * Traits::kHeadDim);"),
+    Mutation("sm90: the producer waits for the wrong parity", H,
+             "ring.parity ^ 1);", "ring.parity);"),
+    Mutation("sm90: keys are waited for with the wrong parity", H,
+             "barrier<Side::kKeys, Handover::kFull>(), ring.parity)",
+             "barrier<Side::kKeys, Handover::kFull>(), ring.parity ^ 1)"),
+    Mutation("sm90: values are not waited for", H,
+             "  mbarrier_wait(ring.template barrier<Side::kValues, Handover::kFull>(), "
+             "ring.parity);\n", ""),
+    Mutation("sm90: no fence before the first product", H,
+             "ring.parity);\n  wgmma_fence();", "ring.parity);"),
+    Mutation("sm90: scores are read before the products are done", H,
+             "  wgmma_wait<0>();\n  release_stage<Traits, Side::kKeys>",
+             "  release_stage<Traits, Side::kKeys>"),
+    Mutation("sm90: a stage is released before its products are done", H,
+             "  wgmma_wait<0>();\n  release_stage<Traits, Side::kValues>(ring);",
+             "  release_stage<Traits, Side::kValues>(ring);\n  wgmma_wait<0>();"),
+    Mutation("sm90: one warpgroup releases a stage for both", H,
+             "4 * Traits::kConsumers", "4"),
+    Mutation("sm90: swizzle forgotten by the gathering", H,
+             "((piece ^ row) & 7) * 16", "(piece & 7) * 16"),
+    Mutation("sm90: groups of eight keys at half their distance", H,
+             "describe_matrix(keys + key, 16, 1024)", "describe_matrix(keys + key, 16, 512)"),
+    Mutation("sm90: columns of values at half their distance", H,
+             "Traits::kColumnBytes,", "Traits::kColumnBytes / 2,"),
+    Mutation("sm90: the producer stays in its stage", H,
+             "    ring.advance();\n  }\n};", "  }\n};"),
+    Mutation("sm90: the consumers are one stage ahead", H,
+             "  Ring<Traits> ring;\n  for (int i", "  Ring<Traits> ring{1};\n  for (int i"),
+    Mutation("sm90: gathered rows are published before they have landed", H,
+             "cp_async_wait<kGroups>();", "cp_async_wait<kGroups + 1>();"),
+    Mutation("sm90: gathered rows are not fenced for products", H,
+             "    fence_proxy_async();\n    sync_warp();", "    sync_warp();"),
+    Mutation("sm90: a lane publishes what others have gathered", H,
+             "    fence_proxy_async();\n    sync_warp();", "    fence_proxy_async();"),
+    Mutation("sm90: queries are not fenced for products", H,
+             "  fence_proxy_async();\n  sync_consumers<Traits>();", "  sync_consumers<Traits>();"),
+    Mutation("sm90: queries in use are overwritten", H,
+             "  sync_consumers<Traits>();  // before the queries in use are overwritten\n", ""),
+    Mutation("sm90: mbarriers are not fenced for copies", H, "    fence_mbarrier_init();\n", ""),
+    Mutation("sm90: boxes reach beyond the sequence", H,
+             "first_key + Traits::kWarpKeys <= item.sequence.seq_len",
+             "first_key < item.sequence.seq_len"),
+    Mutation("sm90: every box brings the first columns", H,
+             "map, full, column, at.row", "map, full, 0, at.row"),
 ]  # fmt: skip
 
 
-def build_and_run(folder: Path) -> tuple[int, str]:
+def build_and_run(folder: Path, name: str) -> tuple[int, str]:
     """Exit status of the test program over the kernels in `folder`, and what it printed."""
-    program = folder / "test_mutation"
+    program = folder / name
     core = ROOT / "cpp"
-    sources = [ROOT / "tests/emulator/test_mutation.cpp"]
+    sources = [ROOT / "tests/emulator" / f"{name}.cpp"]
     sources += [core / "src" / name for name in
                 ("attention/plan.cpp", "attention/validate.cpp", "tensor.cpp")]  # fmt: skip
     includes = (folder / "cuda", ROOT / "tests", core / "include", core / "src")
@@ -128,6 +178,10 @@ def build_and_run(folder: Path) -> tuple[int, str]:
     )  # fmt: skip
     run = subprocess.run([program], capture_output=True, text=True, timeout=600)
     return run.returncode, run.stdout
+
+
+def program_of(mutation: Mutation) -> str:
+    return "test_mutation_sm90" if mutation.file == H else "test_mutation"
 
 
 def planted(source: str, mutation: Mutation) -> str:
@@ -144,16 +198,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copytree(ROOT / "cuda", folder / "cuda")
-        status, output = build_and_run(folder)
-        print(f"unchanged: {output.strip()}", flush=True)
-        assert status == 0, "the unchanged kernels must pass"
-        for mutation in MUTATIONS:
-            if only not in mutation.what:
-                continue
+        chosen = [mutation for mutation in MUTATIONS if only in mutation.what]
+        for program in sorted({program_of(mutation) for mutation in chosen}):
+            status, output = build_and_run(folder, program)
+            print(f"unchanged: {output.strip()}", flush=True)
+            assert status == 0, "the unchanged kernels must pass"
+        for mutation in chosen:
             path = folder / mutation.file
             original = path.read_text()
             path.write_text(planted(original, mutation))
-            status, output = build_and_run(folder)
+            status, output = build_and_run(folder, program_of(mutation))
             path.write_text(original)
             caught = status == 2 or status < 0  # < 0: ended by a signal
             missed += not caught

@@ -5,6 +5,7 @@
 #include <map>
 
 #include "emulator/ptx_machine.h"
+#include "emulator/ptx_sm90.h"
 
 namespace quire::emulator {
 namespace ptx {
@@ -87,6 +88,7 @@ inline void atom(M& m, const I& i) {
 }
 
 inline void cp(M& m, const I& i) {
+  if (i.has("bulk")) return copy_bulk(m, i);
   Block& block = Block::current();
   if (i.has("commit_group")) return block.commit_copies();
   if (i.has("wait_group")) return block.wait_copies(m.get(i.operands[0]));
@@ -227,10 +229,17 @@ inline void ret(M& m, const I&) { m.is_done = true; }
 inline void bar(M& m, const I& i) {
   // nvcc may write one barrier of the source in several places, so the line does not count.
   if (i.has("warp")) return Block::current().sync_warp(m.site(i));
+  if (i.operands.size() > 1)
+    return Block::current().sync_named(static_cast<int>(m.get(i.operands[0])),
+                                       static_cast<int>(m.get(i.operands[1])), m.site(i));
   Block::current().sync_block({"ptx", 0});
 }
 
-inline void fence(M&, const I&) { Block::current().fence_global(); }
+inline void fence(M&, const I& i) {
+  if (i.has("proxy")) return Block::current().fence_proxy();
+  if (i.has("mbarrier_init")) return Block::current().fence_mbarriers();
+  Block::current().fence_global();
+}
 
 inline void shfl(M& m, const I& i) {
   m.set(i.operands[0], shuffle(static_cast<uint32_t>(m.get(i.operands[1])),
@@ -277,7 +286,7 @@ inline PtxHandler ptx_handler(const PtxInstruction& instruction) {
       {"shfl", ptx::shfl}, {"shl", ptx::shl},   {"shr", ptx::shr},
       {"st", ptx::store},  {"sub", ptx::sub},   {"xor", ptx::bit_xor}};
   const auto found = handlers.find(instruction.opcode[0]);
-  return found == handlers.end() ? nullptr : found->second;
+  return found == handlers.end() ? ptx::sm90_handler(instruction.opcode[0]) : found->second;
 }
 
 }  // namespace quire::emulator

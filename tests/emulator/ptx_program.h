@@ -79,6 +79,7 @@ class PtxProgram {
     std::istringstream lines(source);
     std::string line;
     bool in_body = false, in_entry = false;
+    int depth = 0;
     for (line_ = 1; std::getline(lines, line); ++line_) {
       line = trimmed(line.substr(0, line.find("//")));
       if (line.find(".entry " + entry + "(") != std::string::npos) in_entry = true;
@@ -87,7 +88,12 @@ class PtxProgram {
         in_body = line == "{";
         continue;
       }
-      if (line == "}") break;
+      if (line == "}" && depth == 0) break;
+      if (line == "{" || line == "}") {  // a block of inline PTX, with labels of its own
+        depth += line == "{" ? 1 : -1;
+        scope_ = depth > 0 ? "#" + std::to_string(line_) : "";
+        continue;
+      }
       parse_line(line);
     }
     if (instructions_.empty()) throw std::runtime_error("ptx: no entry " + entry);
@@ -128,7 +134,7 @@ class PtxProgram {
 
   void parse_line(std::string line) {
     if (line.back() == ':') {
-      labels_[line.substr(0, line.size() - 1)] = instructions_.size();
+      labels_[line.substr(0, line.size() - 1) + scope_] = instructions_.size();
       return;
     }
     if (line[0] == '.') return;  // registers are made as they are met
@@ -153,7 +159,7 @@ class PtxProgram {
     }
     const std::string rest = end == std::string::npos ? "" : trimmed(line.substr(end));
     if (instruction.opcode[0] == "bra") {
-      instruction.label = rest;
+      instruction.label = rest + scope_;
     } else {
       for (const std::string& operand : split(rest))
         instruction.operands.push_back(parse_operand(operand));
@@ -169,8 +175,9 @@ class PtxProgram {
         operand.elements.push_back(parse_operand(element));
       return operand;
     }
-    if (text.front() == '[') {  // base, or base+offset
+    if (text.front() == '[') {  // base, base+offset, or a tensor map and coordinates
       text = text.substr(1, text.size() - 2);
+      if (text.find('{') != std::string::npos) return parse_operand("{" + text + "}");
       const size_t plus = text.find('+');
       operand = parse_operand(text.substr(0, plus));
       if (plus != std::string::npos) operand.value += std::stoll(text.substr(plus + 1));
@@ -184,6 +191,8 @@ class PtxProgram {
     } else if (text.find('.') != std::string::npos) {
       operand.kind = PtxOperand::Kind::kSpecial;
       operand.name = text;
+    } else if (text == "_") {  // a result that is not wanted
+      operand.value = 0;
     } else if (text.front() == '%') {
       operand.kind = PtxOperand::Kind::kRegister;
       operand.index = register_index(text);
@@ -202,6 +211,7 @@ class PtxProgram {
   }
 
   int line_ = 0;
+  std::string scope_;  // of the block of inline PTX that the line is in
   std::vector<PtxInstruction> instructions_;
   std::unordered_map<std::string, size_t> labels_;
   std::unordered_map<std::string, int> registers_;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // RaceDetector: two threads that touch the same shared word, one of them writing, must be ordered
 // by a barrier or a warp sync. Vector clocks, so what is found does not depend on the schedule.
+// Agents are threads that nobody wrote: the copies that complete on one mbarrier are one.
 //
 // Granularity is a 4-byte word. Of each warp the last reader of a word is remembered.
 #pragma once
@@ -15,13 +16,16 @@ namespace quire::emulator {
 class RaceDetector {
  public:
   static constexpr int kMaxWarps = 16;
+  static constexpr int kMaxAgents = 32;
+  using Clock = std::vector<uint32_t>;
 
   RaceDetector(int num_threads, size_t shared_bytes)
       : num_threads_(num_threads),
-        clocks_(static_cast<size_t>(num_threads) * num_threads),
-        joined_(num_threads),
+        width_(num_threads + kMaxAgents),
+        clocks_(static_cast<size_t>(width_) * width_),
+        joined_(width_),
         words_((shared_bytes + 3) / 4) {
-    for (int thread = 0; thread < num_threads; ++thread) clock(thread)[thread] = 1;
+    for (int thread = 0; thread < width_; ++thread) clock(thread)[thread] = 1;
   }
 
   // Each returns what is wrong, or an empty string.
@@ -36,18 +40,35 @@ class RaceDetector {
   }
 
   std::string write(int thread, uint32_t address, uint32_t bytes) {
-    for (uint32_t i = address / 4; i <= (address + bytes - 1) / 4; ++i) {
-      Word& word = words_[i];
-      if (!ordered_after(thread, word.writer))
-        return conflict("write", i, "the write by thread ", word.writer.thread);
-      for (Access& reader : word.readers) {
-        if (!ordered_after(thread, reader))
-          return conflict("write", i, "the read by thread ", reader.thread);
-        reader = {};
-      }
-      word.writer = {static_cast<uint16_t>(thread), clock(thread)[thread]};
+    return write_as(thread, thread, address, bytes);
+  }
+
+  // What `thread` sends `agent` to write: it must be ordered like a write by the thread, and is
+  // seen by whoever acquires the agent's clock.
+  std::string write_by_agent(int agent, int thread, uint32_t address, uint32_t bytes) {
+    join(clock(num_threads_ + agent), clock(thread));
+    return write_as(num_threads_ + agent, thread, address, bytes);
+  }
+
+  // All that the thread, or the agent, has done happens before what follows an acquire() of `to`.
+  void release(int thread, Clock& to) {
+    to.resize(width_);
+    join(to.data(), clock(thread));
+    ++clock(thread)[thread];
+  }
+  void release_agent(int agent, Clock& to) { release(num_threads_ + agent, to); }
+  void acquire(int thread, const Clock& from) {
+    if (!from.empty()) join(clock(thread), from.data());
+  }
+
+  // Like synchronize(), of the threads listed.
+  void synchronize(const std::vector<int>& threads) {
+    std::fill(joined_.begin(), joined_.end(), 0);
+    for (int thread : threads) join(joined_.data(), clock(thread));
+    for (int thread : threads) {
+      std::copy(joined_.begin(), joined_.end(), clock(thread));
+      ++clock(thread)[thread];
     }
-    return {};
   }
 
   // Everything that threads [begin, end) whose bit in `mask` is set have done happens before all
@@ -56,8 +77,7 @@ class RaceDetector {
     std::fill(joined_.begin(), joined_.end(), 0);
     const auto takes_part = [mask](int thread) { return mask >> (thread & 31) & 1; };
     for (int thread = begin; thread < end; ++thread)
-      if (takes_part(thread))
-        for (int i = 0; i < num_threads_; ++i) joined_[i] = std::max(joined_[i], clock(thread)[i]);
+      if (takes_part(thread)) join(joined_.data(), clock(thread));
     for (int thread = begin; thread < end; ++thread)
       if (takes_part(thread)) {
         std::copy(joined_.begin(), joined_.end(), clock(thread));
@@ -75,7 +95,26 @@ class RaceDetector {
     Access readers[kMaxWarps];
   };
 
-  uint32_t* clock(int thread) { return &clocks_[static_cast<size_t>(thread) * num_threads_]; }
+  uint32_t* clock(int thread) { return &clocks_[static_cast<size_t>(thread) * width_]; }
+
+  void join(uint32_t* to, const uint32_t* from) const {
+    for (int i = 0; i < width_; ++i) to[i] = std::max(to[i], from[i]);
+  }
+
+  std::string write_as(int writer, int thread, uint32_t address, uint32_t bytes) {
+    for (uint32_t i = address / 4; i <= (address + bytes - 1) / 4; ++i) {
+      Word& word = words_[i];
+      if (!ordered_after(thread, word.writer))
+        return conflict("write", i, "the write by thread ", word.writer.thread);
+      for (Access& reader : word.readers) {
+        if (!ordered_after(thread, reader))
+          return conflict("write", i, "the read by thread ", reader.thread);
+        reader = {};
+      }
+      word.writer = {static_cast<uint16_t>(writer), clock(writer)[writer]};
+    }
+    return {};
+  }
 
   bool ordered_after(int thread, const Access& access) {
     return access.clock == 0 || access.thread == thread ||
@@ -88,7 +127,8 @@ class RaceDetector {
   }
 
   int num_threads_;
-  std::vector<uint32_t> clocks_;  // [thread, thread]
+  int width_;                     // threads and agents
+  std::vector<uint32_t> clocks_;  // [thread or agent, likewise]
   std::vector<uint32_t> joined_;
   std::vector<Word> words_;
 };

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <functional>
+#include <stdexcept>
 #include <vector>
 
 #include "emulator/launch.h"
+#include "host/boxes.h"
 #include "kernels/args.h"
 #include "quire/attention.h"
 
@@ -13,22 +15,42 @@ namespace quire::emulator {
 
 // A kernel with its traits bound, and what its launch needs.
 struct AttentionKernel {
-  std::function<void(const device::AttentionArgs&)> run;
+  std::function<void(const device::BoxedAttentionArgs&)> run;
   int head_dim;
   int rows;
   int threads;
   int shared_bytes;
   bool is_bfloat16;
+  int box_rows = 0;  // at most; 0: it takes no tensor maps
 };
 
 template <class Traits>
 AttentionKernel bind(void (*run)(const device::AttentionArgs&)) {
-  return {run,
+  return {[run](const device::BoxedAttentionArgs& args) { run(args.attention); },
           Traits::kHeadDim,
           Traits::kRows,
           Traits::kThreads,
           Traits::kSharedBytes,
           Traits::Type::is_bfloat16};
+}
+
+template <class Traits>
+AttentionKernel bind(void (*run)(const device::BoxedAttentionArgs&)) {
+  return {run,
+          Traits::kHeadDim,
+          Traits::kRows,
+          Traits::kThreads,
+          Traits::kSharedBytes,
+          Traits::Type::is_bfloat16,
+          Traits::kWarpKeys};
+}
+
+inline device::TensorMap tensor_map(const AttentionParams& params, bool is_k, int rows) {
+  const cuda::BoxedTensor tensor = cuda::boxed_tensor(params, is_k, rows);
+  device::TensorMap map;
+  if (!encode_tensor_map(&map, tensor.base, tensor.dims, tensor.strides, tensor.box))
+    throw std::runtime_error("no tensor map of k or v");
+  return map;
 }
 
 // Partial results, which begin as NaN, and the counters.
@@ -44,7 +66,8 @@ inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& p
   workspace.values.assign(rows * kernel.head_dim, NAN);
   workspace.stats.assign(rows * 2, NAN);
   workspace.counters.assign(plan.merges.size(), 0);
-  device::AttentionArgs args{};
+  device::BoxedAttentionArgs boxed{};
+  device::AttentionArgs& args = boxed.attention;
   args.params = params;
   args.items = plan.items.data();
   args.num_items = static_cast<int32_t>(plan.items.size());
@@ -54,6 +77,11 @@ inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& p
   args.partial_rows = plan.partial_rows;
   args.counters = workspace.counters.data();
   args.is_aligned = is_aligned;
+  boxed.box_rows = cuda::box_rows(params, is_aligned, kernel.box_rows);
+  if (boxed.box_rows > 0) {
+    boxed.k = tensor_map(params, true, boxed.box_rows);
+    boxed.v = tensor_map(params, false, boxed.box_rows);
+  }
   if (!options.global.allows_all()) {
     const auto allow = [&options](const auto& array) {
       options.global.allow(array.data(), array.size() * sizeof(array[0]));
@@ -61,7 +89,7 @@ inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& p
     allow(plan.sequences), allow(plan.items), allow(plan.merges), allow(plan.block_ids);
     allow(workspace.values), allow(workspace.stats), allow(workspace.counters);
   }
-  return launch({blocks, kernel.threads, kernel.shared_bytes}, options, [&] { kernel.run(args); });
+  return launch({blocks, kernel.threads, kernel.shared_bytes}, options, [&] { kernel.run(boxed); });
 }
 
 }  // namespace quire::emulator

@@ -1,11 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the attention kernels over a few cases for several seeds. Exit status 0: all passed; 2: for
-// every seed something was caught; 1: only some seeds caught it. mutations.py builds it.
-#include <cstdio>
-#include <string>
-
-#include "emulator/reference.h"
-#include "emulator/run_attention.h"
+// Runs the attention kernels over a few cases for several seeds. mutations.py builds it.
+#include "emulator/mutation.h"
 #include "kernels/decode.h"
 #include "kernels/prefill.h"
 
@@ -14,31 +9,6 @@ namespace {
 
 using device::Float16;
 using device::Mode;
-
-// What is wrong with one run, or an empty string.
-std::string run(const AttentionKernel& kernel, const AttentionCase& c, int max_rows,
-                uint32_t seed) {
-  std::string result;
-  std::vector<uint16_t> bits;
-  for (int parallelism : {1, 5}) {
-    AttentionCase cut = c;
-    cut.parallelism = parallelism;
-    AttentionProblem problem(cut, kernel.is_bfloat16, parallelism == 1 ? max_rows : 4);
-    Options options;
-    options.seed = seed;
-    options.async = static_cast<AsyncMode>(seed % 3);
-    const Report report = run_attention(kernel, problem, options);
-    if (!report.ok()) return report.error;
-    if (report.ldmatrix_conflicts > 0) return "bank conflicts";
-    result = compare_with_reference(problem);
-    if (!result.empty()) return result;
-    for (uint32_t counter : problem.workspace.counters)
-      if (counter != 0) return "a counter is not zero";
-    if (!bits.empty() && bits != problem.out_bits()) return "bits depend on how the work is cut";
-    bits = problem.out_bits();
-  }
-  return {};
-}
 
 std::string run_all(uint32_t seed) {
   using Prefill = device::PrefillTraits<Float16, 64, 64, 64, Mode::kFast>;
@@ -61,16 +31,4 @@ std::string run_all(uint32_t seed) {
 }  // namespace
 }  // namespace quire::emulator
 
-int main() {
-  constexpr int kSeeds = 6;
-  int caught = 0;
-  std::string last;
-  for (uint32_t seed = 1; seed <= kSeeds; ++seed) {
-    const std::string error = quire::emulator::run_all(seed);
-    if (error.empty()) continue;
-    ++caught;
-    last = error;
-  }
-  std::printf("%d of %d seeds: %s\n", caught, kSeeds, last.c_str());
-  return caught == 0 ? 0 : caught == kSeeds ? 2 : 1;
-}
+int main() { return quire::emulator::run_seeds(quire::emulator::run_all); }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CUDA = Path(__file__).resolve().parents[2] / "cuda"
-KERNELS = sorted((CUDA / "kernels").glob("*"))
+KERNELS = sorted((CUDA / "kernels").rglob("*.h"))
 PRIMITIVES = sorted((CUDA / "prim").glob("*"))
 
 FORBIDDEN = {

@@ -14,6 +14,7 @@
 #include "emulator/ptx_opcodes.h"
 #include "kernels/decode.h"
 #include "kernels/prefill.h"
+#include "kernels/sm90/prefill.h"
 
 namespace quire::emulator {
 namespace {
@@ -35,8 +36,9 @@ std::shared_ptr<PtxKernel> load(const std::string& file, const std::string& entr
 // The geometry is that of the traits; the body is nvcc's.
 template <class Traits>
 AttentionKernel from_ptx(const std::string& file, const std::string& entry) {
-  AttentionKernel kernel = bind<Traits>(nullptr);
-  kernel.run = [program = load(file, entry)](const device::AttentionArgs& args) {
+  AttentionKernel kernel =
+      bind<Traits>(static_cast<void (*)(const device::AttentionArgs&)>(nullptr));
+  kernel.run = [program = load(file, entry)](const device::BoxedAttentionArgs& args) {
     program->run(&args);
   };
   return kernel;
@@ -63,6 +65,44 @@ TEST_CASE("prefill, fast") {
   c.batch = {{3, 1100}, {20, 600}};
   c.parallelism = 6;
   check_case(kernel, c);
+}
+
+// Where the folder is that of an architecture that has it.
+template <class Traits>
+AttentionKernel sm90_from_ptx(const std::string& entry) {
+  AttentionKernel kernel =
+      bind<Traits>(static_cast<void (*)(const device::BoxedAttentionArgs&)>(nullptr));
+  kernel.run = [program = load("prefill_sm90.ptx", entry)](const device::BoxedAttentionArgs& args) {
+    program->run(&args);
+  };
+  return kernel;
+}
+
+bool has_sm90() { return std::ifstream(folder + "/prefill_sm90.ptx").good(); }
+
+TEST_CASE("prefill of sm_90a") {
+  if (!has_sm90()) return;
+  using Full = device::Sm90PrefillTraits<BFloat16, 64, 128, 128, 3, Mode::kFull>;
+  AttentionCase c = base(64);
+  c.batch = kMixed;
+  c.softcap = 3;
+  c.window_left = 300;
+  const auto full = sm90_from_ptx<Full>("prefill_sm90_BFloat16_64_128_128_3_kFull");
+  check_case(full, c, AsyncMode::kRandom);
+  c.cache = Cache::kOdd;
+  check_case(full, c);
+  using Fast = device::Sm90PrefillTraits<Float16, 128, 128, 128, 2, Mode::kFast>;
+  const auto fast = sm90_from_ptx<Fast>("prefill_sm90_Float16_128_128_128_2_kFast");
+  c = base(128);
+  c.batch = {{3, 1100}, {70, 600}};
+  c.parallelism = 6;
+  for (const int block_size : {16, 3}) {
+    c.block_size = block_size;
+    check_case(fast, c, AsyncMode::kRandom, static_cast<uint32_t>(block_size));
+  }
+  c.num_heads = c.num_kv_heads = 1;
+  c.batch = {{5, 1100}};
+  check_bits(fast, c);
 }
 
 TEST_CASE("decode") {

@@ -10,6 +10,7 @@ using KernelBody = void (*)(const void* args);
 
 // Null where the list holds no such kernel.
 KernelBody prefill_body(const std::string& name);
+KernelBody prefill_sm90_body(const std::string& name);
 KernelBody decode_body(const std::string& name);
 KernelBody cache_op_body(const std::string& name);
 

@@ -30,6 +30,7 @@ KernelBody find_body(const NamedBody (&bodies)[kCount], const std::string& name)
 }  // namespace quire::cuda
 
 #define QUIRE_PREFILL(...)
+#define QUIRE_PREFILL_SM90(...)
 #define QUIRE_DECODE(...)
 #define QUIRE_APPEND_KV(...)
 #define QUIRE_COPY_BLOCKS(...)

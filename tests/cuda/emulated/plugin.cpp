@@ -12,9 +12,9 @@
 namespace quire::cuda {
 namespace {
 
-const Image kImages[] = {{"prefill_64", ""}, {"prefill_128", ""}, {"prefill_256", ""},
-                         {"decode_64", ""},  {"decode_128", ""},  {"decode_256", ""},
-                         {"cache_ops", ""}};
+const Image kImages[] = {{"prefill_64", ""},      {"prefill_128", ""},      {"prefill_256", ""},
+                         {"prefill_sm90_64", ""}, {"prefill_sm90_128", ""}, {"decode_64", ""},
+                         {"decode_128", ""},      {"decode_256", ""},       {"cache_ops", ""}};
 const Images kAll = {std::begin(kImages), std::end(kImages), "90a"};
 
 // Runs the kernel, every time with another order of blocks and warps and another fate of the
@@ -22,6 +22,7 @@ const Images kAll = {std::begin(kImages), std::end(kImages), "90a"};
 void run_on_emulator(const FakeLaunch& launch) {
   static uint32_t seed = 0;
   KernelBody body = prefill_body(launch.kernel);
+  if (!body) body = prefill_sm90_body(launch.kernel);
   if (!body) body = decode_body(launch.kernel);
   if (!body) body = cache_op_body(launch.kernel);
   if (!body) throw std::runtime_error("emulated GPU: no kernel " + launch.kernel);

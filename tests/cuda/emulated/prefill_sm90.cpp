@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels/sm90/prefill.h"
+
+#include "emulated/bodies.h"
+#include "emulated/find_body.h"
+
+#undef QUIRE_PREFILL_SM90
+#define QUIRE_PREFILL_SM90(type, head_dim, rows, keys, stages, mode)                           \
+  {"prefill_sm90_" #type "_" #head_dim "_" #rows "_" #keys "_" #stages "_" #mode,              \
+   run_body<device::BoxedAttentionArgs,                                                        \
+            device::prefill_sm90<device::Sm90PrefillTraits<device::type, head_dim, rows, keys, \
+                                                           stages, device::Mode::mode>>>},
+
+namespace quire::cuda {
+
+KernelBody prefill_sm90_body(const std::string& name) {
+  static constexpr NamedBody kBodies[] = {
+#include "kernels_built.def"
+  };
+  return find_body(kBodies, name);
+}
+
+}  // namespace quire::cuda

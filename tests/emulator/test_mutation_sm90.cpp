@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// Likewise the prefill kernel of compute capability 9.0a: by boxes, then by gathering.
+#include "emulator/mutation.h"
+#include "kernels/sm90/prefill.h"
+
+namespace quire::emulator {
+namespace {
+
+std::string run_all(uint32_t seed) {
+  using Prefill = device::Sm90PrefillTraits<device::Float16, 128, 128, 128, 2, device::Mode::kFast>;
+  const AttentionKernel prefill = bind<Prefill>(device::prefill_sm90<Prefill>);
+  AttentionCase c;
+  c.head_dim = c.head_dim_v = 128;
+  c.num_heads = 2, c.num_kv_heads = 1;
+  c.batch = {{5, 1}, {70, 449}, {3, 0}, {1, 1}, {4, 1060}};
+  for (const int block_size : {16, 7}) {
+    c.block_size = block_size;
+    const std::string error = run(prefill, c, prefill.rows, seed);
+    if (!error.empty()) return error;
+  }
+  return {};
+}
+
+}  // namespace
+}  // namespace quire::emulator
+
+int main() { return quire::emulator::run_seeds(quire::emulator::run_all); }

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// The prefill kernel of compute capability 9.0a, and how it brings keys: by boxes of every height,
+// and by gathering.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include "emulator/attention_suite.h"
+#include "kernels/sm90/prefill.h"
+
+namespace quire::emulator {
+namespace {
+
+using device::BFloat16;
+using device::Float16;
+using device::Mode;
+
+template <class Type, int kHeadDim, int kRows, int kKeys, int kStages, Mode kMode>
+AttentionKernel kernel() {
+  using Traits = device::Sm90PrefillTraits<Type, kHeadDim, kRows, kKeys, kStages, kMode>;
+  return bind<Traits>(device::prefill_sm90<Traits>);
+}
+
+AttentionCase base(int head_dim) {
+  AttentionCase c;
+  c.head_dim = c.head_dim_v = head_dim;
+  return c;
+}
+
+TEST_CASE("plain and causal") {
+  check_plain(kernel<Float16, 64, 128, 128, 3, Mode::kFast>(), base(64));
+  check_plain(kernel<BFloat16, 128, 128, 128, 2, Mode::kFast>(), base(128));
+}
+
+TEST_CASE("every option") {
+  check_options(kernel<Float16, 64, 128, 128, 3, Mode::kFull>(), base(64));
+}
+
+TEST_CASE("chunks of keys") {
+  check_chunks(kernel<BFloat16, 128, 128, 128, 2, Mode::kFast>(), base(128));
+}
+
+TEST_CASE("boxes of every height, and block sizes that have none") {
+  const AttentionKernel k = kernel<Float16, 64, 128, 128, 3, Mode::kFast>();
+  AttentionCase c = base(64);
+  c.batch = {{70, 333}, {3, 700}};
+  uint32_t seed = 0;
+  for (const Cache cache : {Cache::kNhd, Cache::kHnd})
+    for (const int block_size : {2, 4, 8, 16, 24, 32, 48, 128, 256, 33}) {
+      c.block_size = block_size;
+      c.cache = cache;
+      check_case(k, c, static_cast<AsyncMode>(seed % 3), seed);
+      AttentionProblem problem(c, false, k.rows);
+      CHECK((run_attention(k, problem, {}).boxes > 0) == (block_size % 8 == 0));
+      ++seed;
+    }
+}
+
+TEST_CASE("windows: blocks that no query sees are not read") {
+  const AttentionKernel k = kernel<BFloat16, 128, 128, 128, 2, Mode::kFast>();
+  AttentionCase c = base(128);
+  c.batch = {{70, 700}, {40, 1100}};
+  for (const int left : {5, 200, 600}) {
+    c.window_left = left;
+    check_case(k, c, AsyncMode::kRandom, static_cast<uint32_t>(left));
+  }
+}
+
+TEST_CASE("bits do not depend on how the work is cut") {
+  AttentionCase c = base(64);
+  c.batch = {{5, 1300}, {1, 530}, {80, 700}};
+  check_bits(kernel<Float16, 64, 128, 128, 3, Mode::kFast>(), c);
+}
+
+}  // namespace
+}  // namespace quire::emulator
