@@ -151,12 +151,13 @@ void KVCacheManager::trim(Sequence& seq, int32_t num_blocks) {
 void KVCacheManager::give_back(Sequence& seq) {
   keep_partial_block(seq);
   trim(seq, seq.table.num_shared());
-  if (companions_) trim_groups(seq, 0);
-  if (!seq.trunk) return seq.table.clear();
-  for (int32_t block : seq.trunk->blocks) retain(seq.retention, block);
-  seq.tokens.insert(seq.tokens.begin(), seq.trunk->tokens.begin(), seq.trunk->tokens.end());
-  drop_trunk(seq);
+  if (seq.trunk) {
+    for (int32_t block : seq.trunk->blocks) retain(seq.retention, block);
+    seq.tokens.insert(seq.tokens.begin(), seq.trunk->tokens.begin(), seq.trunk->tokens.end());
+    drop_trunk(seq);
+  }
   seq.table.clear();
+  if (companions_) trim_groups(seq, 0);
 }
 
 // Caches the computed tokens of a last, partial block that nobody else holds. Nobody writes to it

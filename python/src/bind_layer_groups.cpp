@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // LayerGroup: a kind by its name, and its size under the name that the kind gives it.
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 

@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <numeric>
+#include <random>
 #include <vector>
 
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include "kv_traffic.h"
 #include "quire/error.h"
 #include "quire/kv_cache_manager.h"
 #include "quire/scheduler.h"
@@ -356,4 +358,34 @@ TEST_CASE("out of blocks changes nothing in any group") {
   CHECK(tables() == before);
   CHECK(manager.block_table(big, 1).empty());
   manager.validate();
+}
+
+TEST_CASE("random calls keep every invariant") {
+  struct Source {
+    std::mt19937 random;
+    uint32_t next() { return random(); }
+  };
+  const std::vector<std::vector<LayerGroup>> models = {
+      {kFull, window(5)},           {kFull, chunk(6)}, {kFull, kState},
+      {kFull, window(1), chunk(8)}, {kFull, kFull},    {kFull, window(7), kState, kState}};
+  for (uint32_t seed = 0; seed < 48; ++seed) {
+    CAPTURE(seed);
+    Source source{std::mt19937(seed)};
+    const kv_traffic::Shape shape{.num_blocks = 20 + static_cast<int32_t>(source.next() % 60),
+                                  .block_size = 1 + static_cast<int32_t>(source.next() % 5),
+                                  .prefix_caching = source.next() % 4 > 0,
+                                  .async_depth = static_cast<int32_t>(source.next() % 3),
+                                  .max_seqs = 6,
+                                  .max_tokens = 40};
+    KVCacheManager manager(shape.num_blocks, shape.block_size, shape.prefix_caching,
+                           shape.async_depth, models[seed % models.size()]);
+    kv_traffic::Traffic traffic(manager, manager, shape, source);
+    for (int32_t i = 0; i < 400; ++i) {
+      traffic.call();
+      REQUIRE_NOTHROW(manager.validate());
+    }
+    traffic.free_all();
+    manager.validate();
+    CHECK(manager.stats().used_blocks == 0);
+  }
 }

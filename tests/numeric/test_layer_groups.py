@@ -20,7 +20,7 @@ def q_k_v(tokens: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 class Engine:
-    """Two layers over one pool: full attention, and a window. Every step poisons what is not used."""
+    """Two layers over one pool: full attention, and a window."""
 
     def __init__(self, num_blocks: int, caching: bool) -> None:
         groups = [quire.LayerGroup(), quire.LayerGroup("sliding_window", window=WINDOW)]
@@ -29,7 +29,7 @@ class Engine:
         self.k, self.v = np.full((2, *shape), np.nan, np.float32)
 
     def poison(self, seqs: list[quire.Sequence]) -> None:
-        """NaN in every block that no sequence holds; with a prefix cache those must stay."""
+        """NaN in every block that no sequence holds."""
         held = {int(b) for seq in seqs for table in seq.block_tables for b in table}
         free = [b for b in range(self.manager.num_blocks) if b not in held]
         self.k[free] = self.v[free] = np.nan
@@ -65,13 +65,15 @@ class Engine:
             rows = slice(*batch.cu_seqlens_q[i : i + 2])
             q, k, v = q_k_v(seq.token_ids[:end], np.arange(end))
             whole = quire.attention(q[None], k[None], v[None], causal=True, window=window)[0]
-            np.testing.assert_allclose(out[rows], whole[batch.positions[rows]], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                out[rows], whole[batch.positions[rows]], rtol=1e-5, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
 def test_blocks_behind_the_window_may_hold_anything(chunk: int):
     engine = Engine(num_blocks=64, caching=False)
-    seqs = [engine.manager.create(RNG.integers(0, 64, n)) for n in (40, 7, 23)]
+    seqs = [engine.manager.create(RNG.integers(0, 64, n, np.int32)) for n in (40, 7, 23)]
     for _ in range(60 // chunk):
         todo = [seq for seq in seqs if seq.num_tokens > seq.num_computed_tokens]
         if not todo:
@@ -86,7 +88,7 @@ def test_blocks_behind_the_window_may_hold_anything(chunk: int):
 
 def test_a_hit_finds_all_that_the_window_reads():
     engine = Engine(num_blocks=64, caching=True)
-    prompt = RNG.integers(0, 64, 50).astype(np.int32)
+    prompt = RNG.integers(0, 64, 50, np.int32)
     first = engine.manager.create(prompt)
     engine.step([first], [50])
     engine.manager.commit([first], np.array([5], np.int32))
@@ -97,7 +99,7 @@ def test_a_hit_finds_all_that_the_window_reads():
     for _ in range(30):
         seqs = [first, second, child]
         engine.step(seqs, [seq.num_tokens - seq.num_computed_tokens for seq in seqs])
-        engine.manager.commit(seqs, RNG.integers(0, 64, 3).astype(np.int32))
+        engine.manager.commit(seqs, RNG.integers(0, 64, 3, np.int32))
         engine.manager.validate()
 
 
