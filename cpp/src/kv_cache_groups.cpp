@@ -31,6 +31,12 @@ int64_t KVCacheManager::num_blocks_for(int64_t num_tokens, int64_t max_step) con
   return count;
 }
 
+bool KVCacheManager::caches_states() const {
+  for (int32_t group = 1; cache_ && group < num_groups(); ++group)
+    if (companions_->is_state(group)) return true;
+  return false;
+}
+
 // ---- Steps
 
 void KVCacheManager::begin_group_batches(const StepBatch::Size& size) {

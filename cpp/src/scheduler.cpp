@@ -61,12 +61,16 @@ const ScheduledBatch* Scheduler::schedule() {
   return &batch_;
 }
 
-// The next tokens of a running request, within the budget.
+// The next tokens of a running request, within the budget. A state is cached where a step ends with
+// a block, so prompts are then computed up to such a place first.
 Scheduler::Row Scheduler::plan_row(int32_t slot, int32_t budget) const {
   const SequenceId seq = requests_[slot].seq;
   const int64_t num_computed = manager_.num_computed_tokens(seq);
   const int64_t num_left = manager_.num_tokens(seq) - num_computed;
-  const int32_t num_new = static_cast<int32_t>(std::min<int64_t>(num_left, budget));
+  int32_t num_new = static_cast<int32_t>(std::min<int64_t>(num_left, budget));
+  const int32_t beyond =
+      static_cast<int32_t>((num_computed + num_new) % manager_.allocator().block_size());
+  if (manager_.caches_states() && num_new > beyond) num_new -= beyond;
   return {slot, num_new, manager_.num_missing_blocks(seq, num_computed + num_new),
           num_new == num_left};
 }

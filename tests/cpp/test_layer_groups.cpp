@@ -323,6 +323,47 @@ TEST_CASE("a window's cap lets a long prompt into the scheduler") {
   CHECK(manager.allocator().num_free() == 15);
 }
 
+TEST_CASE("the scheduler ends steps where a state can be kept") {
+  KVCacheManager manager(64, 4, true, 0, {kFull, window(6), kState});
+  quire::Scheduler scheduler(manager, {.max_tokens_per_step = 10, .max_seqs = 2});
+  for (int32_t round = 0; round < 2; ++round) {
+    scheduler.add(range(30), 3);
+    std::vector<int32_t> counts;
+    while (scheduler.has_work()) {
+      const quire::ScheduledBatch* batch = scheduler.schedule();
+      REQUIRE(batch);
+      counts.push_back(batch->num_new_tokens[0]);
+      scheduler.commit(std::vector<int32_t>(batch->sampling.size(), 3));
+      scheduler.validate();
+    }
+    if (round == 0) CHECK(counts == std::vector<int32_t>{8, 8, 8, 4, 2, 1, 1});
+    if (round == 1) CHECK(counts == std::vector<int32_t>{2, 1, 1});
+  }
+}
+
+TEST_CASE("a scheduler under pressure finishes whatever the groups") {
+  for (const auto& groups :
+       {std::vector<LayerGroup>{kFull, window(6)}, std::vector<LayerGroup>{kFull, kState},
+        std::vector<LayerGroup>{kFull, chunk(8), kState}}) {
+    for (const bool caching : {true, false})
+      for (int32_t depth = 0; depth < 2; ++depth) {
+        KVCacheManager manager(26, 4, caching, depth, groups);
+        quire::Scheduler scheduler(manager, {.max_tokens_per_step = 16, .max_seqs = 8});
+        for (int32_t i = 0; i < 12; ++i) scheduler.add(range(5 + i, i % 3), 12);
+        int32_t num_steps = 0;
+        while (scheduler.has_work()) {
+          REQUIRE(++num_steps < 2000);
+          const quire::ScheduledBatch* batch = scheduler.schedule();
+          if (!batch) continue;
+          scheduler.commit(std::vector<int32_t>(batch->sampling.size(), 3));
+          if (depth > 0) manager.retire(manager.batch().ticket());
+          scheduler.validate();
+        }
+        CHECK(manager.allocator().num_used() == 0);
+      }
+  }
+}
+
 TEST_CASE("blocks of every group wait for running steps") {
   KVCacheManager manager(32, 4, true, 2, {kFull, window(5), kState});
   const SequenceId seq = manager.create(range(24));

@@ -181,6 +181,7 @@ class KVCacheManager {
     return companions_ ? companions_->group(group) : LayerGroup{};
   }
   bool prefix_caching() const { return cache_.has_value(); }
+  bool caches_states() const;  // of state groups, where a step ends with a block
   int64_t num_deferred_refs() const { return static_cast<int64_t>(deferred_.size()); }
   int32_t num_sequences() const;
   int64_t num_bytes() const;  // of all arrays whose size depends on num_blocks
