@@ -33,11 +33,16 @@ void check_retention(const Retention& retention) {
 }  // namespace
 
 KVCacheManager::KVCacheManager(int32_t num_blocks, int32_t block_size, bool prefix_caching,
-                               int32_t async_depth)
+                               int32_t async_depth, std::vector<LayerGroup> groups)
     : allocator_(num_blocks, block_size), async_depth_(async_depth), block_size_(block_size) {
   QUIRE_CHECK_ARG(async_depth >= 0, "KVCacheManager: async_depth: expected 0 or more, got ",
                   async_depth);
   if (prefix_caching) cache_.emplace(num_blocks, block_size);
+  if (groups.empty()) return;
+  CompanionCache companions(std::move(groups), num_blocks, block_size);
+  if (companions.num_groups() == 1) return;
+  group_batches_.resize(companions.num_groups() - 1);
+  companions_ = std::move(companions);
 }
 
 KVCacheManager::~KVCacheManager() {
@@ -144,7 +149,11 @@ std::span<const int32_t> KVCacheManager::pending_tokens(SequenceId id) const {
 int64_t KVCacheManager::find_path(int32_t root, std::span<const int32_t> tokens) const {
   path_.clear();
   if (!cache_ || root == PrefixCache::kNone) return 0;
-  return cache_->find_path(root, tokens.data(), static_cast<int64_t>(tokens.size()), &path_);
+  const int64_t found =
+      cache_->find_path(root, tokens.data(), static_cast<int64_t>(tokens.size()), &path_);
+  if (!companions_) return found;
+  path_.resize(companions_->usable_blocks(std::span(path_).first(found / block_size_)));
+  return static_cast<int64_t>(path_.size()) * block_size_;
 }
 
 PrefixMatch KVCacheManager::match(int32_t root, std::span<const int32_t> tokens) const {
@@ -152,6 +161,12 @@ PrefixMatch KVCacheManager::match(int32_t root, std::span<const int32_t> tokens)
   PrefixMatch result;
   result.num_tokens = find_path(root, tokens.first(tokens.size() - 1));
   path_.resize(static_cast<size_t>(result.num_tokens / block_size_));  // whole blocks
+  for (int32_t group = 1; group < num_groups(); ++group)
+    for (size_t i = companions_->first_needed(group, result.num_tokens),
+                end = result.num_tokens / block_size_;
+         i < end; ++i)
+      path_.push_back(companions_->find(group, path_[i]));
+  result.num_blocks = static_cast<int32_t>(path_.size());
   for (int32_t block : path_) result.num_idle_blocks += allocator_.refcount(block) == 0;
   return result;
 }
@@ -182,18 +197,24 @@ int64_t KVCacheManager::shareable_tokens(SequenceId a, SequenceId b) const {
   return num_equal / block_size_ * block_size_;
 }
 
-// Whether the next token lies in a block that others see too: other holders, or the prefix cache.
-bool KVCacheManager::shares_last_block(const Sequence& seq) const {
-  if (seq.num_computed % block_size_ == 0) return false;
-  const int32_t block = seq.table[static_cast<int32_t>(seq.num_computed / block_size_)];
+// Whether the next token goes to a block that others see too: other holders, or the prefix cache.
+bool KVCacheManager::shares_last_block(const Sequence& seq, int32_t group) const {
+  const bool is_state = group > 0 && companions_->is_state(group);
+  if (is_state ? seq.num_computed == 0 : seq.num_computed % block_size_ == 0) return false;
+  const BlockTable& table = group == 0 ? seq.table : seq.groups[group - 1].table;
+  const int32_t block = table[is_state ? 0 : static_cast<int32_t>(seq.num_computed / block_size_)];
   return allocator_.refcount(block) > 1 || allocator_.is_cached(block);
 }
 
-int32_t KVCacheManager::num_missing_blocks(SequenceId id, int64_t num_tokens) const {
+int32_t KVCacheManager::num_missing_blocks(SequenceId id, int64_t num_tokens,
+                                           int64_t max_step) const {
   settle();
   const Sequence& seq = get(id);
-  const bool copies = num_tokens > seq.num_computed && shares_last_block(seq);
-  return std::max(0, seq.table.blocks_for(num_tokens) - seq.table.size()) + copies;
+  int64_t missing = std::max(0, seq.table.blocks_for(num_tokens) - seq.table.size());
+  if (companions_) missing += missing_in_groups(seq, num_tokens, max_step);
+  for (int32_t group = 0; num_tokens > seq.num_computed && group < num_groups(); ++group)
+    missing += shares_last_block(seq, group);
+  return static_cast<int32_t>(missing);
 }
 
 // ---- Beginning
@@ -219,6 +240,7 @@ SequenceId KVCacheManager::open(std::span<const int32_t> token_ids, Salt salt,
   const Retention usual;
   has_retention_ |= retention.priority != usual.priority || retention.ttl != usual.ttl;
   if (cache_) seq.root = cache_->open_root(salt);
+  seq.groups.assign(num_groups() - 1, {BlockTable(block_size_)});
   return id;
 }
 
@@ -230,6 +252,7 @@ void KVCacheManager::attach(SequenceId id) {
   for (int32_t block : path_) allocator_.share(block);
   seq.table.append(path_);
   seq.num_computed = seq.num_cached;
+  if (companions_) attach_groups(seq);
   if (cache_ && !seq.was_attached) {  // a sequence that comes back is not a query of its own
     prefix_query_tokens_ += seq.num_tokens();
     prefix_hit_tokens_ += seq.num_cached;
@@ -251,6 +274,7 @@ int64_t KVCacheManager::pin(int32_t root, std::span<const int32_t> tokens) {
   path_.resize(static_cast<size_t>(num_whole));
   for (int32_t block : path_)
     if (pins_[block]++ == 0) allocator_.share(block);
+  if (companions_) pin_companions(true);
   return num_whole * block_size_;
 }
 
@@ -258,6 +282,7 @@ int64_t KVCacheManager::unpin(int32_t root, std::span<const int32_t> tokens) {
   path_.resize(static_cast<size_t>(find_path(root, tokens) / block_size_));
   while (!path_.empty() && !pins_.contains(path_.back())) path_.pop_back();
   const int64_t num_unpinned = static_cast<int64_t>(path_.size()) * block_size_;
+  if (companions_) pin_companions(false);
   for (; !path_.empty(); path_.pop_back()) {  // the last first, so that leaves are evicted first
     const auto pin = pins_.find(path_.back());
     if (--pin->second > 0) continue;

@@ -70,6 +70,10 @@ SequenceId KVCacheManager::fork(SequenceId parent) {
 void KVCacheManager::fork(SequenceId parent_id, std::span<SequenceId> children) {
   get(parent_id);
   settle();
+  for (int32_t group = 1; group < num_groups(); ++group)
+    QUIRE_CHECK_ARG(!companions_->is_state(group) || get(parent_id).num_planned == 0,
+                    "fork: seq: expected one between commit() and step(), as groups[", group,
+                    "] is a state, got one with ", get(parent_id).num_planned, " tokens planned");
   reserve_sequences(children.size());
   Sequence& parent = get(parent_id);
   make_trunk(parent);
@@ -89,6 +93,7 @@ void KVCacheManager::fork(SequenceId parent_id, std::span<SequenceId> children) 
       allocator_.share(parent.table[i]);
       child.table.append(parent.table[i]);
     }
+    if (companions_) share_groups(parent, child);
     child.root = parent.root;
     if (cache_) cache_->hold_root(child.root);
   }
@@ -102,12 +107,18 @@ void KVCacheManager::truncate(SequenceId id, int64_t num_tokens) {
   Sequence& seq = get(id);
   QUIRE_CHECK_ARG(num_tokens >= 1 && num_tokens <= seq.num_tokens(),
                   "truncate: num_tokens: expected 1 to ", seq.num_tokens(), ", got ", num_tokens);
+  if (companions_ && !groups_reach(seq, num_tokens)) {
+    detach(id);
+    seq.tokens.resize(num_tokens);
+    return attach(id);
+  }
   if (num_tokens < seq.num_trunk_tokens()) unshare(seq);
   const int64_t end = std::min(seq.num_computed + seq.num_planned, num_tokens);
   seq.tokens.resize(num_tokens - seq.num_trunk_tokens());
   seq.num_computed = std::min(seq.num_computed, num_tokens);
   seq.num_planned = end - seq.num_computed;
   trim(seq, seq.table.blocks_for(end));
+  if (companions_) trim_groups(seq, seq.table.blocks_for(end));
 }
 
 void KVCacheManager::free(std::span<const SequenceId> seqs) {
@@ -140,18 +151,20 @@ void KVCacheManager::trim(Sequence& seq, int32_t num_blocks) {
 void KVCacheManager::give_back(Sequence& seq) {
   keep_partial_block(seq);
   trim(seq, seq.table.num_shared());
-  if (!seq.trunk) return seq.table.clear();
-  for (int32_t block : seq.trunk->blocks) retain(seq.retention, block);
-  seq.tokens.insert(seq.tokens.begin(), seq.trunk->tokens.begin(), seq.trunk->tokens.end());
-  drop_trunk(seq);
+  if (seq.trunk) {
+    for (int32_t block : seq.trunk->blocks) retain(seq.retention, block);
+    seq.tokens.insert(seq.tokens.begin(), seq.trunk->tokens.begin(), seq.trunk->tokens.end());
+    drop_trunk(seq);
+  }
   seq.table.clear();
+  if (companions_) trim_groups(seq, 0);
 }
 
 // Caches the computed tokens of a last, partial block that nobody else holds. Nobody writes to it
 // any more: it is about to be given back.
 void KVCacheManager::keep_partial_block(Sequence& seq) {
   const int32_t count = static_cast<int32_t>(seq.num_computed % block_size_);
-  if (!cache_ || count == 0 || shares_last_block(seq)) return;
+  if (!cache_ || companions_ || count == 0 || shares_last_block(seq)) return;
   const int32_t index = static_cast<int32_t>(seq.num_computed / block_size_);
   const int32_t parent = index == 0 ? seq.root : seq.table[index - 1];
   const int32_t block = seq.table[index];

@@ -39,6 +39,10 @@ KVCacheManager::StepNeed KVCacheManager::check_step(std::span<const int32_t> num
                     known, " (known and not computed), got ", count);
     const int32_t num_blocks = seq.table.blocks_for(seq.num_computed + count + lookahead);
     need.num_missing += std::max(0, num_blocks - seq.table.size());
+    if (companions_) {
+      const int64_t reach = seq.num_computed + count + lookahead;
+      need.num_missing += missing_in_groups(seq, reach, reach);
+    }
     need.size.max_blocks = std::max(need.size.max_blocks, num_blocks);
     need.size.num_blocks += num_blocks;
     need.size.num_new_tokens += count;
@@ -55,13 +59,19 @@ void KVCacheManager::plan_copies(std::span<const int32_t> num_new_tokens, int32_
   copies_.clear();
   for (size_t i = 0; i < visited_.size(); ++i) {
     Sequence& seq = *visited_[i];
-    if (num_new_tokens[i] + lookahead == 0 || !shares_last_block(seq)) continue;
-    const int32_t index = static_cast<int32_t>(seq.num_computed / block_size_);
-    const int32_t block = seq.table[index];
-    const bool dropped = allocator_.refcount(block) > 1 && async_depth_ == 0;
-    if (dropped) allocator_.release(block);
-    copies_.push_back({&seq, index, block, dropped});
+    if (num_new_tokens[i] + lookahead == 0) continue;
+    for (int32_t group = 0; group < num_groups(); ++group)
+      if (shares_last_block(seq, group)) plan_copy(seq, group);
   }
+}
+
+void KVCacheManager::plan_copy(Sequence& seq, int32_t group) {
+  const bool is_state = group > 0 && companions_->is_state(group);
+  const int32_t index = is_state ? 0 : static_cast<int32_t>(seq.num_computed / block_size_);
+  const int32_t block = table_of(seq, group)[index];
+  const bool dropped = allocator_.refcount(block) > 1 && async_depth_ == 0;
+  if (dropped) allocator_.release(block);
+  copies_.push_back({&seq, group, index, block, dropped});
 }
 
 void KVCacheManager::undo_copies() {
@@ -92,11 +102,30 @@ bool KVCacheManager::allocate(int64_t num_blocks) {
 
 // Gives up what a cached block holds, and first what depends on it: returns the block to take.
 int32_t KVCacheManager::evict(int32_t victim) {
-  while (cache_->has_children(victim)) victim = cache_->any_child(victim);
-  cache_->erase(victim);
+  if (!companions_ || !companions_->contains(victim)) {
+    while (cache_->has_children(victim)) victim = cache_->any_child(victim);
+    if (companions_ && companions_->any_of(victim) != CompanionCache::kNone)
+      victim = companions_->any_of(victim);
+  }
+  if (companions_ && companions_->contains(victim))
+    companions_->erase(victim);
+  else
+    cache_->erase(victim);
   if (!expiries_.empty()) expiries_.erase(victim);
   ++evicted_blocks_;
   return victim;
+}
+
+// What a sequence alone holds of a cached block that it is about to write to. All idle blocks are
+// evicted by then, so whatever depends on it is in the same sequence's use.
+void KVCacheManager::forget(const Copy& copy) {
+  int32_t companion = companions_ && copy.group == 0 ? companions_->any_of(copy.source) : -1;
+  for (; companion >= 0; companion = companions_->any_of(copy.source)) {
+    companions_->erase(companion);
+    allocator_.unmark_cached(companion);
+  }
+  if (copy.group == 0 || companions_->contains(copy.source)) evict(copy.source);
+  allocator_.unmark_cached(copy.source);
 }
 
 // Moves the copying sequences to the first of new_blocks_; returns the others.
@@ -104,12 +133,12 @@ std::span<const int32_t> KVCacheManager::apply_copies() {
   size_t num_taken = 0;
   for (const Copy& copy : copies_) {
     if (copy.in_place) {
-      allocator_.unmark_cached(evict(copy.source));
+      forget(copy);
       continue;
     }
     const int32_t block = new_blocks_[num_taken++];
-    batch_.add_copy(copy.source, block);
-    copy.seq->table.replace(copy.index, block);
+    (copy.group == 0 ? batch_ : group_batches_[copy.group - 1]).add_copy(copy.source, block);
+    table_of(*copy.seq, copy.group).replace(copy.index, block);
     if (!copy.dropped) release(copy.source);
   }
   return std::span(new_blocks_).subspan(num_taken);
@@ -122,7 +151,7 @@ const StepBatch* KVCacheManager::step(std::span<const SequenceId> seqs,
   if (decodes && loop_.is_running() && !loop_stepped_ && may_step() && fits_loop())
     return step_loop();
   const bool starts_loop =
-      decodes && !loop_.is_running() && block_size_ <= DecodeLoop::kMaxBlockSize;
+      decodes && !loop_.is_running() && !companions_ && block_size_ <= DecodeLoop::kMaxBlockSize;
   settle();
   visit("step", seqs);
   StepNeed need = check_step(num_new_tokens, lookahead);
@@ -135,6 +164,7 @@ const StepBatch* KVCacheManager::step(std::span<const SequenceId> seqs,
     return nullptr;
   }
   batch_.begin(++last_ticket_, need.size);
+  begin_group_batches(need.size);
   std::span<const int32_t> fresh = apply_copies();
   for (size_t i = 0; i < visited_.size(); ++i) {
     Sequence& seq = *visited_[i];
@@ -145,6 +175,7 @@ const StepBatch* KVCacheManager::step(std::span<const SequenceId> seqs,
     fresh = fresh.subspan(num_missing);
     seq.num_planned = num_new_tokens[i];
     batch_.add_row(seq.id.value, seq.table, seq.num_computed, end, reach);
+    if (companions_) fresh = extend_groups(seq, end, reach, fresh);
   }
   if (starts_loop) begin_loop(seqs);
   return &batch_;
@@ -196,6 +227,7 @@ void KVCacheManager::advance(Sequence& seq) {
   if (cache_ && seq.num_planned > 0)
     for (int64_t i = seq.num_computed / block_size_; i < end / block_size_; ++i)
       publish(seq, static_cast<int32_t>(i));
+  if (companions_ && seq.num_planned > 0) advance_groups(seq, end);
   seq.num_computed = end;
   seq.num_planned = 0;
 }

@@ -21,11 +21,15 @@ void KVCacheManager::count_used(KVCacheStats* stats) const {
   for (const Sequence& seq : sequences_) {
     if (seq.id == SequenceId{}) continue;
     const int64_t computed = num_computed(seq);
-    int32_t num_tokens = static_cast<int32_t>(computed % block_size_);
-    for (int32_t i = static_cast<int32_t>(computed / block_size_); i < seq.table.size(); ++i) {
-      Holders& holders = unfilled[seq.table[i]];
-      holders.num_tokens = std::max(holders.num_tokens, std::exchange(num_tokens, 0));
-      ++holders.num_sequences;
+    for (int32_t group = 0; group < num_groups(); ++group) {
+      if (group > 0 && companions_->is_state(group)) continue;
+      const BlockTable& table = group == 0 ? seq.table : seq.groups[group - 1].table;
+      int32_t num_tokens = static_cast<int32_t>(computed % block_size_);
+      for (int32_t i = static_cast<int32_t>(computed / block_size_); i < table.size(); ++i) {
+        Holders& holders = unfilled[table[i]];
+        holders.num_tokens = std::max(holders.num_tokens, std::exchange(num_tokens, 0));
+        ++holders.num_sequences;
+      }
     }
   }
   for (const Deferred& deferred : deferred_) ++unfilled[deferred.block].num_deferred;
@@ -40,7 +44,8 @@ void KVCacheManager::count_used(KVCacheStats* stats) const {
 }
 
 int64_t KVCacheManager::num_bytes() const {
-  return allocator_.num_bytes() + (cache_ ? cache_->num_bytes() : 0);
+  return allocator_.num_bytes() + (cache_ ? cache_->num_bytes() : 0) +
+         (companions_ ? companions_->num_bytes() : 0);
 }
 
 KVCacheStats KVCacheManager::stats() const {
@@ -89,6 +94,8 @@ std::vector<int32_t> KVCacheManager::count_references() const {
     if (seq.id == SequenceId{}) continue;
     for (int32_t i = seq.table.num_shared(); i < seq.table.size(); ++i) ++refcounts[seq.table[i]];
     if (seq.trunk) ++trunks[seq.trunk];
+    for (const GroupTable& group : seq.groups)
+      for (int32_t i = group.num_behind; i < group.table.size(); ++i) ++refcounts[group.table[i]];
   }
   for (const auto& [trunk, num_holders] : trunks) {
     QUIRE_INVARIANT(trunk->num_holders == num_holders, "a trunk of ", num_holders,
@@ -105,19 +112,26 @@ void KVCacheManager::validate() const {
   allocator_.validate();
   if (cache_) cache_->validate();
   for (const Sequence& seq : sequences_)
-    if (seq.id != SequenceId{}) validate_sequence(seq);
+    if (seq.id != SequenceId{}) {
+      validate_sequence(seq);
+      if (companions_) validate_groups(seq);
+    }
+  const auto is_cached = [&](int32_t block) {
+    return cache_->contains(block) || (companions_ && companions_->contains(block));
+  };
   const std::vector<int32_t> refcounts = count_references();
   for (int32_t block = 0; block < allocator_.num_blocks(); ++block) {
     QUIRE_INVARIANT(refcounts[block] == allocator_.refcount(block), "block ", block, ": ",
                     refcounts[block], " holders, refcount ", allocator_.refcount(block));
     if (!cache_ || refcounts[block] == 0) continue;
-    QUIRE_INVARIANT(cache_->contains(block) == allocator_.is_cached(block), "block ", block,
+    QUIRE_INVARIANT(is_cached(block) == allocator_.is_cached(block), "block ", block,
                     ": allocator and prefix cache disagree");
   }
+  if (companions_) validate_companions();
   if (!cache_) return;
   int32_t num_idle = 0;
   for (int32_t block = 0; block < allocator_.num_blocks(); ++block)
-    num_idle += refcounts[block] == 0 && cache_->contains(block);
+    num_idle += refcounts[block] == 0 && is_cached(block);
   QUIRE_INVARIANT(num_idle == allocator_.num_cached(), "idle blocks and prefix cache disagree");
   // Whoever holds a block holds its parent, so what depends on an idle block is idle.
   for (int32_t block = 0; block < allocator_.num_blocks(); ++block) {

@@ -29,12 +29,12 @@ int32_t Scheduler::add(std::span<const int32_t> token_ids, int32_t max_new_token
   QUIRE_CHECK_ARG(max_new_tokens >= 1, "add: max_new_tokens: expected 1 or more, got ",
                   max_new_tokens);
   const BlockAllocator& pool = manager_.allocator();
-  const int64_t num_slots = int64_t{pool.num_blocks()} * pool.block_size();
   const int64_t num_tokens = static_cast<int64_t>(token_ids.size()) + max_new_tokens;
-  QUIRE_CHECK_ARG(num_tokens <= num_slots,
-                  "add: token_ids: expected a prompt and max_new_tokens that fit ",
-                  pool.num_blocks(), " blocks of ", pool.block_size(), ", got ", token_ids.size(),
-                  " + ", max_new_tokens, " tokens");
+  QUIRE_CHECK_ARG(
+      manager_.num_blocks_for(num_tokens, config_.max_tokens_per_step) <= pool.num_blocks(),
+      "add: token_ids: expected a prompt and max_new_tokens that fit ", pool.num_blocks(),
+      " blocks of ", pool.block_size(), ", got ", token_ids.size(), " + ", max_new_tokens,
+      " tokens");
   const SequenceId seq = manager_.open(token_ids, salt);
   if (unused_slots_.empty()) {
     unused_slots_.push_back(static_cast<int32_t>(requests_.size()));
@@ -61,12 +61,16 @@ const ScheduledBatch* Scheduler::schedule() {
   return &batch_;
 }
 
-// The next tokens of a running request, within the budget.
+// The next tokens of a running request, within the budget. A state is cached where a step ends with
+// a block, so prompts are then computed up to such a place first.
 Scheduler::Row Scheduler::plan_row(int32_t slot, int32_t budget) const {
   const SequenceId seq = requests_[slot].seq;
   const int64_t num_computed = manager_.num_computed_tokens(seq);
   const int64_t num_left = manager_.num_tokens(seq) - num_computed;
-  const int32_t num_new = static_cast<int32_t>(std::min<int64_t>(num_left, budget));
+  int32_t num_new = static_cast<int32_t>(std::min<int64_t>(num_left, budget));
+  const int32_t beyond =
+      static_cast<int32_t>((num_computed + num_new) % manager_.allocator().block_size());
+  if (manager_.caches_states() && num_new > beyond) num_new -= beyond;
   return {slot, num_new, manager_.num_missing_blocks(seq, num_computed + num_new),
           num_new == num_left};
 }
@@ -78,8 +82,9 @@ void Scheduler::plan_running() {
   for (int32_t slot : running_) {
     const Row row = plan_row(slot, budget_);
     const SequenceId seq = requests_[slot].seq;
-    num_promised_ +=
-        row.samples ? row.num_missing : manager_.num_missing_blocks(seq, manager_.num_tokens(seq));
+    num_promised_ += row.samples ? row.num_missing
+                                 : manager_.num_missing_blocks(seq, manager_.num_tokens(seq),
+                                                               config_.max_tokens_per_step);
     if (row.num_new == 0) continue;  // the budget is spent
     rows_.push_back(row);
     budget_ -= row.num_new;
@@ -128,8 +133,9 @@ void Scheduler::admit() {
     Request& request = requests_[slot];
     const PrefixMatch match = manager_.match(request.seq);
     const int64_t num_missing =
-        manager_.num_missing_blocks(request.seq, manager_.num_tokens(request.seq)) -
-        match.num_tokens / pool.block_size();
+        manager_.num_missing_blocks(request.seq, manager_.num_tokens(request.seq),
+                                    config_.max_tokens_per_step) -
+        match.num_blocks;
     head_needs_ =
         num_missing + match.num_idle_blocks + (running_.empty() ? 0 : num_watermark_blocks_);
     if (num_unpromised < head_needs_) return;

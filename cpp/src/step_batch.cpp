@@ -35,10 +35,11 @@ void StepBatch::begin(int64_t ticket, const Size& size) {
   batch_size_ = size.batch_size;
   max_blocks_ = size.max_blocks;
   num_rows_ = 0;
+  has_slots_ = size.has_slots;
   seq_lens_.resize(size.batch_size);
   cu_seqlens_q_.resize(size.batch_size + 1);
   cu_seqlens_q_[0] = 0;
-  slot_mapping_.resize(size.num_new_tokens);
+  slot_mapping_.resize(size.has_slots ? size.num_new_tokens : 0);
   positions_.resize(size.num_new_tokens);
   copies_.resize(2 * size.num_copies);
   copies_.resize(0);
@@ -63,7 +64,9 @@ void StepBatch::write_row(int32_t row, bool is_kept, BlockTable& table, int32_t 
 void StepBatch::add_row(int64_t serial, BlockTable& table, int64_t first, int64_t end,
                         int64_t reach) {
   const int32_t row = num_rows_++;
-  write_row(row, row_serials_[row] == serial, table, table.blocks_for(reach));
+  const int32_t num_blocks = table.blocks_for(reach);
+  write_row(row, row_serials_[row] == serial, table,
+            has_slots_ ? num_blocks : std::min(num_blocks, max_blocks_));
   row_serials_[row] = serial;
   seq_lens_[row] = static_cast<int32_t>(end);
   const int32_t start = cu_seqlens_q_[row] - static_cast<int32_t>(first);
@@ -72,6 +75,7 @@ void StepBatch::add_row(int64_t serial, BlockTable& table, int64_t first, int64_
   int64_t* const slots = slot_mapping_.data() + start;
   for (int64_t position = first; position < end; ++position)
     positions[position] = static_cast<int32_t>(position);
+  if (!has_slots_) return;
   for (int64_t position = first; position < end;) {
     const int64_t offset = table.slot(position) - position;
     const int64_t block_end = std::min(end, table.block_end(position));

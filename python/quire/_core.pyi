@@ -1,6 +1,7 @@
 """Bindings of the quire runtime; use the package `quire`."""
 
-from typing import Any, overload
+from collections.abc import Sequence as _Sequence
+from typing import Any, Literal, overload
 
 import numpy
 import numpy.typing
@@ -210,6 +211,47 @@ def merge_states(outs: object | None, lses: object | None, out: object | None, l
 
 def attention_backward(dout: object, q: object, k: object, v: object, out: object, lse: object, dq: object, dk: object, dv: object, dsinks: object | None, causal: bool, window: tuple[int, int], scale: float | None, softcap: float, alibi_slopes: object | None, sinks: object | None, mask: object | None, mask_is_tree: bool, cu_seqlens_q: object | None, cu_seqlens_k: object | None) -> None: ...
 
+class LayerGroup:
+    """
+    Layers of a model that keep the same part of the KV, for KVCacheManager(groups=...).
+
+    Kinds: "full" attention; "sliding_window": the last `window` tokens, the token's own
+    included, as paged_attention(window=(window - 1, 0)); "chunked_local": tokens since
+    position p // chunk * chunk; "state": one block a sequence, as of Mamba. Groups with
+    many layers may be named more than once, so that all have as many.
+
+    Every group has blocks of its own, all out of one pool. What no later token reads goes
+    back when commit() has moved on: its entries of the block table are -1. A cached prefix
+    is found as far as every group has what it needs: a window its last tokens, a state a
+    checkpoint, which is kept wherever a step ended with a block. The first group is full
+    attention; a model without such layers takes one full group for all.
+
+    Raises ValueError for another kind, or a window or chunk below 1 or of the wrong kind.
+
+    Example::
+
+        local = quire.LayerGroup("sliding_window", window=1024)
+        manager = quire.KVCacheManager(4096, 16, groups=[quire.LayerGroup(), local])
+        batch = manager.step(seqs, counts)
+        batch.groups[1].block_table        # of the windowed layers
+    """
+
+    def __init__(self, kind: Literal['full', 'sliding_window', 'chunked_local', 'state'] = 'full', *, window: int | None = None, chunk: int | None = None) -> None: ...
+
+    @property
+    def kind(self) -> str:
+        """full, sliding_window, chunked_local or state."""
+
+    @property
+    def window(self) -> int | None:
+        """Tokens of a sliding window."""
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens of a chunk."""
+
+    def __repr__(self) -> str: ...
+
 class Sequence:
     """
     A handle of KVCacheManager.create() or fork(); valid until KVCacheManager.free().
@@ -248,6 +290,12 @@ class Sequence:
     def block_table(self) -> numpy.typing.NDArray[numpy.int32]:
         """Ids of the sequence's blocks, int32 [num_blocks], a copy."""
 
+    @property
+    def block_tables(self) -> list[numpy.typing.NDArray[numpy.int32]]:
+        """
+        The same of each layer group; -1: given back. Of a state its one block, or none.
+        """
+
 class StepBatch:
     """
     The arrays of one step. They are views of memory that the next step overwrites: after it,
@@ -265,15 +313,27 @@ class StepBatch:
         """The step's number, 1, 2, ..., for retire()."""
 
     @property
+    def groups(self) -> list[StepBatch]:
+        """
+        The step as each layer group sees it: own block_table, slot_mapping, copies, changes.
+
+        The first is the step itself.
+        """
+
+    @property
     def block_table(self) -> numpy.typing.NDArray[numpy.int32]:
         """
         Block ids, int32 [batch, max_blocks]; what lies beyond seq_lens has no meaning.
+
+        -1: a block that a layer group has given back. Of a state group [batch, 1]: the block
+        whose state the step reads (unless it begins at position 0) and then overwrites.
         """
 
     @property
     def slot_mapping(self) -> numpy.typing.NDArray[numpy.int64]:
         """
         Where each new token's KV goes, int64 [total new tokens]: block * block_size + offset.
+        Of a state group empty.
         """
 
     @property
@@ -311,10 +371,12 @@ class KVCacheManager:
     `prefix_caching` shares the blocks of equal prefixes; `async_depth` is how many
     steps may run while the host plans on (see retire). Not thread-safe.
 
+    `groups`: what the model's layers read, the first full attention; see LayerGroup.
+
     Steps of the same sequences with one token each cost least, with all arguments as
     arrays: `ids = np.array([seq.id for seq in seqs])`.
 
-    Raises ValueError for counts below 1. Every method either does all it says or
+    Raises ValueError for counts below 1 and wrong groups. Every method either does all it says or
     raises and changes nothing.
 
     Example::
@@ -326,7 +388,11 @@ class KVCacheManager:
         manager.commit([seq], sampled)     # int32 [1]
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True, async_depth: int = 0) -> None: ...
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True, async_depth: int = 0, *, groups: _Sequence[LayerGroup] = ()) -> None: ...
+
+    @property
+    def groups(self) -> list[LayerGroup]:
+        """The layer groups."""
 
     @property
     def num_blocks(self) -> int:
@@ -380,7 +446,8 @@ class KVCacheManager:
         """
         A sequence of the same tokens that shares every block with computed tokens.
 
-        The first write into a shared partial block copies it: see StepBatch.copies.
+        The first write into a shared partial block copies it: see StepBatch.copies. With a
+        state group, raises ValueError between step and commit: the state may be the step's.
 
         Example::
 
@@ -403,7 +470,8 @@ class KVCacheManager:
         """
         Keeps the first num_tokens tokens, 1 or more: the rest was rejected.
 
-        May come between step() and commit().
+        May come between step() and commit(). Where a layer group has given up what it needs
+        to go on from there, the sequence computes tokens again: num_computed_tokens falls.
 
         Example::
 
@@ -504,6 +572,16 @@ class KVCacheManager:
         Example::
 
             manager.stats()["waste_tokens"]
+        """
+
+    def group_stats(self) -> list[dict[str, int]]:
+        """
+        Blocks of each layer group: used_blocks, that sequences hold, and cached_blocks, that
+        nobody holds.
+
+        Example::
+
+            manager.group_stats()[1]["used_blocks"]
         """
 
     def validate(self) -> None:

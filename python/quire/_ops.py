@@ -167,7 +167,8 @@ def paged_attention(
         q: queries; the last ``q_len`` tokens of each sequence.
         k_cache: keys.
         v_cache: values.
-        block_table: block ids of each sequence; entries beyond its length are never read.
+        block_table: block ids of each sequence; entries beyond its length, or wholly before the
+            window of its first query, are never read.
         seq_lens: keys of each sequence; 0 is legal.
         cu_seqlens_q: int32 ``[batch + 1]``, where each sequence's rows of q begin; None is one
             row each.

@@ -4,6 +4,7 @@
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 
@@ -147,6 +148,17 @@ void commit(Manager self, nb::handle seqs, nb::handle sampled) {
   manager.manager.commit(ids, tokens, counts);
 }
 
+nb::list group_stats(const PyManager& self) {
+  nb::list groups;
+  for (const LayerGroupStats& stats : self.manager.group_stats()) {
+    nb::dict d;
+    d["used_blocks"] = stats.used_blocks;
+    d["cached_blocks"] = stats.cached_blocks;
+    groups.append(d);
+  }
+  return groups;
+}
+
 nb::dict stats(const PyManager& self) {
   const KVCacheStats stats = self.manager.stats();
   nb::dict d;
@@ -198,14 +210,25 @@ void bind_sequence(nb::module_& m) {
           "block_table",
           [](const PySequence& s) { return array_of(s.manager->manager.block_table(s.id)); },
           nb::for_getter(nb::sig("def block_table(self) -> numpy.typing.NDArray[numpy.int32]")),
-          "Ids of the sequence's blocks, int32 [num_blocks], a copy.");
+          "Ids of the sequence's blocks, int32 [num_blocks], a copy.")
+      .def_prop_ro(
+          "block_tables",
+          [](const PySequence& s) {
+            nb::list tables;
+            for (int32_t group = 0; group < s.manager->manager.num_groups(); ++group)
+              tables.append(array_of(s.manager->manager.block_table(s.id, group)));
+            return tables;
+          },
+          nb::for_getter(
+              nb::sig("def block_tables(self) -> list[numpy.typing.NDArray[numpy.int32]]")),
+          "The same of each layer group; -1: given back. Of a state its one block, or none.");
 }
 
 // A property that shows a whole array of the step.
 template <auto Array, auto View>
 nb::object step_array(const PyStepBatch& batch) {
   const auto& array = (batch.get().*Array)();
-  return (batch.manager->*View).get(array, array.size());
+  return (batch.views().*View).get(array, array.size());
 }
 
 void bind_batch(nb::module_& m) {
@@ -218,35 +241,48 @@ void bind_batch(nb::module_& m) {
       "    quire.append_kv(k, v, k_cache, v_cache, batch.slot_mapping)")
       .def_ro("ticket", &PyStepBatch::ticket, "The step's number, 1, 2, ..., for retire().")
       .def_prop_ro(
+          "groups",
+          [](const PyStepBatch& b) {
+            std::vector<PyStepBatch> groups(b.manager->views.size(), b);
+            for (size_t i = 0; i < groups.size(); ++i) groups[i].group = static_cast<int32_t>(i);
+            return groups;
+          },
+          "The step as each layer group sees it: own block_table, slot_mapping, copies, "
+          "changes.\n\n"
+          "The first is the step itself.")
+      .def_prop_ro(
           "block_table",
           [](const PyStepBatch& b) {
             const StepBatch& step = b.get();
-            return b.manager->block_table.get(step.block_table(), step.batch_size(),
-                                              step.max_blocks(), step.block_table_stride());
+            return b.views().block_table.get(step.block_table(), step.batch_size(),
+                                             step.max_blocks(), step.block_table_stride());
           },
           nb::for_getter(nb::sig("def block_table(self) -> numpy.typing.NDArray[numpy.int32]")),
-          "Block ids, int32 [batch, max_blocks]; what lies beyond seq_lens has no meaning.")
+          "Block ids, int32 [batch, max_blocks]; what lies beyond seq_lens has no meaning.\n\n"
+          "-1: a block that a layer group has given back. Of a state group [batch, 1]: the block\n"
+          "whose state the step reads (unless it begins at position 0) and then overwrites.")
       .def_prop_ro(
-          "slot_mapping", &step_array<&StepBatch::slot_mapping, &PyManager::slot_mapping>,
+          "slot_mapping", &step_array<&StepBatch::slot_mapping, &StepViews::slot_mapping>,
           nb::for_getter(nb::sig("def slot_mapping(self) -> numpy.typing.NDArray[numpy.int64]")),
-          "Where each new token's KV goes, int64 [total new tokens]: block * block_size + offset.")
+          "Where each new token's KV goes, int64 [total new tokens]: block * block_size + offset.\n"
+          "Of a state group empty.")
       .def_prop_ro(
-          "seq_lens", &step_array<&StepBatch::seq_lens, &PyManager::seq_lens>,
+          "seq_lens", &step_array<&StepBatch::seq_lens, &StepViews::seq_lens>,
           nb::for_getter(nb::sig("def seq_lens(self) -> numpy.typing.NDArray[numpy.int32]")),
           "Tokens of each sequence, the new ones included, int32 [batch].")
       .def_prop_ro(
-          "cu_seqlens_q", &step_array<&StepBatch::cu_seqlens_q, &PyManager::cu_seqlens_q>,
+          "cu_seqlens_q", &step_array<&StepBatch::cu_seqlens_q, &StepViews::cu_seqlens_q>,
           nb::for_getter(nb::sig("def cu_seqlens_q(self) -> numpy.typing.NDArray[numpy.int32]")),
           "Where the new tokens of each sequence begin, int32 [batch + 1].")
       .def_prop_ro(
-          "positions", &step_array<&StepBatch::positions, &PyManager::positions>,
+          "positions", &step_array<&StepBatch::positions, &StepViews::positions>,
           nb::for_getter(nb::sig("def positions(self) -> numpy.typing.NDArray[numpy.int32]")),
           "Position of each new token in its sequence, int32 [total new tokens].")
       .def_prop_ro(
           "copies",
           [](const PyStepBatch& b) {
             const auto& array = b.get().copies();
-            return b.manager->copies.get(array, array.size() / 2, 2, 2);
+            return b.views().copies.get(array, array.size() / 2, 2, 2);
           },
           nb::for_getter(nb::sig("def copies(self) -> numpy.typing.NDArray[numpy.int32]")),
           "Blocks (source, destination) to copy before KV is written, int32 [copies, 2].")
@@ -254,7 +290,7 @@ void bind_batch(nb::module_& m) {
           "changes",
           [](const PyStepBatch& b) {
             const auto& array = b.get().changes();
-            return b.manager->changes.get(array, array.size() / 2, 2, 2);
+            return b.views().changes.get(array, array.size() / 2, 2, 2);
           },
           nb::for_getter(nb::sig("def changes(self) -> numpy.typing.NDArray[numpy.int32]")),
           "Entries of block_table that this step wrote, int32 [changes, 2]: (index, block).\n\n"
@@ -269,9 +305,11 @@ nb::class_<PyManager> bind_manager(nb::module_& m) {
              "The sequences of an engine and the blocks that hold their KV.\n\n"
              "`prefix_caching` shares the blocks of equal prefixes; `async_depth` is how many\n"
              "steps may run while the host plans on (see retire). Not thread-safe.\n\n"
+             "`groups`: what the model's layers read, the first full attention; see LayerGroup.\n\n"
              "Steps of the same sequences with one token each cost least, with all arguments as\n"
              "arrays: `ids = np.array([seq.id for seq in seqs])`.\n\n"
-             "Raises ValueError for counts below 1. Every method either does all it says or\n"
+             "Raises ValueError for counts below 1 and wrong groups. Every method either does all "
+             "it says or\n"
              "raises and changes nothing.\n\n"
              "Example::\n\n"
              "    manager = quire.KVCacheManager(num_blocks=4096, block_size=16)\n"
@@ -279,8 +317,21 @@ nb::class_<PyManager> bind_manager(nb::module_& m) {
              "    batch = manager.step([seq], [seq.num_tokens - seq.num_computed_tokens])\n"
              "    ...                                # run the model on the batch\n"
              "    manager.commit([seq], sampled)     # int32 [1]")
-      .def(nb::init<int32_t, int32_t, bool, int32_t>(), nb::arg("num_blocks"),
-           nb::arg("block_size"), nb::arg("prefix_caching") = true, nb::arg("async_depth") = 0)
+      .def(nb::init<int32_t, int32_t, bool, int32_t, std::vector<LayerGroup>>(),
+           nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("prefix_caching") = true,
+           nb::arg("async_depth") = 0, nb::kw_only(), nb::arg("groups") = nb::list(),
+           nb::sig("def __init__(self, num_blocks: int, block_size: int, "
+                   "prefix_caching: bool = True, async_depth: int = 0, *, "
+                   "groups: collections.abc.Sequence[LayerGroup] = ()) -> None"))
+      .def_prop_ro(
+          "groups",
+          [](const PyManager& p) {
+            std::vector<LayerGroup> groups;
+            for (int32_t i = 0; i < p.manager.num_groups(); ++i)
+              groups.push_back(p.manager.group(i));
+            return groups;
+          },
+          "The layer groups.")
       .def_prop_ro(
           "num_blocks", [](const PyManager& p) { return p.manager.allocator().num_blocks(); },
           "Blocks of the pool.")
@@ -317,10 +368,12 @@ void bind_sequence_methods(nb::class_<PyManager>& manager) {
            "lowest. Of several sequences that held a block the highest priority counts.\n\n"
            "Raises ValueError for no tokens, a priority outside 0 to 100, or a negative ttl.\n\n"
            "Example::\n\n    seq = manager.create(np.array([1, 2, 3], np.int32))")
-      .def("fork", &fork, nb::arg("seq"),
-           "A sequence of the same tokens that shares every block with computed tokens.\n\n"
-           "The first write into a shared partial block copies it: see StepBatch.copies.\n\n"
-           "Example::\n\n    child = manager.fork(seq)")
+      .def(
+          "fork", &fork, nb::arg("seq"),
+          "A sequence of the same tokens that shares every block with computed tokens.\n\n"
+          "The first write into a shared partial block copies it: see StepBatch.copies. With a\n"
+          "state group, raises ValueError between step and commit: the state may be the step's.\n\n"
+          "Example::\n\n    child = manager.fork(seq)")
       .def("fork", &fork_many, nb::arg("seq"), nb::arg("n"),
            nb::sig("def fork(self, seq: Sequence, n: int) -> list[Sequence]"),
            "n such sequences, at a cost that does not grow with their length.\n\n"
@@ -333,7 +386,8 @@ void bind_sequence_methods(nb::class_<PyManager>& manager) {
           },
           nb::arg("seq"), nb::arg("num_tokens"),
           "Keeps the first num_tokens tokens, 1 or more: the rest was rejected.\n\n"
-          "May come between step() and commit().\n\n"
+          "May come between step() and commit(). Where a layer group has given up what it needs\n"
+          "to go on from there, the sequence computes tokens again: num_computed_tokens falls.\n\n"
           "Example::\n\n    manager.truncate(seq, seq.num_tokens - num_rejected)")
       .def(
           "free",
@@ -410,6 +464,10 @@ void bind_step_methods(nb::class_<PyManager>& manager) {
            "prefix_hit_tokens, evicted_blocks, pinned_blocks (held by pin), fenced_blocks (that\n"
            "wait for retire alone), num_bytes (of the bookkeeping: 64 a block of 16 tokens).\n\n"
            "Example::\n\n    manager.stats()[\"waste_tokens\"]")
+      .def("group_stats", &group_stats, nb::sig("def group_stats(self) -> list[dict[str, int]]"),
+           "Blocks of each layer group: used_blocks, that sequences hold, and cached_blocks, that\n"
+           "nobody holds.\n\n"
+           "Example::\n\n    manager.group_stats()[1][\"used_blocks\"]")
       .def(
           "validate", [](const PyManager& self) { self.manager.validate(); },
           "Checks every count, list and reference; raises RuntimeError for a broken one.\n\n"
@@ -419,13 +477,14 @@ void bind_step_methods(nb::class_<PyManager>& manager) {
 }  // namespace
 
 const StepBatch& PyStepBatch::get() const {
-  const StepBatch& latest = manager->manager.batch();
+  const StepBatch& latest = manager->manager.batch(group);
   QUIRE_CHECK_ARG(latest.ticket() == ticket, "StepBatch: expected the batch of the latest step, ",
                   latest.ticket(), ", got that of step ", ticket);
   return latest;
 }
 
 void bind_kv_cache(nb::module_& m) {
+  bind_layer_groups(m);
   bind_sequence(m);
   bind_batch(m);
   nb::class_<PyManager> manager = bind_manager(m);

@@ -40,14 +40,21 @@ class StepView {
   int64_t columns_ = 0;
 };
 
-// A manager and the views of its StepBatch.
+// The views of a StepBatch.
+struct StepViews {
+  StepView block_table, slot_mapping, seq_lens, cu_seqlens_q, positions, copies, changes;
+};
+
+// A manager and the views of its steps.
 struct PyManager {
   KVCacheManager manager;
-  StepView block_table, slot_mapping, seq_lens, cu_seqlens_q, positions, copies, changes;
+  std::vector<StepViews> views;  // one a layer group
   std::vector<SequenceId> seqs;  // of the latest call with a list
 
-  PyManager(int32_t num_blocks, int32_t block_size, bool prefix_caching, int32_t async_depth)
-      : manager(num_blocks, block_size, prefix_caching, async_depth) {}
+  PyManager(int32_t num_blocks, int32_t block_size, bool prefix_caching, int32_t async_depth,
+            std::vector<LayerGroup> groups)
+      : manager(num_blocks, block_size, prefix_caching, async_depth, std::move(groups)),
+        views(manager.num_groups()) {}
 };
 
 // quire.Sequence. Freed by the manager, not by Python's reference count.
@@ -62,10 +69,13 @@ struct PyStepBatch {
   nb::object owner;
   PyManager* manager;
   int64_t ticket;
+  int32_t group = 0;
 
   const StepBatch& get() const;
+  StepViews& views() const { return manager->views[group]; }
 };
 
+void bind_layer_groups(nb::module_& m);
 void bind_scheduler(nb::module_& m);
 
 }  // namespace quire::python

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The input is a shape and then calls of a KVCacheManager; it is validated after each.
+#include <algorithm>
 #include <cstddef>
+#include <vector>
 
 #include "kv_traffic.h"
 
@@ -29,8 +31,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       .max_seqs = 8,
       .max_tokens = 64,
   };
+  // Now and then more layer groups than the first, of any kind.
+  std::vector<quire::LayerGroup> groups(1);
+  for (int32_t n = std::max(0, pick(5) - 1); n > 0; --n) {
+    const auto kind = static_cast<quire::LayerGroup::Kind>(pick(4));
+    const bool has_size = kind == quire::LayerGroup::Kind::kSlidingWindow ||
+                          kind == quire::LayerGroup::Kind::kChunkedLocal;
+    groups.push_back({kind, has_size ? 1 + pick(16) : 0});
+  }
   quire::KVCacheManager manager(shape.num_blocks, shape.block_size, shape.prefix_caching,
-                                shape.async_depth);
+                                shape.async_depth, groups);
   kv_traffic::Traffic traffic(manager, manager, shape, bytes);
   while (!bytes.is_empty()) {
     traffic.call();

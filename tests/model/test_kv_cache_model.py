@@ -111,18 +111,21 @@ class ManagerMachine(RuleBasedStateMachine):
                 assert (seq.num_computed_tokens, seq.num_tokens) == (ref.computed, len(ref.tokens))
 
     def take_step(self, pairs: list, seqs: list | np.ndarray, counts) -> quire.StepBatch | None:
-        before = {id(ref): set(seq.block_table.tolist()) for seq, ref in pairs}
+        before = {id(ref): self.blocks_of(seq) for seq, ref in pairs}
         batch = self.manager.step(seqs, counts)
         copies = self.reference.step([ref for _, ref in pairs], list(counts))
         assert (batch is None) == (copies is None)
         if batch is None:
             return None
-        assert len(batch.copies) == copies
-        fresh = {b for seq, ref in pairs for b in set(seq.block_table.tolist()) - before[id(ref)]}
+        assert sum(len(group.copies) for group in batch.groups) == copies
+        fresh = {b for seq, ref in pairs for b in self.blocks_of(seq) - before[id(ref)]}
         assert not fresh & set().union(*self.in_flight.values()), "reused under a running step"
         self.run_model(batch, pairs, counts)
         self.apply_changes(batch)
         return batch
+
+    def blocks_of(self, seq: quire.Sequence) -> set[int]:
+        return {block for table in seq.block_tables for block in table.tolist()} - {-1}
 
     def apply_changes(self, batch: quire.StepBatch) -> None:
         """A copy of the block table, kept up to date by its changes alone."""

@@ -48,7 +48,7 @@ struct AttentionBatch {
   const int32_t* seq_lens = nullptr;      // [batch]: keys of each sequence, the new tokens included
   const int32_t* cu_seqlens_q = nullptr;  // [batch + 1]: where the query rows of each begin
   const int32_t* cu_seqlens_k = nullptr;  // [batch + 1]: where the keys of each begin
-  const int32_t* block_table = nullptr;   // [batch, max_blocks]
+  const int32_t* block_table = nullptr;   // [batch, max_blocks]; before the window anything
   int64_t block_table_stride = 0;
   int max_blocks = 0;
   int dense_q = -1;  // query rows and keys of every sequence

@@ -19,6 +19,10 @@
 // Steps of the same sequences with one new token each are the common case and cost least: only
 // sequences that begin or fill a block are looked at (DecodeLoop).
 //
+// Layers that keep different parts of the KV (LayerGroup) have tables and blocks of their own, a
+// StepBatch each, and no loop. A hit then ends with a whole block, where every group has what it
+// needs. What a group does not read any more it gives back with commit(): those entries are -1.
+//
 // Every function either does all it says or throws InvalidArgument and changes nothing.
 #pragma once
 
@@ -36,6 +40,7 @@
 #include "quire/block_allocator.h"
 #include "quire/block_table.h"
 #include "quire/decode_loop.h"
+#include "quire/layer_groups.h"
 #include "quire/prefix_cache.h"
 #include "quire/step_batch.h"
 
@@ -57,6 +62,7 @@ struct SequenceId {
 struct PrefixMatch {
   int64_t num_tokens = 0;
   int32_t num_idle_blocks = 0;
+  int32_t num_blocks = 0;  // whole ones, of all groups
 };
 
 // How long the blocks of a sequence are worth keeping once nobody uses them. Lower priorities are
@@ -84,11 +90,18 @@ struct KVCacheStats {
   int32_t fenced_blocks;        // of the used ones, those that wait for retire() alone
 };
 
+// Blocks of one layer group.
+struct LayerGroupStats {
+  int32_t used_blocks = 0;    // that sequences hold, each counted once
+  int32_t cached_blocks = 0;  // that nobody holds, kept for their contents
+};
+
 class KVCacheManager {
  public:
   // async_depth: how many steps may run while the host plans on; 0: the host waits for each.
+  // groups: the first is full attention; none: that one alone.
   KVCacheManager(int32_t num_blocks, int32_t block_size, bool prefix_caching = true,
-                 int32_t async_depth = 0);
+                 int32_t async_depth = 0, std::vector<LayerGroup> groups = {});
   KVCacheManager(const KVCacheManager&) = delete;
   ~KVCacheManager();
 
@@ -108,11 +121,14 @@ class KVCacheManager {
               std::span<const int32_t> num_sampled = {});
 
   // A sequence of the same tokens that shares every block with computed tokens. The first write
-  // to a shared partial block copies it, whoever writes.
+  // to a shared partial block copies it, whoever writes. With a state group not between step() and
+  // commit(): the state may be that of the step already.
   SequenceId fork(SequenceId seq);
   void fork(SequenceId seq, std::span<SequenceId> children);  // fills `children`
 
-  // Keeps the first num_tokens tokens, 1 or more.
+  // Keeps the first num_tokens tokens, 1 or more. Where a group has given up what it needs to go on
+  // from there (a window that has moved on, a state that has seen more), the sequence keeps the
+  // tokens and computes those again that the prefix cache does not give back: num_computed_tokens.
   void truncate(SequenceId seq, int64_t num_tokens);
   void free(std::span<const SequenceId> seqs);
 
@@ -140,12 +156,16 @@ class KVCacheManager {
   // How many leading tokens of the two could lie in the same blocks.
   int64_t shareable_tokens(SequenceId a, SequenceId b) const;
   // New blocks that a sequence needs to compute its first num_tokens tokens, a copy of its last
-  // block included where it shares that.
-  int32_t num_missing_blocks(SequenceId seq, int64_t num_tokens) const;
+  // block included where it shares that; at most max_step tokens a step.
+  int32_t num_missing_blocks(SequenceId seq, int64_t num_tokens,
+                             int64_t max_step = std::numeric_limits<int64_t>::max()) const;
+  // Blocks of all groups that a sequence alone needs for so many tokens, computed likewise.
+  int64_t num_blocks_for(int64_t num_tokens, int64_t max_step) const;
 
   std::vector<int32_t> tokens(SequenceId seq) const;
   std::span<const int32_t> pending_tokens(SequenceId seq) const;  // known, and not computed
-  std::vector<int32_t> block_table(SequenceId seq) const { return get(seq).table.ids(); }
+  // Of a group; -1: given back. Of a state group its one block, once there is a state.
+  std::vector<int32_t> block_table(SequenceId seq, int32_t group = 0) const;
   int64_t num_tokens(SequenceId seq) const;
   int64_t num_computed_tokens(SequenceId seq) const { return num_computed(get(seq)); }
   int64_t num_cached_tokens(SequenceId seq) const { return get(seq).num_cached; }  // from the cache
@@ -153,12 +173,20 @@ class KVCacheManager {
   // False: async_depth steps run, one must be retired first.
   bool may_step() const { return async_depth_ == 0 || last_ticket_ - last_retired_ < async_depth_; }
   const BlockAllocator& allocator() const { return allocator_; }
-  const StepBatch& batch() const { return batch_; }  // of the latest step
+  const StepBatch& batch(int32_t group = 0) const {  // of the latest step
+    return group == 0 ? batch_ : group_batches_[group - 1];
+  }
+  int32_t num_groups() const { return companions_ ? companions_->num_groups() : 1; }
+  LayerGroup group(int32_t group) const {
+    return companions_ ? companions_->group(group) : LayerGroup{};
+  }
   bool prefix_caching() const { return cache_.has_value(); }
+  bool caches_states() const;  // of state groups, where a step ends with a block
   int64_t num_deferred_refs() const { return static_cast<int64_t>(deferred_.size()); }
   int32_t num_sequences() const;
   int64_t num_bytes() const;  // of all arrays whose size depends on num_blocks
   KVCacheStats stats() const;
+  std::vector<LayerGroupStats> group_stats() const;  // one a group
 
   // Walks everything; throws InvariantError.
   void validate() const;
@@ -169,6 +197,12 @@ class KVCacheManager {
     int32_t num_holders = 0;
     std::vector<int32_t> blocks;
     std::vector<int32_t> tokens;  // of those blocks
+  };
+  // What a sequence has of a group other than the first: a table of as many entries as the first
+  // group's, or the one block of a state.
+  struct GroupTable {
+    BlockTable table;
+    int32_t num_behind = 0;  // leading entries that were given back
   };
   struct Sequence {
     SequenceId id;     // no sequence: an unused entry
@@ -183,6 +217,7 @@ class KVCacheManager {
     Trunk* trunk = nullptr;
     std::vector<int32_t> tokens;  // behind the trunk's
     BlockTable table{1};
+    std::vector<GroupTable> groups;  // but the first
     int64_t num_trunk_tokens() const {
       return trunk ? static_cast<int64_t>(trunk->tokens.size()) : 0;
     }
@@ -194,6 +229,7 @@ class KVCacheManager {
   };
   struct Copy {  // copy-on-write of a sequence's last, partial block
     Sequence* seq;
+    int32_t group;
     int32_t index;  // into its table
     int32_t source;
     bool dropped;           // the reference on the source is given up already
@@ -225,7 +261,7 @@ class KVCacheManager {
 
   int64_t find_path(int32_t root, std::span<const int32_t> tokens) const;
   PrefixMatch match(int32_t root, std::span<const int32_t> tokens) const;
-  bool shares_last_block(const Sequence& seq) const;
+  bool shares_last_block(const Sequence& seq, int32_t group = 0) const;
 
   struct StepNeed {
     StepBatch::Size size;
@@ -233,10 +269,12 @@ class KVCacheManager {
   };
   StepNeed check_step(std::span<const int32_t> num_new_tokens, int32_t lookahead);
   void plan_copies(std::span<const int32_t> num_new_tokens, int32_t lookahead);
+  void plan_copy(Sequence& seq, int32_t group);
   void undo_copies();
   int64_t take_over(int64_t num_short);
   bool allocate(int64_t num_blocks);
   int32_t evict(int32_t victim);
+  void forget(const Copy& copy);
   std::span<const int32_t> apply_copies();
 
   bool continues_loop(std::span<const SequenceId> seqs) const;
@@ -265,18 +303,38 @@ class KVCacheManager {
   int64_t pin(int32_t root, std::span<const int32_t> tokens);
   int64_t unpin(int32_t root, std::span<const int32_t> tokens);
 
+  BlockTable& table_of(Sequence& seq, int32_t group) {
+    return group == 0 ? seq.table : seq.groups[group - 1].table;
+  }
+  int64_t missing_in_groups(const Sequence& seq, int64_t end, int64_t max_step) const;
+  void begin_group_batches(const StepBatch::Size& size);
+  std::span<const int32_t> extend_groups(Sequence& seq, int64_t end, int64_t reach,
+                                         std::span<const int32_t> fresh);
+  void advance_groups(Sequence& seq, int64_t end);
+  void publish_companion(Sequence& seq, int32_t group, int32_t entry, int32_t index);
+  void give_back_behind(Sequence& seq, int32_t group, int64_t num_computed);
+  void attach_groups(Sequence& seq);
+  void share_groups(const Sequence& parent, Sequence& child);
+  bool groups_reach(const Sequence& seq, int64_t num_tokens) const;
+  void trim_groups(Sequence& seq, int32_t num_blocks);
+  void pin_companions(bool pins);
+  void validate_groups(const Sequence& seq) const;
+  void validate_companions() const;
+
   void count_used(KVCacheStats* stats) const;
   void validate_sequence(const Sequence& seq) const;
   std::vector<int32_t> count_references() const;
 
   BlockAllocator allocator_;
   std::optional<PrefixCache> cache_;
+  std::optional<CompanionCache> companions_;  // of more groups than one
   int32_t async_depth_;
   int32_t block_size_;
   std::vector<Sequence> sequences_;
   std::vector<int32_t> unused_sequences_;
   uint64_t num_visits_ = 0;
   StepBatch batch_;
+  std::vector<StepBatch> group_batches_;  // of the groups but the first
   int64_t last_ticket_ = 0;
   int64_t last_retired_ = 0;
   std::deque<Deferred> deferred_;              // in order of tickets

@@ -69,6 +69,7 @@ class StepBatch {
     int64_t num_new_tokens = 0;
     int64_t num_copies = 0;
     int64_t num_blocks = 0;  // of all rows
+    bool has_slots = true;   // false: rows of at most max_blocks blocks, and no slot_mapping
   };
 
   bool may_hold(const Size& size) const;  // less than 2^31 entries, which `changes` numbers
@@ -96,6 +97,7 @@ class StepBatch {
   int32_t batch_size_ = 0;
   int32_t max_blocks_ = 0;
   int32_t num_rows_ = 0;  // added so far
+  bool has_slots_ = true;
   int64_t block_table_stride_ = 0;
   std::vector<int64_t> row_serials_;  // whose table each row of block_table holds, 0: nobody's
   StepArray<int32_t> block_table_, seq_lens_, cu_seqlens_q_, positions_, copies_, changes_;

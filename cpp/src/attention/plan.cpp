@@ -297,8 +297,9 @@ void add_extents(const AttentionDesc& desc, const AttentionBatch& batch, Attenti
     if (used == 0) continue;
     const int32_t* row = batch.block_table + b * batch.block_table_stride;
     plan.block_ids.insert(plan.block_ids.end(), row, row + used);
+    for (int64_t i = first_visible_block(desc, plan.sequences[b]); i < used; ++i)
+      plan.max_block_id = std::max(plan.max_block_id, row[i]);
   }
-  for (const int32_t id : plan.block_ids) plan.max_block_id = std::max(plan.max_block_id, id);
 }
 
 }  // namespace

@@ -24,6 +24,12 @@ inline KeyRange visible_keys(const AttentionDesc& desc, const Sequence& sequence
   return {begin, std::max(begin, end)};
 }
 
+// The first block of a paged sequence that any query row sees; table entries before it may be
+// anything: blocks that a window has left behind.
+inline int64_t first_visible_block(const AttentionDesc& desc, const Sequence& sequence) {
+  return visible_keys(desc, sequence, 0).begin / desc.block_size;
+}
+
 // Query rows [q_begin, q_end) of a sequence and the keys that at least one of them sees.
 struct Tile {
   int32_t sequence;

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "attention/tile.h"
 #include "check.h"
 #include "quire/attention.h"
 #include "quire/error.h"
@@ -37,7 +38,10 @@ void check_block_table(const AttentionDesc& desc, const AttentionBatch& batch) {
     QUIRE_CHECK_ARG(batch.block_table,
                     "paged_attention: block_table: expected block ids, got a null one");
     const int32_t* row = batch.block_table + b * batch.block_table_stride;
-    for (int64_t i = 0; i < used; ++i)
+    Sequence sequence{};
+    sequence.seq_len = batch.seq_lens[b];
+    sequence.q_len = batch.cu_seqlens_q ? batch.cu_seqlens_q[b + 1] - batch.cu_seqlens_q[b] : 1;
+    for (int64_t i = first_visible_block(desc, sequence); i < used; ++i)
       QUIRE_CHECK_ARG(row[i] >= 0, "paged_attention: block_table[", b, ", ", i,
                       "]: expected a block id >= 0, got ", row[i]);
   }
