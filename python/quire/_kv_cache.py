@@ -64,6 +64,18 @@ class KVCache:
         return self._data[layer, :, :, 1].transpose(0, 2, 1, 3)
 
     @property
+    def pools(self) -> list[npt.NDArray[Any]]:
+        """Each layer's K and V together, a view whose first dimension is the block.
+
+        What `export_blocks` and `import_blocks` take; a block of a layer is contiguous.
+
+        Example::
+
+            ranges = quire.export_blocks(cache.pools, seq.block_table)
+        """
+        return list(self._data)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all layers."""
         return self._data.nbytes

@@ -22,6 +22,7 @@ NB_MODULE(_core, m) {
   quire::python::bind_backward(m);
   quire::python::bind_kv_cache(m);
   quire::python::bind_chain_key(m);
+  quire::python::bind_block_ranges(m);
   quire::python::bind_kv_store(m);
   quire::python::bind_call_log(m);
 }

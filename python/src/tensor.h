@@ -64,6 +64,7 @@ class Int32Arg {
 void bind_attention(nb::module_& m);
 void bind_backward(nb::module_& m);
 void bind_backend(nb::module_& m);
+void bind_block_ranges(nb::module_& m);
 void bind_call_log(nb::module_& m);
 void bind_chain_key(nb::module_& m);
 void bind_kv_cache(nb::module_& m);

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import quire
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "python/examples"
+ENGINE = Path(__file__).resolve().parents[2] / "python/examples/tiny_engine.py"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -43,7 +43,6 @@ def test_refusals():
         quire.KVCache(1, 1, 16, 2, 8, device="cuda")
 
 
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_examples_run(example):
-    run = subprocess.run([sys.executable, str(example)], capture_output=True, text=True)
+def test_the_example_engine_runs():
+    run = subprocess.run([sys.executable, str(ENGINE)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

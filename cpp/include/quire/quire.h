@@ -185,6 +185,29 @@ QuireStatus quire_copy_blocks(const QuireTensor* k_cache, const QuireTensor* v_c
 QuireStatus quire_merge_states(const QuireTensor* outs, const QuireTensor* lses,
                                const QuireTensor* out, const QuireTensor* lse); /* lse: or NULL */
 
+/* ---- Blocks that travel (block_ranges.h) */
+
+typedef struct QuireMemoryRange { /* as POSIX's struct iovec */
+  void* data;
+  size_t size; /* bytes */
+} QuireMemoryRange;
+
+typedef struct QuireRangePair {
+  void* source;
+  void* destination;
+  size_t size;
+} QuireRangePair;
+
+/* Where the blocks of the pools, tensors [num_blocks, ...], lie: to be read, and to be written. */
+QuireStatus quire_export_blocks(const QuireTensor* pools, size_t num_pools, const int32_t* blocks,
+                                size_t num_blocks, QuireMemoryRange* buffer, size_t* size);
+QuireStatus quire_import_blocks(const QuireTensor* pools, size_t num_pools, const int32_t* blocks,
+                                size_t num_blocks, QuireMemoryRange* buffer, size_t* size);
+/* Cuts two lists of as many bytes so that the n-th pieces have one size. */
+QuireStatus quire_pair_ranges(const QuireMemoryRange* sources, size_t num_sources,
+                              const QuireMemoryRange* destinations, size_t num_destinations,
+                              QuireRangePair* buffer, size_t* size);
+
 /* ---- Sequences and their blocks (kv_cache_manager.h) */
 
 typedef struct QuireKVCacheManager QuireKVCacheManager;
