@@ -4,16 +4,18 @@
     python tests/bench/bench_transformers.py
 
 One model (from a config, random weights, float32), the same batch, three implementations that
-alternate in one run: quire, "sdpa" and "paged|eager". Timed is the attention part: the calls of
-the attention function, cache update and gathering included, dense masks apart (they are built
-outside of it, by "sdpa" and "paged|eager" only). Two cases: packing the prompts of one step (2,048
-tokens in 8 requests), and decode steps of 8 requests with 512 tokens each.
+alternate in one run: quire, "sdpa" and "paged|eager". Timed are the attention part, which is the
+calls of the attention function with cache update and gathering, and where a case has several equal
+steps, the whole step: from one first layer to the next, with scheduling, dense masks and the rest
+of the model. Two cases: packing the prompts of one step (2,048 tokens in 8 requests), and decode
+steps of 8 requests with 512 tokens each.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import logging
 import statistics
 import time
@@ -35,7 +37,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 IMPLEMENTATIONS = ("quire_flash", "sdpa", "paged|eager")
-Calls = list[tuple[int, float]]  # (query rows, seconds) of each call of the attention function
+Calls = list[tuple[int, float, float]]  # (query rows, begin, end) of each attention call, seconds
 
 
 @contextmanager
@@ -46,7 +48,7 @@ def timed(name: str, calls: Calls) -> Iterator[None]:
     def attention(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
         result = original(module, query, *args, **kwargs)
-        calls.append((query.shape[2], time.perf_counter() - begin))
+        calls.append((query.shape[2], begin, time.perf_counter()))
         return result
 
     AttentionInterface.register(name, attention)
@@ -64,7 +66,7 @@ def run(model: Any, prompts: list[list[int]], new_tokens: int) -> tuple[Calls, l
         do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0
     )
     batching = ContinuousBatchingConfig(
-        page_size=32, num_blocks=256, max_batch_tokens=4096, auto_switch_to_flash=False
+        page_size=32, num_blocks=192, max_batch_tokens=2048, auto_switch_to_flash=False
     )
     with timed(name, calls), torch.no_grad():
         outputs = model.generate_batch(
@@ -76,17 +78,36 @@ def run(model: Any, prompts: list[list[int]], new_tokens: int) -> tuple[Calls, l
     return calls, [outputs[key].generated_tokens for key in sorted(outputs)]
 
 
-def median_step(calls: Calls, rows: int, num_layers: int) -> float:
-    """Median seconds of a step's attention calls, among the steps of `rows` query rows."""
-    seconds = [s for n, s in calls if n == rows]
-    steps = [sum(seconds[i : i + num_layers]) for i in range(0, len(seconds), num_layers)]
-    return statistics.median(steps)
+def median_step(calls: Calls, rows: int, num_layers: int) -> tuple[float, float | None]:
+    """Median seconds, of the steps of `rows` query rows, in attention and in all.
+
+    In all: between the beginnings of two such steps; None where no two follow each other.
+    """
+    steps = [calls[i : i + num_layers] for i in range(0, len(calls), num_layers)]
+    attention = [sum(end - begin for _, begin, end in s) for s in steps if s[0][0] == rows]
+    pairs = itertools.pairwise(step[0] for step in steps)
+    whole = [b[1] - a[1] for a, b in pairs if a[0] == b[0] == rows]
+    return statistics.median(attention), statistics.median(whole) if whole else None
+
+
+def report(case: str, medians: dict[str, list[tuple[float, float | None]]]) -> None:
+    """A line for each implementation: medians over the rounds, and ratios to quire's."""
+    for part, index in (("attention", 0), ("whole step", 1)):
+        seconds = {
+            name: statistics.median(found)
+            for name, rounds in medians.items()
+            if (found := [value[index] for value in rounds if value[index] is not None])
+        }
+        for name, value in seconds.items():
+            ratio = value / seconds["quire_flash"]
+            print(f"{case:16} {part:10} {name:12} {value * 1e3:9.2f} ms {ratio:7.2f}x")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--case", choices=("prefill", "decode"), action="append")
     args = parser.parse_args()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -112,25 +133,23 @@ def main() -> None:
     logging.disable()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.layers} layers of "
-        "32/8 heads x 128, float32; attention part of a step, median over all rounds\n"
+        "32/8 heads x 128, float32; medians over all rounds\n"
     )
     for case, (length, new_tokens, rows) in cases.items():
+        if args.case and case.split()[0] not in args.case:
+            continue
         generator = torch.Generator().manual_seed(length)
         prompts = [torch.randint(2, 512, (length,), generator=generator).tolist() for _ in range(8)]
-        medians: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
+        medians: dict[str, list[tuple[float, float | None]]] = {}
         tokens: dict[str, list[list[int]]] = {}
         for _ in range(args.rounds):
             for name in IMPLEMENTATIONS:
                 calls, tokens[name] = run(models[name], prompts, new_tokens)
-                medians[name].append(median_step(calls, rows, args.layers))
-        ours = statistics.median(medians["quire_flash"])
-        for name in IMPLEMENTATIONS:
-            seconds = statistics.median(medians[name])
+                medians.setdefault(name, []).append(median_step(calls, rows, args.layers))
+        report(case, medians)
+        for name in IMPLEMENTATIONS[1:]:
             same = sum(a == b for a, b in zip(tokens[name], tokens["quire_flash"], strict=True))
-            print(
-                f"{case:16} {name:12} {seconds * 1e3:9.2f} ms {seconds / ours:7.2f}x"
-                f"   {same} of {len(prompts)} requests with quire's tokens"
-            )
+            print(f"{case:16} {same} of {len(prompts)} requests have the tokens of {name}\n")
 
 
 if __name__ == "__main__":

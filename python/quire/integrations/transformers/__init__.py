@@ -12,7 +12,8 @@
 
 Works for decoders whose attention goes through transformers' attention interface, with
 grouped-query heads, sliding windows (Mistral), soft-capped logits (Gemma-2) and sinks (GPT-OSS),
-on the CPU, without gradients.
+on the CPU, without gradients. Under continuous batching a KVCacheManager has the blocks and the
+prefixes, where no layer has a window: prompts share what they begin with to the token.
 """
 
 from .attention import disable, enable

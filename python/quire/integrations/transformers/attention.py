@@ -14,6 +14,7 @@ import quire
 
 from .cache import IMPLEMENTATION, LAYER
 from .continuous import attend_continuous
+from .managed_cache import install
 
 _REPLACED = "_quire_replaced_attention"  # on a config: the implementation before enable()
 
@@ -39,6 +40,7 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         raise NotImplementedError(f"enable: model: expected one on the CPU, got {model.device}")
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
+    install()
     config = model.config
     if config._attn_implementation != IMPLEMENTATION:
         setattr(config, _REPLACED, config._attn_implementation)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over the pages of transformers' continuous batching, read where they lie.
 
-The cache of continuous batching hands out row numbers, one for each token: ``page * page_size +
-offset`` in a layer's view of the pool. A step's block tables follow from them once for all layers
-of an allocator.
+A ManagedCache has the tables of a step. transformers' own cache hands out row numbers, one for each
+token: ``page * page_size + offset`` in a layer's view of the pool. A step's block tables follow
+from them once for all layers of an allocator.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from transformers.generation.continuous_batching.cache_allocators import (
 )
 
 import quire
+
+from .managed_cache import ManagedCache
 
 _STEP = "_quire_step"  # on an allocator: the tables of the running step
 
@@ -50,6 +52,8 @@ def attend_continuous(
 
     q [total_q, num_heads, head_dim]; cache, kwargs: of transformers' continuous batching.
     """
+    if isinstance(cache, ManagedCache):
+        return _attend_managed(layer, q, k, v, cache, options)
     allocator = cache.layer_to_allocator[layer]
     read_index = kwargs["read_index"][allocator.index]
     write_index = kwargs["write_index"][allocator.index]
@@ -67,6 +71,30 @@ def attend_continuous(
         k_pages, v_pages = allocator._kv_page_views[layer]
         quire.append_kv(k, v, k_pages, v_pages, step.slots)
         out = quire.paged_attention(q, k_pages, v_pages, step.block_table, step.seq_lens, **options)
+    return out
+
+
+def _attend_managed(
+    layer: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: ManagedCache,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    if layer == next(iter(cache.pages)):
+        cache.batch = cache.begin_step()
+    batch, (k_pages, v_pages) = cache.batch, cache.pages[layer]
+    quire.append_kv(k, v, k_pages, v_pages, batch.slot_mapping)
+    rows = batch.cu_seqlens_q
+    out: Any
+    if int(batch.seq_lens.sum()) == rows[-1]:  # no past: the new keys are all there are
+        out = quire.attention(q, k, v, cu_seqlens_q=rows, cu_seqlens_k=rows, **options)
+    else:
+        table, lengths = batch.block_table, batch.seq_lens
+        out = quire.paged_attention(
+            q, k_pages, v_pages, table, lengths, cu_seqlens_q=rows, **options
+        )
     return out
 
 
