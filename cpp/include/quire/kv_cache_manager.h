@@ -20,11 +20,19 @@
 // sequences that begin or fill a block are looked at (DecodeLoop).
 //
 // Every function either does all it says or throws InvalidArgument and changes nothing.
+//
+// Any number of threads may call every function at any time. match() and stats() give way to the
+// other calls after every few blocks: whoever plans the steps waits for these, half a microsecond,
+// unless the system takes the reader off its core just then. lock() makes several calls one. What
+// is handed out by reference (StepBatch, valid until the next step; pending_tokens(), batch(),
+// allocator()) is not protected once the call is over: read it in the thread that steps, or under
+// lock().
 #pragma once
 
 #include <cstdint>
 #include <deque>
 #include <limits>
+#include <mutex>
 #include <optional>
 #include <queue>
 #include <span>
@@ -37,6 +45,7 @@
 #include "quire/block_table.h"
 #include "quire/decode_loop.h"
 #include "quire/prefix_cache.h"
+#include "quire/priority_mutex.h"
 #include "quire/step_batch.h"
 
 namespace quire {
@@ -69,7 +78,8 @@ struct Retention {
   double ttl = std::numeric_limits<double>::infinity();
 };
 
-// Block counts add up: free + used + cached == num_blocks.
+// Block counts add up: free + used + cached == num_blocks. The token counts and fenced_blocks are
+// gathered while other threads go on: they may miss what those change meanwhile.
 struct KVCacheStats {
   int32_t num_blocks, block_size;
   int32_t free_blocks, used_blocks, cached_blocks;
@@ -91,6 +101,9 @@ class KVCacheManager {
                  int32_t async_depth = 0);
   KVCacheManager(const KVCacheManager&) = delete;
   ~KVCacheManager();
+
+  // While the caller keeps what this returns, other threads' calls wait. Keep it shortly.
+  std::unique_lock<PriorityMutex> lock() const { return std::unique_lock(mutex_); }
 
   // A sequence of these tokens. Takes references on the cached prefix, and leaves at least the
   // last token to compute.
@@ -145,17 +158,16 @@ class KVCacheManager {
 
   std::vector<int32_t> tokens(SequenceId seq) const;
   std::span<const int32_t> pending_tokens(SequenceId seq) const;  // known, and not computed
-  std::vector<int32_t> block_table(SequenceId seq) const { return get(seq).table.ids(); }
+  std::vector<int32_t> block_table(SequenceId seq) const;
   int64_t num_tokens(SequenceId seq) const;
-  int64_t num_computed_tokens(SequenceId seq) const { return num_computed(get(seq)); }
-  int64_t num_cached_tokens(SequenceId seq) const { return get(seq).num_cached; }  // from the cache
+  int64_t num_computed_tokens(SequenceId seq) const;
+  int64_t num_cached_tokens(SequenceId seq) const;  // from the cache
 
-  // False: async_depth steps run, one must be retired first.
-  bool may_step() const { return async_depth_ == 0 || last_ticket_ - last_retired_ < async_depth_; }
+  bool may_step() const;  // false: async_depth steps run, one must be retired first
   const BlockAllocator& allocator() const { return allocator_; }
   const StepBatch& batch() const { return batch_; }  // of the latest step
   bool prefix_caching() const { return cache_.has_value(); }
-  int64_t num_deferred_refs() const { return static_cast<int64_t>(deferred_.size()); }
+  int64_t num_deferred_refs() const;
   int32_t num_sequences() const;
   int64_t num_bytes() const;  // of all arrays whose size depends on num_blocks
   KVCacheStats stats() const;
@@ -213,6 +225,12 @@ class KVCacheManager {
     bool operator>(const Timer& other) const { return deadline > other.deadline; }
   };
 
+  struct Reader {  // a match() that has given way
+    int32_t block;
+    bool is_lost;  // the block was evicted meanwhile
+    Reader* next;
+  };
+
   bool is_live(SequenceId id) const;
   const Sequence& get(SequenceId id) const;
   Sequence& get(SequenceId id);
@@ -224,7 +242,8 @@ class KVCacheManager {
   int64_t num_computed(const Sequence& seq) const;
 
   int64_t find_path(int32_t root, std::span<const int32_t> tokens) const;
-  PrefixMatch match(int32_t root, std::span<const int32_t> tokens) const;
+  std::optional<PrefixMatch> match(int32_t root, std::span<const int32_t> tokens) const;
+  bool give_way_at(int32_t block) const;
   bool shares_last_block(const Sequence& seq) const;
 
   struct StepNeed {
@@ -265,10 +284,18 @@ class KVCacheManager {
   int64_t pin(int32_t root, std::span<const int32_t> tokens);
   int64_t unpin(int32_t root, std::span<const int32_t> tokens);
 
-  void count_used(KVCacheStats* stats) const;
+  struct Held {  // a block that a sequence holds and has not filled, or a deferred reference
+    int32_t block;
+    int32_t num_tokens;  // computed
+    bool by_sequence;
+  };
+  void collect_held(PatientLock& lock, std::vector<Held>* held) const;
+  void count_used(PatientLock& lock, KVCacheStats* stats) const;
   void validate_sequence(const Sequence& seq) const;
   std::vector<int32_t> count_references() const;
 
+  mutable PriorityMutex mutex_;  // of everything below, but for what the constructor sets for good
+  mutable Reader* readers_ = nullptr;
   BlockAllocator allocator_;
   std::optional<PrefixCache> cache_;
   int32_t async_depth_;
