@@ -189,6 +189,7 @@ void KVCacheManager::pin_companions(bool pins) {
 // ---- Looking
 
 std::vector<int32_t> KVCacheManager::block_table(SequenceId id, int32_t group) const {
+  const std::lock_guard guard(mutex_);
   const Sequence& seq = get(id);
   QUIRE_CHECK_ARG(group >= 0 && group < num_groups(), "block_table: group: expected 0 to ",
                   num_groups() - 1, ", got ", group);
@@ -196,6 +197,7 @@ std::vector<int32_t> KVCacheManager::block_table(SequenceId id, int32_t group) c
 }
 
 std::vector<LayerGroupStats> KVCacheManager::group_stats() const {
+  const std::lock_guard guard(mutex_);
   std::vector<LayerGroupStats> stats(num_groups());
   std::vector<bool> seen(allocator_.num_blocks());
   for (const Sequence& seq : sequences_) {

@@ -15,7 +15,8 @@ namespace {
 constexpr char kNotLive[] =
     "expected a live sequence of this manager, got one that was freed or belongs to another";
 constexpr size_t kMaxSequences = size_t{1} << SequenceId::kIndexBits;
-constexpr size_t kKeptCapacity = 4096;  // tokens: what an unused entry may keep
+constexpr size_t kKeptCapacity = 4096;   // tokens: what an unused entry may keep
+constexpr int32_t kMatchedAtOnce = 512;  // tokens, before a match gives way
 
 int64_t next_serial() {
   static std::atomic<int64_t> last{0};
@@ -112,6 +113,7 @@ void KVCacheManager::remove_sequence(Sequence& seq) {
 }
 
 int32_t KVCacheManager::num_sequences() const {
+  const std::lock_guard guard(mutex_);
   return static_cast<int32_t>(sequences_.size() - unused_sequences_.size());
 }
 
@@ -122,11 +124,23 @@ int64_t KVCacheManager::num_computed(const Sequence& seq) const {
 }
 
 int64_t KVCacheManager::num_tokens(SequenceId id) const {
+  const std::lock_guard guard(mutex_);
   const Sequence& seq = get(id);
   return seq.row < 0 ? seq.num_tokens() : num_computed(seq) + 1;
 }
 
+int64_t KVCacheManager::num_computed_tokens(SequenceId id) const {
+  const std::lock_guard guard(mutex_);
+  return num_computed(get(id));
+}
+
+int64_t KVCacheManager::num_cached_tokens(SequenceId id) const {
+  const std::lock_guard guard(mutex_);
+  return get(id).num_cached;
+}
+
 std::vector<int32_t> KVCacheManager::tokens(SequenceId id) const {
+  const std::lock_guard guard(mutex_);
   settle();
   const Sequence& seq = get(id);
   std::vector<int32_t> result;
@@ -136,6 +150,7 @@ std::vector<int32_t> KVCacheManager::tokens(SequenceId id) const {
 }
 
 std::span<const int32_t> KVCacheManager::pending_tokens(SequenceId id) const {
+  const std::lock_guard guard(mutex_);
   settle();
   const Sequence& seq = get(id);
   return {seq.tokens_from(seq.num_computed),
@@ -156,11 +171,11 @@ int64_t KVCacheManager::find_path(int32_t root, std::span<const int32_t> tokens)
   return static_cast<int64_t>(path_.size()) * block_size_;
 }
 
-PrefixMatch KVCacheManager::match(int32_t root, std::span<const int32_t> tokens) const {
-  if (tokens.empty()) return {};
+// Of several groups: the whole blocks of each that the prefix takes. It does not give way.
+PrefixMatch KVCacheManager::match_groups(int32_t root, std::span<const int32_t> tokens) const {
   PrefixMatch result;
   result.num_tokens = find_path(root, tokens.first(tokens.size() - 1));
-  path_.resize(static_cast<size_t>(result.num_tokens / block_size_));  // whole blocks
+  path_.resize(static_cast<size_t>(result.num_tokens / block_size_));
   for (int32_t group = 1; group < num_groups(); ++group)
     for (size_t i = companions_->first_needed(group, result.num_tokens),
                 end = result.num_tokens / block_size_;
@@ -171,17 +186,58 @@ PrefixMatch KVCacheManager::match(int32_t root, std::span<const int32_t> tokens)
   return result;
 }
 
+// Looks at a few blocks at a time and gives way in between, if the lock is a patient one. Nothing
+// if the last block found so far was evicted meanwhile: what is left of the path is unknown then.
+// (While it is there, so are those before it.)
+std::optional<PrefixMatch> KVCacheManager::match(int32_t root,
+                                                 std::span<const int32_t> tokens) const {
+  PrefixMatch result;
+  if (!cache_ || root == PrefixCache::kNone || tokens.empty()) return result;
+  if (companions_) return match_groups(root, tokens);
+  const int64_t count = static_cast<int64_t>(tokens.size()) - 1;
+  const int64_t most = std::max(kMatchedAtOnce / block_size_, 1) * int64_t{block_size_};
+  std::vector<int32_t> path;
+  for (int32_t parent = root; result.num_tokens < count; parent = path.back()) {
+    if (parent != root && mutex_.is_wanted() && !give_way_at(parent)) return std::nullopt;
+    const int32_t* next = tokens.data() + result.num_tokens;
+    const int64_t num_asked = std::min(most, count - result.num_tokens);
+    const int64_t num_found = cache_->find_path(parent, next, num_asked, &path);
+    result.num_tokens += num_found;
+    for (int64_t i = 0; i < num_found / block_size_; ++i)  // whole blocks
+      result.num_idle_blocks += allocator_.refcount(path[i]) == 0;
+    if (num_found < most) break;
+  }
+  result.num_blocks = static_cast<int32_t>(result.num_tokens / block_size_);
+  return result;
+}
+
+// False: `block` was evicted meanwhile.
+bool KVCacheManager::give_way_at(int32_t block) const {
+  Reader reader{block, false, readers_};
+  readers_ = &reader;
+  mutex_.give_way();
+  Reader** link = &readers_;
+  while (*link != &reader) link = &(*link)->next;
+  *link = reader.next;
+  return !reader.is_lost;
+}
+
 PrefixMatch KVCacheManager::match(std::span<const int32_t> token_ids, Salt salt) const {
-  return match(cache_ ? cache_->find_root(salt) : PrefixCache::kNone, token_ids);
+  const PatientLock patience(mutex_);
+  for (;;)
+    if (const auto found = match(cache_ ? cache_->find_root(salt) : PrefixCache::kNone, token_ids))
+      return *found;
 }
 
 PrefixMatch KVCacheManager::match(SequenceId id) const {
+  const std::lock_guard guard(mutex_);
   settle();
   const Sequence& seq = get(id);
-  return seq.trunk ? match(seq.root, tokens(id)) : match(seq.root, seq.tokens);
+  return *(seq.trunk ? match(seq.root, tokens(id)) : match(seq.root, seq.tokens));
 }
 
 int64_t KVCacheManager::shareable_tokens(SequenceId a, SequenceId b) const {
+  const std::lock_guard guard(mutex_);
   settle();
   if (!cache_ || get(a).root != get(b).root) return 0;
   std::vector<int32_t> whole[2];  // of forks, whose tokens lie in two places
@@ -208,6 +264,7 @@ bool KVCacheManager::shares_last_block(const Sequence& seq, int32_t group) const
 
 int32_t KVCacheManager::num_missing_blocks(SequenceId id, int64_t num_tokens,
                                            int64_t max_step) const {
+  const std::lock_guard guard(mutex_);
   settle();
   const Sequence& seq = get(id);
   int64_t missing = std::max(0, seq.table.blocks_for(num_tokens) - seq.table.size());
@@ -221,6 +278,7 @@ int32_t KVCacheManager::num_missing_blocks(SequenceId id, int64_t num_tokens,
 
 SequenceId KVCacheManager::create(std::span<const int32_t> token_ids, Salt salt,
                                   Retention retention) {
+  const std::lock_guard guard(mutex_);
   const SequenceId id = open(token_ids, salt, retention);
   attach(id);
   return id;
@@ -228,6 +286,7 @@ SequenceId KVCacheManager::create(std::span<const int32_t> token_ids, Salt salt,
 
 SequenceId KVCacheManager::open(std::span<const int32_t> token_ids, Salt salt,
                                 Retention retention) {
+  const std::lock_guard guard(mutex_);
   QUIRE_CHECK_ARG(!token_ids.empty(), "create: token_ids: expected 1 token or more, got none");
   QUIRE_CHECK_ARG(token_ids.size() <= INT32_MAX, "create: token_ids: expected less than 2^31, got ",
                   token_ids.size());
@@ -245,6 +304,7 @@ SequenceId KVCacheManager::open(std::span<const int32_t> token_ids, Salt salt,
 }
 
 void KVCacheManager::attach(SequenceId id) {
+  const std::lock_guard guard(mutex_);
   Sequence& seq = get(id);
   QUIRE_CHECK_ARG(seq.table.size() == 0, "attach: seq: expected one without blocks, got ",
                   seq.table.size(), " blocks");
@@ -261,6 +321,7 @@ void KVCacheManager::attach(SequenceId id) {
 }
 
 void KVCacheManager::detach(SequenceId id) {
+  const std::lock_guard guard(mutex_);
   Sequence& seq = get(id);
   settle();
   give_back(seq);
@@ -293,19 +354,23 @@ int64_t KVCacheManager::unpin(int32_t root, std::span<const int32_t> tokens) {
 }
 
 int64_t KVCacheManager::pin(std::span<const int32_t> token_ids, Salt salt) {
+  const std::lock_guard guard(mutex_);
   return cache_ ? pin(cache_->find_root(salt), token_ids) : 0;
 }
 
 int64_t KVCacheManager::unpin(std::span<const int32_t> token_ids, Salt salt) {
+  const std::lock_guard guard(mutex_);
   return cache_ ? unpin(cache_->find_root(salt), token_ids) : 0;
 }
 
 int64_t KVCacheManager::pin(SequenceId id) {
+  const std::lock_guard guard(mutex_);
   const std::vector<int32_t> known = tokens(id);
   return pin(get(id).root, std::span(known).first(num_computed_tokens(id)));
 }
 
 int64_t KVCacheManager::unpin(SequenceId id) {
+  const std::lock_guard guard(mutex_);
   const std::vector<int32_t> known = tokens(id);
   return unpin(get(id).root, std::span(known).first(num_computed_tokens(id)));
 }

@@ -62,12 +62,14 @@ void KVCacheManager::unshare(Sequence& seq) {
 }
 
 SequenceId KVCacheManager::fork(SequenceId parent) {
+  const std::lock_guard guard(mutex_);
   SequenceId child;
   fork(parent, {&child, 1});
   return child;
 }
 
 void KVCacheManager::fork(SequenceId parent_id, std::span<SequenceId> children) {
+  const std::lock_guard guard(mutex_);
   get(parent_id);
   settle();
   for (int32_t group = 1; group < num_groups(); ++group)
@@ -102,6 +104,7 @@ void KVCacheManager::fork(SequenceId parent_id, std::span<SequenceId> children) 
 // ---- Shrinking and ending
 
 void KVCacheManager::truncate(SequenceId id, int64_t num_tokens) {
+  const std::lock_guard guard(mutex_);
   get(id);
   settle();
   Sequence& seq = get(id);
@@ -122,6 +125,7 @@ void KVCacheManager::truncate(SequenceId id, int64_t num_tokens) {
 }
 
 void KVCacheManager::free(std::span<const SequenceId> seqs) {
+  const std::lock_guard guard(mutex_);
   visit("free", seqs);
   settle();
   for (Sequence* seq : visited_) {
@@ -218,6 +222,7 @@ void KVCacheManager::expire() {
 }
 
 void KVCacheManager::retire(int64_t ticket) {
+  const std::lock_guard guard(mutex_);
   QUIRE_CHECK_ARG(async_depth_ > 0, "retire: expected a manager with async_depth > 0");
   QUIRE_CHECK_ARG(ticket > last_retired_ && ticket <= last_ticket_,
                   "retire: ticket: expected one of a step that still runs, ", last_retired_ + 1,
@@ -225,6 +230,11 @@ void KVCacheManager::retire(int64_t ticket) {
   last_retired_ = ticket;
   for (; !deferred_.empty() && deferred_.front().ticket <= ticket; deferred_.pop_front())
     release_now(deferred_.front().block);
+}
+
+int64_t KVCacheManager::num_deferred_refs() const {
+  const std::lock_guard guard(mutex_);
+  return static_cast<int64_t>(deferred_.size());
 }
 
 }  // namespace quire

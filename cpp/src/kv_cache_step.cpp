@@ -20,6 +20,11 @@ bool all_ones(std::span<const int32_t> counts) {
 
 // ---- Steps
 
+bool KVCacheManager::may_step() const {
+  const std::lock_guard guard(mutex_);
+  return async_depth_ == 0 || last_ticket_ - last_retired_ < async_depth_;
+}
+
 // Checks each count against its sequence in visited_ and adds up what the step needs.
 KVCacheManager::StepNeed KVCacheManager::check_step(std::span<const int32_t> num_new_tokens,
                                                     int32_t lookahead) {
@@ -111,6 +116,8 @@ int32_t KVCacheManager::evict(int32_t victim) {
     companions_->erase(victim);
   else
     cache_->erase(victim);
+  for (Reader* reader = readers_; reader; reader = reader->next)
+    reader->is_lost |= reader->block == victim;
   if (!expiries_.empty()) expiries_.erase(victim);
   ++evicted_blocks_;
   return victim;
@@ -146,6 +153,7 @@ std::span<const int32_t> KVCacheManager::apply_copies() {
 
 const StepBatch* KVCacheManager::step(std::span<const SequenceId> seqs,
                                       std::span<const int32_t> num_new_tokens, int32_t lookahead) {
+  const std::lock_guard guard(mutex_);
   const bool decodes = lookahead == 0 && num_new_tokens.size() == seqs.size() &&
                        continues_loop(seqs) && all_ones(num_new_tokens);
   if (decodes && loop_.is_running() && !loop_stepped_ && may_step() && fits_loop())
@@ -185,6 +193,7 @@ const StepBatch* KVCacheManager::step(std::span<const SequenceId> seqs,
 
 void KVCacheManager::commit(std::span<const SequenceId> seqs, std::span<const int32_t> sampled,
                             std::span<const int32_t> num_sampled) {
+  const std::lock_guard guard(mutex_);
   const bool one_each = num_sampled.empty() && !sampled.empty();
   if (one_each && loop_.is_running() && loop_stepped_ && sampled.size() == seqs.size() &&
       continues_loop(seqs))

@@ -8,39 +8,59 @@
 #include "quire/kv_cache_manager.h"
 
 namespace quire {
+namespace {
 
-// What only a walk over the sequences tells. Used blocks hold block_size tokens each, but for those
-// that no sequence has filled.
-void KVCacheManager::count_used(KVCacheStats* stats) const {
-  struct Holders {
-    int32_t num_tokens = 0;  // the most that a sequence among these has computed
-    int32_t num_sequences = 0;
-    int32_t num_deferred = 0;
-  };
-  std::unordered_map<int32_t, Holders> unfilled;
-  for (const Sequence& seq : sequences_) {
-    if (seq.id == SequenceId{}) continue;
+constexpr size_t kSeenAtOnce = 16;  // sequences or blocks, before stats() gives way
+
+}  // namespace
+
+// A sequence or a few references at a time, so that steps can go on in between.
+void KVCacheManager::collect_held(PatientLock& lock, std::vector<Held>* held) const {
+  for (size_t at = 0; at < sequences_.size(); ++at) {
+    if (at % kSeenAtOnce == 0) lock.give_way_if_wanted();
+    if (at >= sequences_.size() || sequences_[at].id == SequenceId{}) continue;
+    const Sequence& seq = sequences_[at];
     const int64_t computed = num_computed(seq);
     for (int32_t group = 0; group < num_groups(); ++group) {
       if (group > 0 && companions_->is_state(group)) continue;
       const BlockTable& table = group == 0 ? seq.table : seq.groups[group - 1].table;
       int32_t num_tokens = static_cast<int32_t>(computed % block_size_);
-      for (int32_t i = static_cast<int32_t>(computed / block_size_); i < table.size(); ++i) {
-        Holders& holders = unfilled[table[i]];
-        holders.num_tokens = std::max(holders.num_tokens, std::exchange(num_tokens, 0));
-        ++holders.num_sequences;
-      }
+      for (int32_t i = static_cast<int32_t>(computed / block_size_); i < table.size(); ++i)
+        held->push_back({table[i], std::exchange(num_tokens, 0), true});
     }
   }
-  for (const Deferred& deferred : deferred_) ++unfilled[deferred.block].num_deferred;
-  stats->used_tokens = int64_t{stats->used_blocks} * block_size_;
-  stats->fenced_blocks = 0;
-  for (const auto& [block, holders] : unfilled) {
-    if (allocator_.refcount(block) > holders.num_sequences + holders.num_deferred) continue;
-    stats->used_tokens -= block_size_ - holders.num_tokens;
-    stats->fenced_blocks += holders.num_sequences == 0;
+  for (size_t at = 0; at < deferred_.size(); ++at) {
+    if (at % kSeenAtOnce == 0) lock.give_way_if_wanted();
+    if (at < deferred_.size()) held->push_back({deferred_[at].block, 0, false});
   }
-  stats->waste_tokens = int64_t{stats->used_blocks} * block_size_ - stats->used_tokens;
+}
+
+// What only a walk over the sequences tells. Used blocks hold block_size tokens each, but for those
+// that no sequence has filled.
+void KVCacheManager::count_used(PatientLock& lock, KVCacheStats* stats) const {
+  std::vector<Held> held;
+  collect_held(lock, &held);
+  mutex_.unlock();
+  std::sort(held.begin(), held.end(), [](Held a, Held b) { return a.block < b.block; });
+  mutex_.lock_patiently();
+  const int64_t room = int64_t{stats->used_blocks} * block_size_;
+  stats->used_tokens = room;
+  stats->fenced_blocks = 0;
+  for (size_t i = 0, num_seen = 0; i < held.size(); ++num_seen) {
+    if (num_seen % kSeenAtOnce == 0) lock.give_way_if_wanted();
+    const int32_t block = held[i].block;
+    int32_t num_tokens = 0;  // the most that a sequence among the holders has computed
+    int32_t num_sequences = 0, num_holders = 0;
+    for (; i < held.size() && held[i].block == block; ++i, ++num_holders) {
+      num_tokens = std::max(num_tokens, held[i].num_tokens);
+      num_sequences += held[i].by_sequence;
+    }
+    if (allocator_.refcount(block) > num_holders) continue;
+    stats->used_tokens -= block_size_ - num_tokens;
+    stats->fenced_blocks += num_sequences == 0;
+  }
+  stats->used_tokens = std::max<int64_t>(stats->used_tokens, 0);
+  stats->waste_tokens = room - stats->used_tokens;
 }
 
 int64_t KVCacheManager::num_bytes() const {
@@ -49,6 +69,7 @@ int64_t KVCacheManager::num_bytes() const {
 }
 
 KVCacheStats KVCacheManager::stats() const {
+  PatientLock lock(mutex_);
   KVCacheStats stats;
   stats.num_blocks = allocator_.num_blocks();
   stats.block_size = block_size_;
@@ -61,7 +82,7 @@ KVCacheStats KVCacheManager::stats() const {
   stats.prefix_hit_tokens = prefix_hit_tokens_;
   stats.evicted_blocks = evicted_blocks_;
   stats.pinned_blocks = static_cast<int32_t>(pins_.size());
-  count_used(&stats);
+  count_used(lock, &stats);
   return stats;
 }
 
@@ -108,6 +129,7 @@ std::vector<int32_t> KVCacheManager::count_references() const {
 }
 
 void KVCacheManager::validate() const {
+  const std::lock_guard guard(mutex_);
   settle();
   allocator_.validate();
   if (cache_) cache_->validate();

@@ -21,11 +21,13 @@ Scheduler::Scheduler(KVCacheManager& manager, const SchedulerConfig& config)
 }
 
 Scheduler::~Scheduler() {
+  const auto lock = manager_.lock();
   for (const Request& request : requests_)
     if (request.state != State::kEnded) manager_.free({&request.seq, 1});
 }
 
 int32_t Scheduler::add(std::span<const int32_t> token_ids, int32_t max_new_tokens, Salt salt) {
+  const auto lock = manager_.lock();
   QUIRE_CHECK_ARG(max_new_tokens >= 1, "add: max_new_tokens: expected 1 or more, got ",
                   max_new_tokens);
   const BlockAllocator& pool = manager_.allocator();
@@ -51,6 +53,7 @@ int32_t Scheduler::add(std::span<const int32_t> token_ids, int32_t max_new_token
 // ---- schedule()
 
 const ScheduledBatch* Scheduler::schedule() {
+  const auto lock = manager_.lock();
   QUIRE_CHECK_ARG(!is_scheduled_, "schedule: expected commit() of the batch before");
   QUIRE_CHECK_ARG(manager_.may_step(), "schedule: expected retire() of the oldest step before");
   plan_running();
@@ -209,6 +212,7 @@ void Scheduler::write_batch() {
 // ---- commit() and finish()
 
 std::span<const int32_t> Scheduler::commit(std::span<const int32_t> sampled) {
+  const auto lock = manager_.lock();
   QUIRE_CHECK_ARG(is_scheduled_, "commit: expected a schedule() before");
   QUIRE_CHECK_ARG(sampled.size() == batch_.sampling.size(),
                   "commit: sampled: expected one token a sampling row, ", batch_.sampling.size(),
@@ -253,6 +257,7 @@ void Scheduler::remove_ended() {
 }
 
 void Scheduler::finish(int32_t request_id) {
+  const auto lock = manager_.lock();
   QUIRE_CHECK_ARG(request_id >= 0 && request_id < next_id_,
                   "finish: request_id: expected one that add() returned, got ", request_id);
   const auto found = slots_.find(request_id);
@@ -274,7 +279,28 @@ void Scheduler::finish(int32_t request_id) {
   remove_ended();
 }
 
+int32_t Scheduler::num_running() const {
+  const auto lock = manager_.lock();
+  return static_cast<int32_t>(running_.size());
+}
+
+int32_t Scheduler::num_waiting() const {
+  const auto lock = manager_.lock();
+  return static_cast<int32_t>(waiting_.size());
+}
+
+int64_t Scheduler::num_preemptions() const {
+  const auto lock = manager_.lock();
+  return num_preemptions_;
+}
+
+bool Scheduler::has_work() const {
+  const auto lock = manager_.lock();
+  return !running_.empty() || !waiting_.empty();
+}
+
 void Scheduler::validate() const {
+  const auto lock = manager_.lock();
   manager_.validate();
   const auto check = [&](int32_t slot, State state) {
     const Request& request = requests_[slot];

@@ -298,8 +298,8 @@ class Sequence:
 
 class StepBatch:
     """
-    The arrays of one step. They are views of memory that the next step overwrites: after it,
-    the properties raise ValueError.
+    The arrays of one step. They are views of memory that the next step overwrites, whichever
+    thread calls it: after it, the properties raise ValueError.
 
     Example::
 
@@ -369,7 +369,11 @@ class KVCacheManager:
     The sequences of an engine and the blocks that hold their KV.
 
     `prefix_caching` shares the blocks of equal prefixes; `async_depth` is how many
-    steps may run while the host plans on (see retire). Not thread-safe.
+    steps may run while the host plans on (see retire).
+
+    Any number of threads may call every method. match() and stats() release the GIL
+    and give way to the others after every few blocks, so that they don't hold up whoever
+    plans the steps. A StepBatch is for the thread that steps.
 
     `groups`: what the model's layers read, the first full attention; see LayerGroup.
 
@@ -632,6 +636,8 @@ class Scheduler:
     At most max_tokens_per_step tokens and max_seqs requests a step; long prompts are computed
     in chunks. Admission leaves the share `watermark` of the blocks free. When blocks run out,
     the latest request waits again and is computed anew; it keeps its generated tokens.
+
+    Any number of threads may call every method: one schedules and commits, others add.
 
     Raises ValueError for counts below 1 or a watermark outside [0, 1).
 

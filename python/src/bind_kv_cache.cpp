@@ -109,6 +109,7 @@ int64_t change_pins(PyManager& self, nb::handle what, Salt salt, bool pins) {
 
 int64_t match(Manager self, nb::handle token_ids, Salt salt) {
   const Int32Arg tokens(token_ids, "match: token_ids");
+  nb::gil_scoped_release unlocked;  // so that the thread that steps may
   return of(self).manager.match({tokens.data(), tokens.size()}, salt).num_tokens;
 }
 
@@ -159,8 +160,20 @@ nb::list group_stats(const PyManager& self) {
   return groups;
 }
 
+KVCacheStats stats_of(const PyManager& self) {
+  nb::gil_scoped_release unlocked;
+  return self.manager.stats();
+}
+
+// One of the allocator's counts.
+template <auto Count>
+int32_t count_of(const PyManager& self) {
+  const auto lock = self.manager.lock();
+  return (self.manager.allocator().*Count)();
+}
+
 nb::dict stats(const PyManager& self) {
-  const KVCacheStats stats = self.manager.stats();
+  const KVCacheStats stats = stats_of(self);
   nb::dict d;
   d["num_blocks"] = stats.num_blocks;
   d["block_size"] = stats.block_size;
@@ -234,8 +247,8 @@ nb::object step_array(const PyStepBatch& batch) {
 void bind_batch(nb::module_& m) {
   nb::class_<PyStepBatch>(
       m, "StepBatch",
-      "The arrays of one step. They are views of memory that the next step overwrites: after it,\n"
-      "the properties raise ValueError.\n\n"
+      "The arrays of one step. They are views of memory that the next step overwrites, whichever\n"
+      "thread calls it: after it, the properties raise ValueError.\n\n"
       "Example::\n\n    plan = attn.plan(batch.block_table, batch.seq_lens, batch.cu_seqlens_q)\n"
       "    quire.copy_blocks(k_cache, v_cache, batch.copies)\n"
       "    quire.append_kv(k, v, k_cache, v_cache, batch.slot_mapping)")
@@ -304,8 +317,12 @@ nb::class_<PyManager> bind_manager(nb::module_& m) {
              m, "KVCacheManager",
              "The sequences of an engine and the blocks that hold their KV.\n\n"
              "`prefix_caching` shares the blocks of equal prefixes; `async_depth` is how many\n"
-             "steps may run while the host plans on (see retire). Not thread-safe.\n\n"
+             "steps may run while the host plans on (see retire).\n\n"
              "`groups`: what the model's layers read, the first full attention; see LayerGroup.\n\n"
+             "Any number of threads may call every method. match() and stats() release the GIL\n"
+             "and give way to the others after every few blocks, so that they don't hold up "
+             "whoever\n"
+             "plans the steps. A StepBatch is for the thread that steps.\n\n"
              "Steps of the same sequences with one token each cost least, with all arguments as\n"
              "arrays: `ids = np.array([seq.id for seq in seqs])`.\n\n"
              "Raises ValueError for counts below 1 and wrong groups. Every method either does all "
@@ -338,18 +355,14 @@ nb::class_<PyManager> bind_manager(nb::module_& m) {
       .def_prop_ro(
           "block_size", [](const PyManager& p) { return p.manager.allocator().block_size(); },
           "Tokens a block.")
+      .def_prop_ro("num_free_blocks", &count_of<&BlockAllocator::num_free>,
+                   "Blocks neither used nor cached; free + used + cached == num_blocks.")
+      .def_prop_ro("num_used_blocks", &count_of<&BlockAllocator::num_used>,
+                   "Blocks that sequences hold, each counted once.")
+      .def_prop_ro("num_cached_blocks", &count_of<&BlockAllocator::num_cached>,
+                   "Blocks that no sequence holds, kept for their contents until they are needed.")
       .def_prop_ro(
-          "num_free_blocks", [](const PyManager& p) { return p.manager.allocator().num_free(); },
-          "Blocks neither used nor cached; free + used + cached == num_blocks.")
-      .def_prop_ro(
-          "num_used_blocks", [](const PyManager& p) { return p.manager.allocator().num_used(); },
-          "Blocks that sequences hold, each counted once.")
-      .def_prop_ro(
-          "num_cached_blocks",
-          [](const PyManager& p) { return p.manager.allocator().num_cached(); },
-          "Blocks that no sequence holds, kept for their contents until they are needed.")
-      .def_prop_ro(
-          "num_used_tokens", [](const PyManager& p) { return p.manager.stats().used_tokens; },
+          "num_used_tokens", [](const PyManager& p) { return stats_of(p).used_tokens; },
           "Computed tokens of live sequences, those in shared blocks counted once.");
 }
 

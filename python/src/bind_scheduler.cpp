@@ -115,6 +115,7 @@ void bind_scheduler(nb::module_& m) {
       "At most max_tokens_per_step tokens and max_seqs requests a step; long prompts are computed\n"
       "in chunks. Admission leaves the share `watermark` of the blocks free. When blocks run out,\n"
       "the latest request waits again and is computed anew; it keeps its generated tokens.\n\n"
+      "Any number of threads may call every method: one schedules and commits, others add.\n\n"
       "Raises ValueError for counts below 1 or a watermark outside [0, 1).\n\n"
       "Example::\n\n"
       "    scheduler = quire.Scheduler(manager)\n"

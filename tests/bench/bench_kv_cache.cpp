@@ -5,9 +5,12 @@
 #include <time.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "quire/kv_cache_manager.h"
@@ -132,6 +135,52 @@ void bench_fork() {
   timer.print("fork into 64 children, 512 blocks");
 }
 
+// Steps of 256 sequences, timed by the clock, while other threads ask for a prefix again and again.
+void bench_readers(int num_readers) {
+  KVCacheManager manager(256 * 40 + 1024, kBlockSize);
+  Ids asked = random_tokens(8192, 2);
+  const SequenceId kept = manager.create(asked);
+  run(manager, kept);
+  asked.push_back(7);
+  std::vector<SequenceId> seqs;
+  for (uint32_t i = 0; i < 256; ++i) seqs.push_back(manager.create(random_tokens(64 + i % 16, i)));
+  for (SequenceId seq : seqs) run(manager, seq);
+  const Ids ones(256, 1), sampled = random_tokens(256, 9);
+  manager.commit(seqs, sampled);
+  std::atomic<bool> stop{false};
+  std::atomic<int64_t> num_asked{0};
+  std::vector<std::thread> readers;
+  for (int i = 0; i < num_readers; ++i)
+    readers.emplace_back([&] {
+      for (; !stop; ++num_asked)
+        if (manager.match(asked).num_tokens != 8192) std::abort();
+    });
+  std::vector<double> times;
+  const auto start = std::chrono::steady_clock::now();
+  while (times.size() < 8000) {
+    const auto begin = std::chrono::steady_clock::now();
+    manager.step(seqs, ones);
+    const std::chrono::duration<double, std::micro> time = std::chrono::steady_clock::now() - begin;
+    times.push_back(time.count());
+    manager.commit(seqs, sampled);
+    if (times.size() % 500 == 0) {
+      for (SequenceId seq : seqs) manager.truncate(seq, 64);
+      manager.commit(seqs, sampled);
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+  const std::chrono::duration<double> whole = std::chrono::steady_clock::now() - start;
+  stop = true;
+  for (std::thread& reader : readers) reader.join();
+  std::sort(times.begin(), times.end());
+  std::printf("step, 256 sequences, %d threads match %10.0f/s", num_readers,
+              static_cast<double>(num_asked) / whole.count());
+  for (double share : {0.5, 0.9, 0.99, 0.999, 1.0})
+    std::printf(" %8.2f",
+                times[static_cast<size_t>(share * static_cast<double>(times.size() - 1))]);
+  std::printf("\n");
+}
+
 }  // namespace
 
 int main() {
@@ -144,5 +193,8 @@ int main() {
   bench_allocate("allocate + free 512 blocks, no caching", false);
   bench_allocate("the same, every block evicts a cached one", true);
   bench_fork();
+  std::printf("\n%-53s %8s %8s %8s %8s %8s\n", "us by the clock", "median", "p90", "p99", "p99.9",
+              "max");
+  for (int num_readers : {0, 1, 2}) bench_readers(num_readers);
   return 0;
 }

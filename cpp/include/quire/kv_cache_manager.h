@@ -24,11 +24,19 @@
 // needs. What a group does not read any more it gives back with commit(): those entries are -1.
 //
 // Every function either does all it says or throws InvalidArgument and changes nothing.
+//
+// Any number of threads may call every function at any time. match() and stats() give way to the
+// other calls after every few blocks: whoever plans the steps waits for these, half a microsecond,
+// unless the system takes the reader off its core just then. lock() makes several calls one. What
+// is handed out by reference (StepBatch, valid until the next step; pending_tokens(), batch(),
+// allocator()) is not protected once the call is over: read it in the thread that steps, or under
+// lock().
 #pragma once
 
 #include <cstdint>
 #include <deque>
 #include <limits>
+#include <mutex>
 #include <optional>
 #include <queue>
 #include <span>
@@ -42,6 +50,7 @@
 #include "quire/decode_loop.h"
 #include "quire/layer_groups.h"
 #include "quire/prefix_cache.h"
+#include "quire/priority_mutex.h"
 #include "quire/step_batch.h"
 
 namespace quire {
@@ -75,7 +84,8 @@ struct Retention {
   double ttl = std::numeric_limits<double>::infinity();
 };
 
-// Block counts add up: free + used + cached == num_blocks.
+// Block counts add up: free + used + cached == num_blocks. The token counts and fenced_blocks are
+// gathered while other threads go on: they may miss what those change meanwhile.
 struct KVCacheStats {
   int32_t num_blocks, block_size;
   int32_t free_blocks, used_blocks, cached_blocks;
@@ -104,6 +114,9 @@ class KVCacheManager {
                  int32_t async_depth = 0, std::vector<LayerGroup> groups = {});
   KVCacheManager(const KVCacheManager&) = delete;
   ~KVCacheManager();
+
+  // While the caller keeps what this returns, other threads' calls wait. Keep it shortly.
+  std::unique_lock<PriorityMutex> lock() const { return std::unique_lock(mutex_); }
 
   // A sequence of these tokens. Takes references on the cached prefix, and leaves at least the
   // last token to compute.
@@ -167,11 +180,10 @@ class KVCacheManager {
   // Of a group; -1: given back. Of a state group its one block, once there is a state.
   std::vector<int32_t> block_table(SequenceId seq, int32_t group = 0) const;
   int64_t num_tokens(SequenceId seq) const;
-  int64_t num_computed_tokens(SequenceId seq) const { return num_computed(get(seq)); }
-  int64_t num_cached_tokens(SequenceId seq) const { return get(seq).num_cached; }  // from the cache
+  int64_t num_computed_tokens(SequenceId seq) const;
+  int64_t num_cached_tokens(SequenceId seq) const;  // from the cache
 
-  // False: async_depth steps run, one must be retired first.
-  bool may_step() const { return async_depth_ == 0 || last_ticket_ - last_retired_ < async_depth_; }
+  bool may_step() const;  // false: async_depth steps run, one must be retired first
   const BlockAllocator& allocator() const { return allocator_; }
   const StepBatch& batch(int32_t group = 0) const {  // of the latest step
     return group == 0 ? batch_ : group_batches_[group - 1];
@@ -182,7 +194,7 @@ class KVCacheManager {
   }
   bool prefix_caching() const { return cache_.has_value(); }
   bool caches_states() const;  // of state groups, where a step ends with a block
-  int64_t num_deferred_refs() const { return static_cast<int64_t>(deferred_.size()); }
+  int64_t num_deferred_refs() const;
   int32_t num_sequences() const;
   int64_t num_bytes() const;  // of all arrays whose size depends on num_blocks
   KVCacheStats stats() const;
@@ -249,6 +261,12 @@ class KVCacheManager {
     bool operator>(const Timer& other) const { return deadline > other.deadline; }
   };
 
+  struct Reader {  // a match() that has given way
+    int32_t block;
+    bool is_lost;  // the block was evicted meanwhile
+    Reader* next;
+  };
+
   bool is_live(SequenceId id) const;
   const Sequence& get(SequenceId id) const;
   Sequence& get(SequenceId id);
@@ -260,7 +278,9 @@ class KVCacheManager {
   int64_t num_computed(const Sequence& seq) const;
 
   int64_t find_path(int32_t root, std::span<const int32_t> tokens) const;
-  PrefixMatch match(int32_t root, std::span<const int32_t> tokens) const;
+  std::optional<PrefixMatch> match(int32_t root, std::span<const int32_t> tokens) const;
+  PrefixMatch match_groups(int32_t root, std::span<const int32_t> tokens) const;
+  bool give_way_at(int32_t block) const;
   bool shares_last_block(const Sequence& seq, int32_t group = 0) const;
 
   struct StepNeed {
@@ -321,10 +341,18 @@ class KVCacheManager {
   void validate_groups(const Sequence& seq) const;
   void validate_companions() const;
 
-  void count_used(KVCacheStats* stats) const;
+  struct Held {  // a block that a sequence holds and has not filled, or a deferred reference
+    int32_t block;
+    int32_t num_tokens;  // computed
+    bool by_sequence;
+  };
+  void collect_held(PatientLock& lock, std::vector<Held>* held) const;
+  void count_used(PatientLock& lock, KVCacheStats* stats) const;
   void validate_sequence(const Sequence& seq) const;
   std::vector<int32_t> count_references() const;
 
+  mutable PriorityMutex mutex_;  // of everything below, but for what the constructor sets for good
+  mutable Reader* readers_ = nullptr;
   BlockAllocator allocator_;
   std::optional<PrefixCache> cache_;
   std::optional<CompanionCache> companions_;  // of more groups than one

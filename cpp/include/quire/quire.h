@@ -10,7 +10,7 @@
  *     needed; else *size says what the buffer holds, and is set to what was written.
  *   - Structs begin with their size, set by their _INIT macro, so that they can grow at the end
  *     (hence none ends in padding): programs built with an older header keep working.
- *   - Attention and plan handles may be shared by threads. A manager is one thread's at a time.
+ *   - Handles may be shared by threads. A step's arrays are for the thread that steps.
  */
 #ifndef QUIRE_QUIRE_H_
 #define QUIRE_QUIRE_H_

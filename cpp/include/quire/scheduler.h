@@ -13,6 +13,9 @@
 // left, the latest admitted one gives its blocks back and waits at the front of the queue; later
 // its tokens, the generated ones too, are computed again. The earliest is never preempted for
 // another, so all requests finish.
+//
+// Any number of threads may call every function; they share the manager's lock. What schedule()
+// and commit() hand out is for the thread that calls these two; the others add, finish and ask.
 #pragma once
 
 #include <cstdint>
@@ -62,10 +65,10 @@ class Scheduler {
   // Ends a request early, in any state. No effect on one that has ended.
   void finish(int32_t request_id);
 
-  int32_t num_running() const { return static_cast<int32_t>(running_.size()); }
-  int32_t num_waiting() const { return static_cast<int32_t>(waiting_.size()); }
-  int64_t num_preemptions() const { return num_preemptions_; }
-  bool has_work() const { return !running_.empty() || !waiting_.empty(); }
+  int32_t num_running() const;
+  int32_t num_waiting() const;
+  int64_t num_preemptions() const;
+  bool has_work() const;
   const ScheduledBatch& batch() const { return batch_; }  // the latest
   const KVCacheManager& manager() const { return manager_; }
 
