@@ -93,6 +93,7 @@ bool KVCacheManager::allocate(int64_t num_blocks) {
 // Gives up what a cached block holds, and first what depends on it: returns the block to take.
 int32_t KVCacheManager::evict(int32_t victim) {
   while (cache_->has_children(victim)) victim = cache_->any_child(victim);
+  if (is_watched_) watch_evicted(victim);
   cache_->erase(victim);
   if (!expiries_.empty()) expiries_.erase(victim);
   ++evicted_blocks_;
@@ -209,9 +210,11 @@ void KVCacheManager::publish(Sequence& seq, int32_t index) {
   const int32_t cached = cache_->insert(parent, tokens, block_size_, block);
   if (cached == block) {
     allocator_.mark_cached(block);
+    on_stored(block);
     return;
   }
   allocator_.share(cached);
+  on_hit(cached);
   seq.table.replace(index, cached);
   release(block);
 }

@@ -40,7 +40,8 @@ void KVCacheManager::count_used(KVCacheStats* stats) const {
 }
 
 int64_t KVCacheManager::num_bytes() const {
-  return allocator_.num_bytes() + (cache_ ? cache_->num_bytes() : 0);
+  return allocator_.num_bytes() + (cache_ ? cache_->num_bytes() : 0) +
+         (keys_ ? keys_->num_bytes() : 0);
 }
 
 KVCacheStats KVCacheManager::stats() const {
@@ -56,6 +57,7 @@ KVCacheStats KVCacheManager::stats() const {
   stats.prefix_hit_tokens = prefix_hit_tokens_;
   stats.evicted_blocks = evicted_blocks_;
   stats.pinned_blocks = static_cast<int32_t>(pins_.size());
+  stats.lost_events = events_ ? events_->num_lost() : 0;
   count_used(&stats);
   return stats;
 }
