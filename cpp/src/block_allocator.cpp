@@ -6,7 +6,7 @@
 
 namespace quire {
 
-BlockAllocator::BlockAllocator(int32_t num_blocks, int32_t block_size)
+BlockAllocator::BlockAllocator(int32_t num_blocks, int32_t block_size, Eviction eviction)
     : num_blocks_(num_blocks), block_size_(block_size), num_free_(num_blocks) {
   QUIRE_CHECK_ARG(num_blocks >= 1, "BlockAllocator: num_blocks: expected 1 or more, got ",
                   num_blocks);
@@ -15,11 +15,10 @@ BlockAllocator::BlockAllocator(int32_t num_blocks, int32_t block_size)
   QUIRE_CHECK_ARG(block_size >= 1, "BlockAllocator: block_size: expected 1 or more, got ",
                   block_size);
   static_assert(sizeof(Entry) == 8);
-  entries_.resize(static_cast<size_t>(num_blocks) + kNumLevels);
-  for (int32_t level = 0; level < kNumLevels; ++level) {
-    Entry& list = entries_[cached_list(level)];
-    list.prev = list.next = static_cast<uint32_t>(cached_list(level));
-  }
+  if (eviction == Eviction::kReuseLru) reuse_.emplace(num_blocks);
+  entries_.resize(static_cast<size_t>(num_blocks) + kNumLevels * num_classes());
+  for (int32_t at = num_blocks; at < static_cast<int32_t>(entries_.size()); ++at)
+    entries_[at].prev = entries_[at].next = static_cast<uint32_t>(at);
   for (int32_t i = 0; i < num_blocks; ++i)
     entries_[i] = {0, static_cast<uint32_t>(i + 1), kStartLevel, 0};
 }
@@ -38,8 +37,20 @@ void BlockAllocator::unlink(int32_t block) {
 }
 
 int32_t BlockAllocator::victim() {
-  while (next(cached_list(lowest_level_)) == cached_list(lowest_level_)) ++lowest_level_;
+  if (reuse_) return victim_of_classes();
+  while (is_empty(cached_list(lowest_level_))) ++lowest_level_;
   return next(cached_list(lowest_level_));
+}
+
+int32_t BlockAllocator::victim_of_classes() {
+  for (;; ++lowest_level_) {
+    std::array<int32_t, ReuseClasses::kNumClasses> oldest;
+    for (int32_t k = 0; k < ReuseClasses::kNumClasses; ++k) {
+      const int32_t list = cached_list(lowest_level_, k);
+      oldest[k] = is_empty(list) ? ReuseClasses::kNone : next(list);
+    }
+    if (const int32_t block = reuse_->choose(oldest); block != ReuseClasses::kNone) return block;
+  }
 }
 
 void BlockAllocator::take_free(std::span<int32_t> blocks) {
@@ -55,6 +66,7 @@ void BlockAllocator::take_free(std::span<int32_t> blocks) {
 
 void BlockAllocator::take_cached(int32_t block) {
   unlink(block);
+  if (reuse_) reuse_->evict(block);
   entries_[block] = {1, 0, kStartLevel, 1};
   --num_cached_;
 }
@@ -68,7 +80,8 @@ void BlockAllocator::revive(int32_t block) {
 
 void BlockAllocator::make_cached(int32_t block) {
   entries_[block].is_used = 0;
-  insert_after(prev(cached_list(level(block))), block);
+  if (reuse_) reuse_->release(block);
+  insert_after(prev(list_of(block)), block);
   lowest_level_ = std::min(lowest_level_, level(block));
   ++num_cached_;
 }
@@ -78,18 +91,19 @@ void BlockAllocator::set_level(int32_t block, int32_t level) {
   entry.level = static_cast<uint32_t>(level);
   if (entry.is_used) return;
   unlink(block);
-  insert_after(prev(cached_list(level)), block);
+  if (reuse_) reuse_->release(block);
+  insert_after(prev(list_of(block)), block);
   lowest_level_ = std::min(lowest_level_, level);
 }
 
-int32_t BlockAllocator::check_list(int32_t level) const {
+int32_t BlockAllocator::check_list(int32_t level, int32_t reuse_class) const {
   int32_t count = 0;
-  const int32_t list = cached_list(level);
+  const int32_t list = cached_list(level, reuse_class);
   for (int32_t last = list, block = next(list); block != list; last = block, block = next(block)) {
     QUIRE_INVARIANT(block >= 0 && block < num_blocks_, "list holds ", block);
     QUIRE_INVARIANT(prev(block) == last, "block ", block, ": broken links");
     QUIRE_INVARIANT(!entries_[block].is_used, "block ", block, ": listed and referenced");
-    QUIRE_INVARIANT(this->level(block) == level, "block ", block, ": in the wrong list");
+    QUIRE_INVARIANT(list_of(block) == list, "block ", block, ": in the wrong list");
     QUIRE_INVARIANT(++count <= num_blocks_, "a list runs in circles");
   }
   return count;
@@ -107,7 +121,8 @@ void BlockAllocator::validate() const {
   check_free_list();
   int32_t num_cached = 0;
   for (int32_t level = 0; level < kNumLevels; ++level) {
-    const int32_t count = check_list(level);
+    int32_t count = 0;
+    for (int32_t k = 0; k < num_classes(); ++k) count += check_list(level, k);
     QUIRE_INVARIANT(count == 0 || level >= lowest_level_, "the lowest level is off");
     num_cached += count;
   }

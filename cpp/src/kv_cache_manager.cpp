@@ -34,16 +34,27 @@ void check_retention(const Retention& retention) {
 }  // namespace
 
 KVCacheManager::KVCacheManager(int32_t num_blocks, int32_t block_size, bool prefix_caching,
-                               int32_t async_depth, std::vector<LayerGroup> groups)
-    : allocator_(num_blocks, block_size), async_depth_(async_depth), block_size_(block_size) {
+                               int32_t async_depth, const KVCacheOptions& options)
+    : allocator_(num_blocks, block_size, options.eviction),
+      async_depth_(async_depth),
+      block_size_(block_size) {
   QUIRE_CHECK_ARG(async_depth >= 0, "KVCacheManager: async_depth: expected 0 or more, got ",
                   async_depth);
-  if (prefix_caching) cache_.emplace(num_blocks, block_size);
-  if (groups.empty()) return;
-  CompanionCache companions(std::move(groups), num_blocks, block_size);
-  if (companions.num_groups() == 1) return;
-  group_batches_.resize(companions.num_groups() - 1);
-  companions_ = std::move(companions);
+  QUIRE_CHECK_ARG(options.event_capacity >= 0,
+                  "KVCacheManager: event_capacity: expected 0 or more, got ",
+                  options.event_capacity);
+  if (!options.groups.empty()) {
+    CompanionCache companions(options.groups, num_blocks, block_size);
+    group_batches_.resize(companions.num_groups() - 1);
+    if (companions.num_groups() > 1) companions_ = std::move(companions);
+  }
+  if (!prefix_caching) return;
+  cache_.emplace(num_blocks, block_size);
+  if (options.event_capacity > 0) {
+    events_.emplace(options.event_capacity);
+    keys_.emplace(num_blocks);
+  }
+  is_watched_ = events_ || options.eviction == Eviction::kReuseLru;
 }
 
 KVCacheManager::~KVCacheManager() {
@@ -309,7 +320,10 @@ void KVCacheManager::attach(SequenceId id) {
   QUIRE_CHECK_ARG(seq.table.size() == 0, "attach: seq: expected one without blocks, got ",
                   seq.table.size(), " blocks");
   seq.num_cached = find_path(seq.root, std::span(seq.tokens).first(seq.tokens.size() - 1));
-  for (int32_t block : path_) allocator_.share(block);
+  for (int32_t block : path_) {
+    allocator_.share(block);
+    on_hit(block);
+  }
   seq.table.append(path_);
   seq.num_computed = seq.num_cached;
   if (companions_) attach_groups(seq);

@@ -173,7 +173,9 @@ void KVCacheManager::keep_partial_block(Sequence& seq) {
   const int32_t parent = index == 0 ? seq.root : seq.table[index - 1];
   const int32_t block = seq.table[index];
   const int32_t* tokens = seq.tokens_from(seq.num_computed - count);
-  if (cache_->insert(parent, tokens, count, block) == block) allocator_.mark_cached(block);
+  if (cache_->insert(parent, tokens, count, block) != block) return;
+  allocator_.mark_cached(block);
+  on_stored(block);
 }
 
 // ---- Blocks on their way back

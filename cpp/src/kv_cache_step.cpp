@@ -112,10 +112,12 @@ int32_t KVCacheManager::evict(int32_t victim) {
     if (companions_ && companions_->any_of(victim) != CompanionCache::kNone)
       victim = companions_->any_of(victim);
   }
-  if (companions_ && companions_->contains(victim))
+  if (companions_ && companions_->contains(victim)) {
     companions_->erase(victim);
-  else
+  } else {
+    if (is_watched_) watch_evicted(victim);
     cache_->erase(victim);
+  }
   for (Reader* reader = readers_; reader; reader = reader->next)
     reader->is_lost |= reader->block == victim;
   if (!expiries_.empty()) expiries_.erase(victim);
@@ -250,9 +252,11 @@ void KVCacheManager::publish(Sequence& seq, int32_t index) {
   const int32_t cached = cache_->insert(parent, tokens, block_size_, block);
   if (cached == block) {
     allocator_.mark_cached(block);
+    on_stored(block);
     return;
   }
   allocator_.share(cached);
+  on_hit(cached);
   seq.table.replace(index, cached);
   release(block);
 }

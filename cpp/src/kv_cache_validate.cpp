@@ -65,7 +65,7 @@ void KVCacheManager::count_used(PatientLock& lock, KVCacheStats* stats) const {
 
 int64_t KVCacheManager::num_bytes() const {
   return allocator_.num_bytes() + (cache_ ? cache_->num_bytes() : 0) +
-         (companions_ ? companions_->num_bytes() : 0);
+         (companions_ ? companions_->num_bytes() : 0) + (keys_ ? keys_->num_bytes() : 0);
 }
 
 KVCacheStats KVCacheManager::stats() const {
@@ -82,6 +82,7 @@ KVCacheStats KVCacheManager::stats() const {
   stats.prefix_hit_tokens = prefix_hit_tokens_;
   stats.evicted_blocks = evicted_blocks_;
   stats.pinned_blocks = static_cast<int32_t>(pins_.size());
+  stats.lost_events = events_ ? events_->num_lost() : 0;
   count_used(lock, &stats);
   return stats;
 }

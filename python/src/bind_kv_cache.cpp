@@ -334,7 +334,13 @@ nb::class_<PyManager> bind_manager(nb::module_& m) {
              "    batch = manager.step([seq], [seq.num_tokens - seq.num_computed_tokens])\n"
              "    ...                                # run the model on the batch\n"
              "    manager.commit([seq], sampled)     # int32 [1]")
-      .def(nb::init<int32_t, int32_t, bool, int32_t, std::vector<LayerGroup>>(),
+      .def(
+          "__init__",
+          [](PyManager* self, int32_t num_blocks, int32_t block_size, bool prefix_caching,
+             int32_t async_depth, std::vector<LayerGroup> groups) {
+            new (self) PyManager(num_blocks, block_size, prefix_caching, async_depth,
+                                 {.groups = std::move(groups)});
+          },
            nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("prefix_caching") = true,
            nb::arg("async_depth") = 0, nb::kw_only(), nb::arg("groups") = nb::list(),
            nb::sig("def __init__(self, num_blocks: int, block_size: int, "

@@ -52,8 +52,8 @@ struct PyManager {
   std::vector<SequenceId> seqs;  // of the latest call with a list
 
   PyManager(int32_t num_blocks, int32_t block_size, bool prefix_caching, int32_t async_depth,
-            std::vector<LayerGroup> groups)
-      : manager(num_blocks, block_size, prefix_caching, async_depth, std::move(groups)),
+            const KVCacheOptions& options)
+      : manager(num_blocks, block_size, prefix_caching, async_depth, options),
         views(manager.num_groups()) {}
 };
 

@@ -50,7 +50,7 @@ TEST_CASE("bad sizes are refused by name") {
 
 TEST_CASE("more blocks than 28 bits can name are refused") {
   CHECK_THROWS_WITH_AS(BlockAllocator(BlockAllocator::kMaxBlocks + 1, 16),
-                       "BlockAllocator: num_blocks: expected at most 268435328, got 268435329",
+                       "BlockAllocator: num_blocks: expected at most 268434947, got 268434948",
                        quire::InvalidArgument);
 }
 

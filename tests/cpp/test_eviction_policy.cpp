@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Both policies against plain models, and on a prefix tree: no victim has a cached child.
+// Both policies against plain models, as the pool's lists run them, and the memory of classes.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "quire/error.h"
+#include "quire/block_allocator.h"
 #include "quire/eviction_policy.h"
 
 using namespace quire;
@@ -50,158 +50,121 @@ struct ReuseModel {
   }
 };
 
-template <class Policy>
-int class_of(const Policy& policy, int32_t block) {
-  if constexpr (std::is_same_v<Policy, ReuseLruPolicy>) return policy.reuse_class(block);
-  return 0;
-}
-
-template <class Policy, class Model>
-void check_against(Model model, uint32_t seed) {
+// Blocks that are idle or in use, all of one level, in a pool of no free ones.
+template <class Model>
+void check_against(Eviction eviction, Model model, uint32_t seed) {
   constexpr int32_t kBlocks = 24;
-  Policy policy(kBlocks);
+  BlockAllocator pool(kBlocks, 16, eviction);
   std::mt19937 random(seed);
-  enum State { kEmpty, kUsed, kIdle };
-  std::vector<State> states(kBlocks, kEmpty);
+  std::vector<int32_t> all(kBlocks);
+  REQUIRE(pool.allocate(all, [](int32_t victim) { return victim; }));
   uint64_t next_id = 0;
+  const auto admit = [&](int32_t block) {
+    pool.mark_cached(block);
+    if (ReuseClasses* reuse = pool.reuse()) reuse->admit(block, id_of(next_id++), -1);
+  };
+  for (int32_t block : all) admit(block);
   for (int n = 0; n < 3000; ++n) {
     const int32_t block = static_cast<int32_t>(random() % kBlocks);
-    if (states[block] == kEmpty) {
-      policy.admit(block, id_of(next_id++), Policy::kNone);
-      states[block] = kUsed;
-    } else if (states[block] == kUsed) {
-      policy.release(block);
-      model.release(block, class_of(policy, block));
-      states[block] = kIdle;
+    if (pool.refcount(block) > 0) {
+      pool.release(block);
+      model.release(block, pool.reuse() ? pool.reuse()->reuse_class(block) : 0);
     } else if (random() % 4) {
-      policy.use(block);
+      pool.share(block);
+      if (ReuseClasses* reuse = pool.reuse()) reuse->use(block, -1);
       model.drop(block);
-      states[block] = kUsed;
-    } else if (random() % 2) {
-      policy.remove(block);
-      model.drop(block);
-      states[block] = kEmpty;
     } else {
-      const int32_t victim = policy.victim();
-      policy.evict(victim, id_of(next_id + 1000000));
-      model.drop(victim);
-      states[victim] = kEmpty;
+      const int32_t expected = model.victim();
+      int32_t taken;
+      REQUIRE(pool.allocate({&taken, 1}, [](int32_t victim) { return victim; }));
+      REQUIRE(taken == expected);
+      model.drop(taken);
+      admit(taken);
     }
-    REQUIRE(policy.victim() == model.victim());
+    pool.validate();
   }
 }
 
 }  // namespace
 
 TEST_CASE("LRU does as its model") {
-  for (uint32_t seed = 0; seed < 5; ++seed) check_against<LruPolicy>(LruModel{}, seed);
+  for (uint32_t seed = 0; seed < 5; ++seed) check_against(Eviction::kLru, LruModel{}, seed);
 }
 
 TEST_CASE("reuse LRU does as its model") {
-  for (uint32_t seed = 0; seed < 5; ++seed) check_against<ReuseLruPolicy>(ReuseModel{}, seed);
+  for (uint32_t seed = 0; seed < 5; ++seed) check_against(Eviction::kReuseLru, ReuseModel{}, seed);
 }
 
-TEST_CASE("a use raises the class, up to the last") {
-  ReuseLruPolicy policy(2);
-  policy.admit(0, id_of(0), ReuseLruPolicy::kNone);
+TEST_CASE("a use raises the class, up to the last, and never above the parent's") {
+  ReuseClasses classes(2);
+  classes.admit(0, id_of(0), -1);
+  classes.admit(1, id_of(1), 0);
+  classes.use(1, 0);
+  CHECK(classes.reuse_class(1) == 0);
   for (int32_t expected : {0, 1, 2, 3, 3}) {
-    CHECK(policy.reuse_class(0) == expected);
-    policy.release(0);
-    policy.use(0);
+    CHECK(classes.reuse_class(0) == expected);
+    classes.use(0, -1);
   }
+  classes.use(1, 0);
+  CHECK(classes.reuse_class(1) == 1);
 }
 
 TEST_CASE("contents that come back start a class higher, but never above their parent") {
-  ReuseLruPolicy policy(100);
-  constexpr int32_t kNone = ReuseLruPolicy::kNone;
-  policy.admit(0, id_of(0), kNone);
-  policy.release(0);
-  policy.use(0);
-  policy.release(0);
-  policy.evict(0, id_of(0));
-  policy.admit(5, id_of(0), kNone);
-  CHECK(policy.reuse_class(5) == 2);
-  policy.release(5);
-  policy.evict(5, id_of(0));
-  policy.admit(1, id_of(1), kNone);  // a new parent
-  policy.admit(2, id_of(0), 1);
-  CHECK(policy.reuse_class(2) == 0);
-  policy.release(2);
-  policy.remove(2);  // not remembered
-  policy.admit(2, id_of(0), kNone);
-  CHECK(policy.reuse_class(2) == 0);
+  ReuseClasses classes(100);
+  classes.admit(0, id_of(0), -1);
+  classes.use(0, -1);
+  classes.evict(0);
+  classes.admit(5, id_of(0), -1);
+  CHECK(classes.reuse_class(5) == 2);
+  classes.evict(5);
+  classes.admit(1, id_of(1), -1);  // a new parent
+  classes.admit(2, id_of(0), 1);
+  CHECK(classes.reuse_class(2) == 0);
+  classes.admit(2, id_of(0), -1);  // remembered once
+  CHECK(classes.reuse_class(2) == 0);
 }
 
 TEST_CASE("most of the last blocks evicted are remembered, strangers hardly ever") {
   constexpr int32_t kBlocks = 10000;
-  ReuseLruPolicy policy(kBlocks);
-  constexpr int32_t kNone = ReuseLruPolicy::kNone;
+  ReuseClasses classes(kBlocks);
   for (int32_t i = 0; i < kBlocks; ++i) {
-    policy.admit(0, id_of(i), kNone);
-    policy.release(0);
-    policy.evict(0, id_of(i));
+    classes.admit(0, id_of(i), -1);
+    classes.evict(0);
   }
   int known = 0, strangers = 0;
   for (int32_t i = 0; i < kBlocks; ++i) {
-    policy.admit(0, id_of(i + 1000000), kNone);
-    strangers += policy.reuse_class(0) > 0;
-    policy.admit(0, id_of(i), kNone);
-    known += policy.reuse_class(0) > 0;
+    classes.admit(0, id_of(i + 1000000), -1);
+    strangers += classes.reuse_class(0) > 0;
+    classes.admit(0, id_of(i), -1);
+    known += classes.reuse_class(0) > 0;
   }
   CHECK(known > kBlocks * 6 / 10);  // as many more would leave exp(-1/2) of them
   CHECK(strangers <= 10);
 }
 
-TEST_CASE_TEMPLATE("a victim has no cached child", Policy, LruPolicy, ReuseLruPolicy) {
-  constexpr int32_t kBlocks = 64;
-  Policy policy(kBlocks);
-  std::mt19937 random(11);
-  std::map<std::vector<int>, int32_t> cached;  // path from the root -> block
-  std::vector<int32_t> empty;
-  for (int32_t block = 0; block < kBlocks; ++block) empty.push_back(block);
-  const auto id = [](const std::vector<int>& path) {
-    uint64_t id = 0;
-    for (int step : path) id = id_of(id + static_cast<uint64_t>(step));
-    return id;
-  };
-  int evictions = 0;
-  for (int n = 0; n < 4000; ++n) {
-    std::vector<int> path;
-    std::vector<int32_t> blocks;
-    for (size_t depth = 1 + random() % 12; path.size() < depth;) {
-      path.push_back(static_cast<int>(random() % 3));
-      if (const auto it = cached.find(path); it != cached.end()) {
-        policy.use(it->second);
-        blocks.push_back(it->second);
-        continue;
-      }
-      if (empty.empty()) {
-        const int32_t victim = policy.victim();
-        REQUIRE(victim != Policy::kNone);
-        const auto entry = std::find_if(cached.begin(), cached.end(),
-                                        [&](const auto& e) { return e.second == victim; });
-        const auto next = std::next(entry);  // its first descendant, if it has one, follows it
-        const bool has_child =
-            next != cached.end() && next->first.size() > entry->first.size() &&
-            std::equal(entry->first.begin(), entry->first.end(), next->first.begin());
-        REQUIRE_FALSE(has_child);
-        policy.evict(victim, id(entry->first));
-        cached.erase(entry);
-        empty.push_back(victim);
-        ++evictions;
-      }
-      const int32_t block = empty.back();
-      empty.pop_back();
-      policy.admit(block, id(path), blocks.empty() ? Policy::kNone : blocks.back());
-      cached[path] = block;
-      blocks.push_back(block);
-    }
-    for (auto it = blocks.rbegin(); it != blocks.rend(); ++it) policy.release(*it);
-  }
-  CHECK(evictions > 1000);
+TEST_CASE("contents have equal names where they and their parents are equal") {
+  const std::vector<int32_t> tokens = {1, 2, 3}, others = {1, 3, 2};
+  const uint64_t id = ReuseClasses::content_id(7, tokens);
+  CHECK(ReuseClasses::content_id(7, tokens) == id);
+  CHECK(ReuseClasses::content_id(8, tokens) != id);
+  CHECK(ReuseClasses::content_id(7, others) != id);
+  CHECK(ReuseClasses::content_id(7, std::span(tokens).first(2)) != id);
 }
 
-TEST_CASE("a policy needs blocks") {
-  CHECK_THROWS_WITH_AS(LruPolicy(0), "EvictionPolicy: num_blocks: expected 1 or more, got 0",
-                       InvalidArgument);
+TEST_CASE("levels come before classes") {
+  BlockAllocator pool(3, 16, Eviction::kReuseLru);
+  const auto oldest = [](int32_t victim) { return victim; };
+  std::vector<int32_t> blocks(3);
+  REQUIRE(pool.allocate(blocks, oldest));
+  for (int32_t block : blocks) {
+    pool.mark_cached(block);
+    pool.reuse()->admit(block, id_of(static_cast<uint64_t>(block)), -1);
+  }
+  pool.set_level(0, 5);  // of the lowest class, but worth more
+  for (int n = 0; n < 3; ++n) pool.reuse()->use(1, -1);
+  for (int32_t block : blocks) pool.release(block);
+  std::vector<int32_t> order;
+  for (int32_t taken; order.size() < 3; order.push_back(taken))
+    REQUIRE(pool.allocate({&taken, 1}, oldest));
+  CHECK(order == std::vector<int32_t>{1, 2, 0});  // 1 is the older of its level
 }

@@ -79,7 +79,7 @@ void evict_all(KVCacheManager& manager) {
 }  // namespace
 
 TEST_CASE("one group is what there was") {
-  KVCacheManager plain(8, 4), one(8, 4, true, 0, {kFull});
+  KVCacheManager plain(8, 4), one(8, 4, true, 0, {.groups = {kFull}});
   CHECK(plain.num_groups() == 1);
   CHECK(one.num_groups() == 1);
   CHECK(one.num_bytes() == plain.num_bytes());
@@ -87,7 +87,7 @@ TEST_CASE("one group is what there was") {
 
 TEST_CASE("wrong groups are refused by name") {
   const auto make = [](std::vector<LayerGroup> groups) {
-    KVCacheManager manager(8, 4, true, 0, std::move(groups));
+    KVCacheManager manager(8, 4, true, 0, {.groups = std::move(groups)});
   };
   CHECK_THROWS_WITH_AS(make({window(8)}), doctest::Contains("groups[0]: expected full attention"),
                        quire::InvalidArgument);
@@ -97,14 +97,14 @@ TEST_CASE("wrong groups are refused by name") {
   CHECK_THROWS_WITH_AS(make({kFull, chunk(-1)}), doctest::Contains("chunk: expected 1 token"),
                        quire::InvalidArgument);
   CHECK_THROWS_AS(make({kFull, {Kind::kState, 3}}), quire::InvalidArgument);
-  KVCacheManager manager(8, 4, true, 0, {kFull, window(8)});
+  KVCacheManager manager(8, 4, true, 0, {.groups = {kFull, window(8)}});
   const SequenceId seq = manager.create(range(3));
   CHECK_THROWS_WITH_AS(manager.block_table(seq, 2), doctest::Contains("group: expected 0 to 1"),
                        quire::InvalidArgument);
 }
 
 TEST_CASE("blocks behind a window are given back as it moves") {
-  KVCacheManager manager(64, 4, false, 0, {kFull, window(6)});
+  KVCacheManager manager(64, 4, false, 0, {.groups = {kFull, window(6)}});
   const SequenceId seq = prefill(manager, range(10), 10);
   // The next token is at 10 and reads 5 ... 10: blocks 1 and 2.
   CHECK(manager.block_table(seq, 1)[0] == -1);
@@ -127,7 +127,7 @@ TEST_CASE("blocks behind a window are given back as it moves") {
 }
 
 TEST_CASE("a step's rows are the tables, group by group") {
-  KVCacheManager manager(64, 4, true, 0, {kFull, window(6), kState});
+  KVCacheManager manager(64, 4, true, 0, {.groups = {kFull, window(6), kState}});
   const SequenceId seq = prefill(manager, range(10), 10);
   const int32_t one = 1;
   REQUIRE(manager.step({&seq, 1}, {&one, 1}));
@@ -146,7 +146,7 @@ TEST_CASE("a step's rows are the tables, group by group") {
 }
 
 TEST_CASE("blocks of a chunk that has ended are given back") {
-  KVCacheManager manager(64, 4, false, 0, {kFull, chunk(8)});
+  KVCacheManager manager(64, 4, false, 0, {.groups = {kFull, chunk(8)}});
   const SequenceId seq = prefill(manager, range(7), 7);
   CHECK(num_held(manager, seq, 1) == 2);
   decode(manager, seq, 1);  // the next token, at 8, begins a chunk
@@ -157,7 +157,7 @@ TEST_CASE("blocks of a chunk that has ended are given back") {
 }
 
 TEST_CASE("of a window only the tail need be cached") {
-  KVCacheManager manager(64, 4, true, 0, {kFull, window(6)});
+  KVCacheManager manager(64, 4, true, 0, {.groups = {kFull, window(6)}});
   const SequenceId first = prefill(manager, range(32), 8);
   manager.free({&first, 1});
   // Blocks that left the window are idle companions; take all of those but the last ones.
@@ -176,7 +176,7 @@ TEST_CASE("of a window only the tail need be cached") {
 }
 
 TEST_CASE("a hit whose tail was evicted falls back") {
-  KVCacheManager manager(64, 4, true, 0, {kFull, window(5)});
+  KVCacheManager manager(64, 4, true, 0, {.groups = {kFull, window(5)}});
   const SequenceId seq = prefill(manager, range(24), 24);
   const SequenceId shorter = manager.create(range(13));  // holds companions of tokens 8 ... 11
   CHECK(manager.num_cached_tokens(shorter) == 12);
@@ -188,7 +188,7 @@ TEST_CASE("a hit whose tail was evicted falls back") {
 }
 
 TEST_CASE("a chunk's hit needs the blocks since the chunk began") {
-  KVCacheManager manager(64, 4, true, 0, {kFull, chunk(8)});
+  KVCacheManager manager(64, 4, true, 0, {.groups = {kFull, chunk(8)}});
   const SequenceId seq = prefill(manager, range(20), 20);
   CHECK(manager.match(range(20)).num_tokens == 16);
   CHECK(manager.match(range(20)).num_blocks == 4);  // 16 tokens: a chunk begins, nothing else
@@ -198,7 +198,7 @@ TEST_CASE("a chunk's hit needs the blocks since the chunk began") {
 }
 
 TEST_CASE("a state is found where a step ended with a block") {
-  KVCacheManager manager(64, 4, true, 0, {kFull, kState});
+  KVCacheManager manager(64, 4, true, 0, {.groups = {kFull, kState}});
   const SequenceId seq = manager.create(range(14));
   REQUIRE(run(manager, seq, 8));
   REQUIRE(run(manager, seq, 6));
@@ -219,7 +219,7 @@ TEST_CASE("a state is found where a step ended with a block") {
 }
 
 TEST_CASE("a state is not shared with a fork, and is refused between step and commit") {
-  KVCacheManager manager(64, 4, true, 0, {kFull, kState});
+  KVCacheManager manager(64, 4, true, 0, {.groups = {kFull, kState}});
   const SequenceId seq = prefill(manager, range(6), 6);
   const SequenceId child = manager.fork(seq);
   const int32_t one = 1, state = manager.block_table(seq, 1)[0];
@@ -236,7 +236,7 @@ TEST_CASE("a state is not shared with a fork, and is refused between step and co
 
 TEST_CASE("truncate: what a group gave up comes from the cache, or is computed again") {
   for (const bool caching : {true, false}) {
-    KVCacheManager manager(64, 4, caching, 0, {kFull, window(5)});
+    KVCacheManager manager(64, 4, caching, 0, {.groups = {kFull, window(5)}});
     const SequenceId seq = prefill(manager, range(24), 24);
     manager.truncate(seq, 24);  // takes the sampled token back: nothing is lacking
     CHECK(manager.num_computed_tokens(seq) == 24);
@@ -250,7 +250,7 @@ TEST_CASE("truncate: what a group gave up comes from the cache, or is computed a
 }
 
 TEST_CASE("rejected drafts cost nothing between step and commit") {
-  KVCacheManager manager(64, 4, false, 0, {kFull, window(5)});
+  KVCacheManager manager(64, 4, false, 0, {.groups = {kFull, window(5)}});
   const SequenceId seq = prefill(manager, range(11), 11);
   const int32_t drafts[] = {1, 2, 3}, three = 3, four = 4;
   REQUIRE(run(manager, seq, 1));
@@ -264,7 +264,7 @@ TEST_CASE("rejected drafts cost nothing between step and commit") {
 }
 
 TEST_CASE("companions follow pins and priorities") {
-  KVCacheManager manager(32, 4, true, 0, {kFull, window(6), kState});
+  KVCacheManager manager(32, 4, true, 0, {.groups = {kFull, window(6), kState}});
   const SequenceId seq = prefill(manager, range(16), 8);
   CHECK(manager.pin(seq) == 16);
   manager.free({&seq, 1});
@@ -287,7 +287,7 @@ TEST_CASE("companions follow pins and priorities") {
 }
 
 TEST_CASE("the predicted blocks are the allocated ones") {
-  KVCacheManager manager(256, 4, true, 0, {kFull, window(9), chunk(12), kState});
+  KVCacheManager manager(256, 4, true, 0, {.groups = {kFull, window(9), chunk(12), kState}});
   const SequenceId seq = manager.create(range(100));
   for (int32_t count : {10, 1, 30, 7, 16, 16, 20}) {
     const int64_t end = manager.num_computed_tokens(seq) + count;
@@ -307,7 +307,7 @@ TEST_CASE("the predicted blocks are the allocated ones") {
 
 TEST_CASE("a window's cap lets a long prompt into the scheduler") {
   // 40 tokens: 10 blocks of full attention and, in steps of 8, at most 5 of the window's layers.
-  KVCacheManager manager(15, 4, false, 0, {kFull, window(8)});
+  KVCacheManager manager(15, 4, false, 0, {.groups = {kFull, window(8)}});
   quire::Scheduler scheduler(manager, {.max_tokens_per_step = 8, .watermark = 0});
   scheduler.add(range(38), 2);
   CHECK_THROWS_AS(scheduler.add(range(60), 2), quire::InvalidArgument);
@@ -324,7 +324,7 @@ TEST_CASE("a window's cap lets a long prompt into the scheduler") {
 }
 
 TEST_CASE("the scheduler ends steps where a state can be kept") {
-  KVCacheManager manager(64, 4, true, 0, {kFull, window(6), kState});
+  KVCacheManager manager(64, 4, true, 0, {.groups = {kFull, window(6), kState}});
   quire::Scheduler scheduler(manager, {.max_tokens_per_step = 10, .max_seqs = 2});
   for (int32_t round = 0; round < 2; ++round) {
     scheduler.add(range(30), 3);
@@ -347,7 +347,7 @@ TEST_CASE("a scheduler under pressure finishes whatever the groups") {
         std::vector<LayerGroup>{kFull, chunk(8), kState}}) {
     for (const bool caching : {true, false})
       for (int32_t depth = 0; depth < 2; ++depth) {
-        KVCacheManager manager(26, 4, caching, depth, groups);
+        KVCacheManager manager(26, 4, caching, depth, {.groups = groups});
         quire::Scheduler scheduler(manager, {.max_tokens_per_step = 16, .max_seqs = 8});
         for (int32_t i = 0; i < 12; ++i) scheduler.add(range(5 + i, i % 3), 12);
         int32_t num_steps = 0;
@@ -365,7 +365,7 @@ TEST_CASE("a scheduler under pressure finishes whatever the groups") {
 }
 
 TEST_CASE("blocks of every group wait for running steps") {
-  KVCacheManager manager(32, 4, true, 2, {kFull, window(5), kState});
+  KVCacheManager manager(32, 4, true, 2, {.groups = {kFull, window(5), kState}});
   const SequenceId seq = manager.create(range(24));
   const int32_t count = 16, rest = 8;
   const int64_t first = manager.step({&seq, 1}, {&count, 1})->ticket();
@@ -385,7 +385,7 @@ TEST_CASE("blocks of every group wait for running steps") {
 }
 
 TEST_CASE("out of blocks changes nothing in any group") {
-  KVCacheManager manager(9, 4, true, 0, {kFull, window(5), kState});
+  KVCacheManager manager(9, 4, true, 0, {.groups = {kFull, window(5), kState}});
   const SequenceId seq = prefill(manager, range(12), 12);
   const auto tables = [&] {
     std::vector<std::vector<int32_t>> result;
@@ -419,7 +419,7 @@ TEST_CASE("random calls keep every invariant") {
                                   .max_seqs = 6,
                                   .max_tokens = 40};
     KVCacheManager manager(shape.num_blocks, shape.block_size, shape.prefix_caching,
-                           shape.async_depth, models[seed % models.size()]);
+                           shape.async_depth, {.groups = models[seed % models.size()]});
     kv_traffic::Traffic traffic(manager, manager, shape, source);
     for (int32_t i = 0; i < 400; ++i) {
       traffic.call();

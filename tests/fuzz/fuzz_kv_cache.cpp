@@ -40,7 +40,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     groups.push_back({kind, has_size ? 1 + pick(16) : 0});
   }
   quire::KVCacheManager manager(shape.num_blocks, shape.block_size, shape.prefix_caching,
-                                shape.async_depth, groups);
+                                shape.async_depth, {.groups = groups});
   kv_traffic::Traffic traffic(manager, manager, shape, bytes);
   while (!bytes.is_empty()) {
     traffic.call();

@@ -4,8 +4,9 @@
 // Every block is in exactly one state:
 //   free    no references, no contents worth keeping; in the free list
 //   used    one reference or more
-//   cached  no references, but its contents may be wanted again; in the list of its level, in the
-//           order in which they were given up. The lowest level is evicted first.
+//   cached  no references, but its contents may be wanted again; in the list of its level (and,
+//           under Eviction::kReuseLru, of its class), in the order in which they were given up. The
+//           lowest level is evicted first.
 // It knows ids and counts only; what a block holds is the prefix cache's affair.
 #pragma once
 
@@ -15,15 +16,17 @@
 #include <span>
 #include <vector>
 
+#include "quire/eviction_policy.h"
+
 namespace quire {
 
-// 8 bytes a block. Every operation on a block is O(1).
+// 8 bytes a block, 24 under kReuseLru. Every operation on a block is O(1).
 class BlockAllocator {
  public:
   static constexpr int32_t kNumLevels = 127;  // 0 ... 126
-  static constexpr int32_t kMaxBlocks = (1 << 28) - kNumLevels - 1;
+  static constexpr int32_t kMaxBlocks = (1 << 28) - kNumLevels * ReuseClasses::kNumClasses - 1;
 
-  BlockAllocator(int32_t num_blocks, int32_t block_size);
+  BlockAllocator(int32_t num_blocks, int32_t block_size, Eviction eviction = Eviction::kLru);
 
   // Fills `blocks` with ids that hold one reference each, or changes nothing and returns false.
   // Free blocks are taken first, the last freed first; then cached ones. For each of those
@@ -69,6 +72,9 @@ class BlockAllocator {
   int32_t level(int32_t block) const { return static_cast<int32_t>(entries_[block].level); }
   void set_level(int32_t block, int32_t level);
 
+  // Of Eviction::kReuseLru, else null: whoever knows the contents says what they are, and what hit.
+  ReuseClasses* reuse() { return reuse_ ? &*reuse_ : nullptr; }
+
   int32_t refcount(int32_t block) const {
     return entries_[block].is_used ? static_cast<int32_t>(entries_[block].prev) : 0;
   }
@@ -83,7 +89,10 @@ class BlockAllocator {
   int32_t num_used() const { return num_blocks_ - num_free_ - num_cached_; }
   int32_t num_available() const { return num_free_ + num_cached_; }  // what allocate() can give
   int32_t high_water() const { return high_water_; }  // most blocks ever used at once
-  int64_t num_bytes() const { return static_cast<int64_t>(entries_.size() * sizeof(Entry)); }
+  int64_t num_bytes() const {
+    return static_cast<int64_t>(entries_.size() * sizeof(Entry)) +
+           (reuse_ ? reuse_->num_bytes() : 0);
+  }
 
   // Walks everything; throws InvariantError.
   void validate() const;
@@ -97,12 +106,20 @@ class BlockAllocator {
 
   // Lists of cached blocks are circular through sentinels that lie behind the blocks. The free
   // list is a stack.
-  int32_t cached_list(int32_t level) const { return num_blocks_ + level; }
+  int32_t num_classes() const { return reuse_ ? ReuseClasses::kNumClasses : 1; }
+  int32_t cached_list(int32_t level, int32_t reuse_class = 0) const {
+    return num_blocks_ + level * num_classes() + reuse_class;
+  }
+  int32_t list_of(int32_t block) const {
+    return cached_list(level(block), reuse_ ? reuse_->reuse_class(block) : 0);
+  }
+  bool is_empty(int32_t list) const { return next(list) == list; }
   int32_t next(int32_t block) const { return static_cast<int32_t>(entries_[block].next); }
   int32_t prev(int32_t block) const { return static_cast<int32_t>(entries_[block].prev); }
   void insert_after(int32_t position, int32_t block);
   void unlink(int32_t block);
-  int32_t victim();  // the first cached block of the lowest level that has any
+  int32_t victim();  // a cached block of the lowest level that has any: the first, of its class
+  int32_t victim_of_classes();
   void take_free(std::span<int32_t> blocks);
   void take_cached(int32_t block);
   void revive(int32_t block);
@@ -112,7 +129,7 @@ class BlockAllocator {
     first_free_ = block;
     ++num_free_;
   }
-  int32_t check_list(int32_t level) const;
+  int32_t check_list(int32_t level, int32_t reuse_class) const;
   void check_free_list() const;
 
   int32_t num_blocks_;
@@ -122,7 +139,8 @@ class BlockAllocator {
   int32_t num_cached_ = 0;
   int32_t high_water_ = 0;
   int32_t lowest_level_ = kNumLevels;  // no cached block is of a lower one
-  std::vector<Entry> entries_;         // [num_blocks + kNumLevels]
+  std::optional<ReuseClasses> reuse_;
+  std::vector<Entry> entries_;  // [num_blocks + kNumLevels * num_classes]
 };
 
 }  // namespace quire

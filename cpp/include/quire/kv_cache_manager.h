@@ -46,8 +46,10 @@
 #include <vector>
 
 #include "quire/block_allocator.h"
+#include "quire/block_keys.h"
 #include "quire/block_table.h"
 #include "quire/decode_loop.h"
+#include "quire/event_log.h"
 #include "quire/layer_groups.h"
 #include "quire/prefix_cache.h"
 #include "quire/priority_mutex.h"
@@ -98,6 +100,13 @@ struct KVCacheStats {
   int64_t evicted_blocks;       // cached blocks whose contents were given up
   int32_t pinned_blocks;        // of the used ones, those that pin() holds
   int32_t fenced_blocks;        // of the used ones, those that wait for retire() alone
+  int64_t lost_events;          // that nobody took in time
+};
+
+struct KVCacheOptions {
+  Eviction eviction = Eviction::kLru;
+  int32_t event_capacity = 0;      // events kept for take_events(); 0: none are made
+  std::vector<LayerGroup> groups;  // the first is full attention; none: that one alone
 };
 
 // Blocks of one layer group.
@@ -109,9 +118,8 @@ struct LayerGroupStats {
 class KVCacheManager {
  public:
   // async_depth: how many steps may run while the host plans on; 0: the host waits for each.
-  // groups: the first is full attention; none: that one alone.
   KVCacheManager(int32_t num_blocks, int32_t block_size, bool prefix_caching = true,
-                 int32_t async_depth = 0, std::vector<LayerGroup> groups = {});
+                 int32_t async_depth = 0, const KVCacheOptions& options = {});
   KVCacheManager(const KVCacheManager&) = delete;
   ~KVCacheManager();
 
@@ -174,6 +182,11 @@ class KVCacheManager {
                              int64_t max_step = std::numeric_limits<int64_t>::max()) const;
   // Blocks of all groups that a sequence alone needs for so many tokens, computed likewise.
   int64_t num_blocks_for(int64_t num_tokens, int64_t max_step) const;
+
+  // What happened to cached blocks since the last call, the oldest first; a gap in their numbers
+  // stands for events that were lost. Whoever takes all of them knows which blocks are cached.
+  std::vector<CacheEvent> take_events();
+  std::vector<int32_t> cached_blocks() const;  // all whose contents can be found
 
   std::vector<int32_t> tokens(SequenceId seq) const;
   std::span<const int32_t> pending_tokens(SequenceId seq) const;  // known, and not computed
@@ -348,6 +361,20 @@ class KVCacheManager {
   };
   void collect_held(PatientLock& lock, std::vector<Held>* held) const;
   void count_used(PatientLock& lock, KVCacheStats* stats) const;
+
+  // Called where a block enters the prefix cache, is hit, or is about to leave. Free of cost while
+  // nothing follows along.
+  void on_stored(int32_t block) {
+    if (is_watched_) watch_stored(block);
+  }
+  void on_hit(int32_t block) {
+    if (is_watched_) watch_hit(block);
+  }
+  void watch_stored(int32_t block);
+  void watch_hit(int32_t block);
+  void watch_evicted(int32_t block);
+  void push_event(CacheEventKind kind, int32_t block);
+  uint64_t root_id(int32_t root) const;
   void validate_sequence(const Sequence& seq) const;
   std::vector<int32_t> count_references() const;
 
@@ -373,6 +400,10 @@ class KVCacheManager {
   int64_t prefix_query_tokens_ = 0;
   int64_t prefix_hit_tokens_ = 0;
   int64_t evicted_blocks_ = 0;
+
+  bool is_watched_ = false;  // one of the next two, or Eviction::kReuseLru
+  std::optional<EventLog> events_;
+  std::optional<BlockKeys> keys_;  // where events want them
 
   // While the loop runs, its sequences' tokens and counts lag behind: settle() brings them up.
   DecodeLoop loop_;

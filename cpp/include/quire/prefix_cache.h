@@ -37,6 +37,7 @@ class PrefixCache {
   void hold_root(int32_t root) { ++root_of(root).num_holders; }  // one that is held already
   void close_root(int32_t root);
   int32_t find_root(Salt salt) const;
+  Salt salt(int32_t root) const { return root_of(root).salt; }  // of an open one
 
   // The child of `parent` (a cached block or a root) that begins with most of `count` tokens
   // (at most block_size), and how many those are. No block where not even one is equal. Of

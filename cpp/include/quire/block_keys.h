@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// BlockKeys: the chain keys of cached blocks, each computed when it is first asked for.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "quire/chain_key.h"
+#include "quire/prefix_cache.h"
+
+namespace quire {
+
+// 33 bytes a block. One SHA-256 a block, as its parent stays cached as long as it does itself.
+class BlockKeys {
+ public:
+  explicit BlockKeys(int32_t num_blocks) : keys_(num_blocks), is_known_(num_blocks, 0) {}
+
+  // Of a cached block, or of a root.
+  ChainKey key(const PrefixCache& cache, int32_t block);
+
+  void forget(int32_t block) { is_known_[block] = 0; }  // it leaves the cache
+
+  int64_t num_bytes() const {
+    return static_cast<int64_t>(keys_.size() * (sizeof(ChainKey) + sizeof is_known_[0]));
+  }
+
+ private:
+  std::vector<ChainKey> keys_;
+  std::vector<uint8_t> is_known_;
+  std::vector<int32_t> path_;  // scratch
+};
+
+}  // namespace quire
