@@ -98,11 +98,11 @@ QUIRE_INLINE void load2(const T* p, Vec* v) {
     v[0] = load(p);
     v[1] = load(p + kWidth);
   }
-  QUIRE_INLINE void load2(const BFloat16* p, Vec* v) {
-    const __m512i pairs = _mm512_loadu_si512(p);
-    v[0] = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
-    v[1] = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)))};
-  }
+}
+QUIRE_INLINE void load2(const BFloat16* p, Vec* v) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  v[0] = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+  v[1] = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)))};
 }
 QUIRE_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 QUIRE_INLINE void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }

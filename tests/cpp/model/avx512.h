@@ -43,6 +43,9 @@ QUIRE_INLINE __m512 _mm512_loadu_ps(const void* p) {
   std::memcpy(&a, p, sizeof(a));
   return a;
 }
+QUIRE_INLINE __m512i _mm512_loadu_si512(const void* p) {
+  return _mm512_castps_si512(_mm512_loadu_ps(p));
+}
 QUIRE_INLINE void _mm512_storeu_ps(void* p, __m512 a) { std::memcpy(p, &a, sizeof(a)); }
 template <class V, class T>
 QUIRE_INLINE V load_masked(uint64_t mask, const void* p) {
