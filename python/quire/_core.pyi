@@ -371,11 +371,11 @@ class KVCacheManager:
     `prefix_caching` shares the blocks of equal prefixes; `async_depth` is how many
     steps may run while the host plans on (see retire).
 
+    `groups`: what the model's layers read, the first full attention; see LayerGroup.
+
     Any number of threads may call every method. match() and stats() release the GIL
     and give way to the others after every few blocks, so that they don't hold up whoever
     plans the steps. A StepBatch is for the thread that steps.
-
-    `groups`: what the model's layers read, the first full attention; see LayerGroup.
 
     Steps of the same sequences with one token each cost least, with all arguments as
     arrays: `ids = np.array([seq.id for seq in seqs])`.
@@ -737,6 +737,48 @@ def chain_keys(token_ids: numpy.typing.ArrayLike, block_size: int, salt: str | N
 
         keys = quire.chain_keys(prompt, block_size=16)
         store.put(keys[0], payload)
+    """
+
+def export_blocks(pools: _Sequence[Any], blocks: numpy.typing.ArrayLike) -> numpy.typing.NDArray[numpy.int64]:
+    """
+    Where blocks lie, to be read by what carries them: int64 [n, 2], (address, bytes).
+
+    `pools`: tensors [num_blocks, ...] of any dtype, device and framework, the last dimension
+    contiguous: KVCache.pools, or views of your own; `blocks`: int32 ids. Blocks of pool 0
+    come first, in the order given, each in the order of its strides, the longest first;
+    neighbours are merged. Both ends agree on what byte goes where if their pools have the
+    same shapes but for num_blocks, dtypes and order of dimensions. Nothing is read; the
+    addresses hold as long as the pools live.
+
+    Raises ValueError for a block id outside a pool, and for a tensor that is no pool.
+
+    Example::
+
+        ranges = quire.export_blocks(cache.pools, seq.block_table)
+    """
+
+def import_blocks(pools: _Sequence[Any], blocks: numpy.typing.ArrayLike) -> numpy.typing.NDArray[numpy.int64]:
+    """
+    Where blocks are to be written: the list of export_blocks, for the other end.
+
+    Raises ValueError also for a block that is named twice, and for memory that is read-only
+    or would be written twice.
+
+    Example::
+
+        ranges = quire.import_blocks(cache.pools, seq.block_table)
+    """
+
+def pair_ranges(sources: numpy.typing.NDArray[numpy.int64], destinations: numpy.typing.NDArray[numpy.int64]) -> numpy.typing.NDArray[numpy.int64]:
+    """
+    Cuts two lists of as many bytes into pieces of one size: int64 [n, 3], (source address,
+    destination address, bytes), for transfers that name both ends.
+
+    Raises ValueError for lists of different sizes.
+
+    Example::
+
+        pieces = quire.pair_ranges(theirs, quire.import_blocks(cache.pools, ids))
     """
 
 class KVTicket:
