@@ -4,10 +4,10 @@
     python tests/emulator/mutations.py [--only TEXT]
 
 A mutation is a change of one place of the kernels' source. The kernel is built with it and run by
-test_mutation.cpp (or test_mutation_sm90.cpp) over a few cases, several seeds and all modes of asynchronous copies; it counts
-as caught when every seed reports an error of the emulator or a wrong result in some case. The
-unchanged source must pass every one. Takes about ten seconds a mutation, so it is not part of
-the ordinary tests."""
+test_mutation.cpp, or test_mutation_sm90.cpp, over a few cases, several seeds and all modes of
+asynchronous copies; it counts as caught when every seed reports an error of the emulator or a wrong
+result in some case. The unchanged source must pass every one. Takes about ten seconds a mutation,
+so it is not part of the ordinary tests."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ MUTATIONS = [
              "mbarrier_arrive_expect(full, Traits::kWarpKeys * Traits::kHeadDim * 2);",
              "mbarrier_arrive(full);"),
     Mutation("sm90: half of the bytes are announced", H,
-             "Traits::kWarpKeys * Traits::kHeadDim * 2);", "Traits::kWarpKeys * Traits::kHeadDim);"),
+             "Traits::kHeadDim * 2);", "Traits::kHeadDim);"),
     Mutation("sm90: the producer waits for the wrong parity", H,
              "ring.parity ^ 1);", "ring.parity);"),
     Mutation("sm90: keys are waited for with the wrong parity", H,
