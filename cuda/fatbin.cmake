@@ -1,5 +1,5 @@
 # cmake -DNVCC=... -DSTEM=... -P fatbin.cmake -- FLAGS: STEM.cu -> STEM.fatbin, with what ptxas says
-# in STEM.log. Two of its remarks mean that a kernel is not what was written: they fail the build.
+# in STEM.log. Some of its remarks mean that a kernel is not what was written: they fail the build.
 set(flags "")
 set(seen FALSE)
 math(EXPR last "${CMAKE_ARGC} - 1")
@@ -16,7 +16,7 @@ file(WRITE ${STEM}.log "${log}")
 if(NOT status EQUAL 0)
   message(FATAL_ERROR "${log}")
 endif()
-if(log MATCHES "[^\n]*\\(C75(08|10)\\)[^\n]*")
+if(log MATCHES "[^\n]*\\(C75(08|1[0-9])\\)[^\n]*")
   file(REMOVE ${STEM}.fatbin)
   message(FATAL_ERROR "${CMAKE_MATCH_0}")
 endif()

@@ -78,7 +78,9 @@ def read_opcodes(path: Path) -> dict[tuple[str, str], set[str]]:
         elif match := re.match(r"\s*Function : (\w+)", line):
             kernel = match[1]
         else:
-            found[kernel, arch].update(opcode for opcode in OPCODES + SM90_OPCODES if opcode in line)
+            found[kernel, arch].update(
+                opcode for opcode in OPCODES + SM90_OPCODES if opcode in line
+            )
     return found
 
 
@@ -104,7 +106,9 @@ def check(resources: dict, opcodes: dict) -> list[str]:
             allowed = allowed_stack(kernel)
             if stack > allowed:
                 errors.append(f"{name}: {stack} bytes of stack, allowed {allowed}")
-            missing = [opcode for opcode in opcodes_of(kernel) if opcode not in opcodes[kernel, arch]]
+            missing = [
+                opcode for opcode in opcodes_of(kernel) if opcode not in opcodes[kernel, arch]
+            ]
             if missing:
                 errors.append(f"{name}: no {', '.join(missing)}")
     return errors
