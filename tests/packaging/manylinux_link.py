@@ -29,9 +29,9 @@ uint32_t arc4random(void) {
   return value;
 }
 """
-# A library shows what is quire's, a Python module its one function.
+# The library shows what is quire's, a Python module and the CUDA plugin their one function.
 LIBRARY = "{ global: quire_*; _Z*5quire*; local: *; };"
-MODULE = "{ global: PyInit_*; local: *; };"
+MODULE = "{ global: PyInit_*; quire_cuda_backend; local: *; };"
 
 
 def of_compiler(name: str) -> str:

@@ -29,26 +29,31 @@ def run(*command: object, **options) -> str:
 
 
 @pytest.fixture(scope="module")
-def cmake_dirs(tmp_path_factory) -> dict[str, Path]:
-    """The CMake package of a prefix, filled from the build folder that test_cpp() uses, and of the
-    Python package."""
+def prefix(tmp_path_factory) -> Path:
+    """The CMake package of a prefix, filled from the build folder that test_cpp() uses."""
     prefix = tmp_path_factory.mktemp("prefix")
     run("cmake", "--preset", "dev", "-DCMAKE_INSTALL_LIBDIR=lib")
     run("cmake", "--build", "--preset", "dev", "--target", "quire", "quire_static")
     run("cmake", "--install", "build-dev", "--prefix", prefix)
-    return {"prefix": prefix / "lib/cmake/quire", "package": Path(quire.get_cmake_dir())}
+    return prefix / "lib/cmake/quire"
+
+
+@pytest.fixture
+def cmake_dir(where, request) -> Path:
+    """The CMake package of a prefix, or of the Python package."""
+    return request.getfixturevalue("prefix") if where == "prefix" else Path(quire.get_cmake_dir())
 
 
 @pytest.mark.parametrize("where", ["prefix", "package"])
 @pytest.mark.parametrize("link", ["shared", "static"])
 @pytest.mark.parametrize("example", ["embed_cmake", "embed_c"])
-def test_example(example, link, where, cmake_dirs, tmp_path):
+def test_example(example, link, cmake_dir, tmp_path):
     flags = {"embed_cmake": [f"-DCMAKE_CXX_FLAGS={WARNINGS}"]}.get(
         example, [f"-DCMAKE_C_FLAGS={WARNINGS} -pedantic"]
     )
     static = "ON" if link == "static" else "OFF"
     configure = ("cmake", "-G", "Ninja", "-S", EXAMPLES / example, "-B", tmp_path, *flags)
-    run(*configure, f"-Dquire_DIR={cmake_dirs[where]}", f"-DEMBED_STATIC={static}")
+    run(*configure, f"-Dquire_DIR={cmake_dir}", f"-DEMBED_STATIC={static}")
     commands = run("cmake", "--build", tmp_path, "--verbose")
     assert all(flag in commands for flag in WARNINGS.split())
     assert example != "embed_c" or ("-std=c99" in commands and "-pedantic" in commands)
@@ -58,8 +63,8 @@ def test_example(example, link, where, cmake_dirs, tmp_path):
 
 @pytest.mark.parametrize("where", ["prefix", "package"])
 @pytest.mark.skipif(not shutil.which("pkg-config"), reason="needs pkg-config")
-def test_pkg_config(where, cmake_dirs, tmp_path):
-    lib = cmake_dirs[where].parents[1]
+def test_pkg_config(cmake_dir, tmp_path):
+    lib = cmake_dir.parents[1]
     environment = os.environ | {"PKG_CONFIG_PATH": str(lib / "pkgconfig")}
     flags = run("pkg-config", "--cflags", "--libs", "quire", env=environment).split()
     engine = tmp_path / "engine"
