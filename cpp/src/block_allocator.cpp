@@ -2,6 +2,8 @@
 // Intrusive lists over one pair of links a block: it is in at most one of them.
 #include "quire/block_allocator.h"
 
+#include <numeric>
+
 #include "quire/error.h"
 
 namespace quire {
@@ -20,7 +22,8 @@ BlockAllocator::BlockAllocator(int32_t num_blocks, int32_t block_size, Eviction 
   for (int32_t at = num_blocks; at < static_cast<int32_t>(entries_.size()); ++at)
     entries_[at].prev = entries_[at].next = static_cast<uint32_t>(at);
   for (int32_t i = 0; i < num_blocks; ++i)
-    entries_[i] = {0, static_cast<uint32_t>(i + 1), kStartLevel, 0};
+    entries_[i] = {static_cast<uint32_t>(num_blocks - i), static_cast<uint32_t>(i + 1), kStartLevel,
+                   0};
 }
 
 void BlockAllocator::insert_after(int32_t position, int32_t block) {
@@ -53,15 +56,39 @@ int32_t BlockAllocator::victim_of_classes() {
   }
 }
 
+// Run by run: within one no load waits for another.
 void BlockAllocator::take_free(std::span<int32_t> blocks) {
-  int32_t block = first_free_;
-  for (int32_t& taken : blocks) {
-    taken = block;
-    block = next(block);
-    entries_[taken] = {1, 0, kStartLevel, 1};
-  }
-  first_free_ = block;
   num_free_ -= static_cast<int32_t>(blocks.size());
+  while (!blocks.empty()) {
+    const int32_t first = first_free_;
+    const int32_t count =
+        static_cast<int32_t>(std::min<size_t>(entries_[first].prev, blocks.size()));
+    first_free_ = next(first + count - 1);
+    std::fill_n(entries_.begin() + first, count, Entry{1, 0, kStartLevel, 1});
+    std::iota(blocks.begin(), blocks.begin() + count, first);
+    blocks = blocks.subspan(static_cast<size_t>(count));
+  }
+}
+
+// Most are held once and not worth keeping. The head of the free list stays in registers for those.
+void BlockAllocator::release(std::span<const int32_t> blocks) {
+  Entry* const entries = entries_.data();
+  for (size_t i = blocks.size(); i > 0;) {
+    int32_t first = first_free_;
+    uint32_t run = num_free_ > 0 ? entries[first].prev : 0;
+    const size_t begin = i;
+    for (; i > 0; --i) {
+      const int32_t block = blocks[i - 1];
+      const Entry entry = entries[block];
+      if (entry.prev != 1 || entry.next != 0) break;
+      run = first == block + 1 ? run + 1 : 1;
+      entries[block] = {run, static_cast<uint32_t>(first), kStartLevel, 0};
+      first = block;
+    }
+    first_free_ = first;
+    num_free_ += static_cast<int32_t>(begin - i);
+    if (i > 0) release(blocks[--i]);
+  }
 }
 
 void BlockAllocator::take_cached(int32_t block) {
@@ -114,6 +141,9 @@ void BlockAllocator::check_free_list() const {
   for (int32_t i = 0; i < num_free_; ++i, block = next(block)) {
     QUIRE_INVARIANT(block >= 0 && block < num_blocks_, "the free list holds ", block);
     QUIRE_INVARIANT(!entries_[block].is_used, "block ", block, ": free and referenced");
+    const bool goes_on = i + 1 < num_free_ && next(block) == block + 1;
+    QUIRE_INVARIANT(prev(block) == 1 || (goes_on && prev(block) == 1 + prev(block + 1)), "block ",
+                    block, ": a run of ", prev(block), " free blocks is none");
   }
 }
 

@@ -143,11 +143,10 @@ void KVCacheManager::trim(Sequence& seq, int32_t num_blocks) {
   if (has_retention_)
     for (int32_t block : blocks) retain(seq.retention, block);
   const bool is_simple = expiries_.empty() && (async_depth_ == 0 || last_ticket_ == last_retired_);
-  for (size_t i = blocks.size(); i-- > 0;)
-    if (is_simple)
-      allocator_.release(blocks[i]);
-    else
-      release(blocks[i]);
+  if (is_simple)
+    allocator_.release(blocks);
+  else
+    for (size_t i = blocks.size(); i-- > 0;) release(blocks[i]);
   seq.table.truncate(num_blocks);
 }
 

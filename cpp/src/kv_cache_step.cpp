@@ -290,11 +290,14 @@ bool KVCacheManager::fits_loop() const {
 
 // Asks for the memory of sequences that lie far apart before any of it is needed.
 void KVCacheManager::prefetch_rows(int32_t first_rank, int32_t last_rank) const {
-  for (int32_t rank = first_rank; rank < last_rank; ++rank)
-    __builtin_prefetch(&sequences_[loop_seqs_[loop_.row(rank)].index()].tokens);
+  for (int32_t rank = first_rank; rank < last_rank; ++rank) {
+    const Sequence* seq = &sequences_[loop_seqs_[loop_.row(rank)].index()];
+    __builtin_prefetch(seq, 1);
+    __builtin_prefetch(&seq->was_attached, 1);
+  }
   for (int32_t rank = first_rank; rank < last_rank; ++rank) {
     const Sequence& seq = sequences_[loop_seqs_[loop_.row(rank)].index()];
-    __builtin_prefetch(seq.tokens.data() + seq.tokens.size());
+    __builtin_prefetch(seq.tokens.data() + seq.tokens.size(), 1);
     seq.table.prefetch_end();
   }
 }
@@ -303,12 +306,14 @@ const StepBatch* KVCacheManager::step_loop() {
   const auto [first, last] = loop_.beginning();
   if (!allocate(last - first)) return nullptr;
   prefetch_rows(first, last);
+  for (int32_t rank = first; rank < last; ++rank) {
+    const int32_t row = loop_.row(rank);
+    batch_.prefetch(row, sequence_of(loop_seqs_[row]).table.size());
+  }
   batch_.advance(++last_ticket_);
   for (int32_t rank = first; rank < last; ++rank) {
     const int32_t row = loop_.row(rank);
-    Sequence& seq = sequence_of(loop_seqs_[row]);
-    seq.table.append(new_blocks_[rank - first]);
-    batch_.rewrite(row, seq.table);
+    batch_.begin_block(row, sequence_of(loop_seqs_[row]).table, new_blocks_[rank - first]);
   }
   for (int32_t row : replaced_rows_) batch_.rewrite(row, sequence_of(loop_seqs_[row]).table);
   replaced_rows_.clear();
@@ -320,15 +325,18 @@ void KVCacheManager::commit_loop(std::span<const int32_t> sampled) {
   const auto [first, last] = loop_.filling();
   prefetch_rows(first, last);
   for (int32_t rank = first; cache_ && rank < last; ++rank) {
-    const BlockTable& table = sequence_of(loop_seqs_[loop_.row(rank)]).table;
-    cache_->prefetch(table[table.size() - 1]);
+    const Sequence& seq = sequence_of(loop_seqs_[loop_.row(rank)]);
+    const int32_t index = seq.table.size() - 1;
+    cache_->prefetch(seq.table[index], index == 0 ? seq.root : seq.table[index - 1]);
+    allocator_.prefetch(seq.table[index]);
   }
-  for (int32_t rank = first; rank < last; ++rank) {
+  // All are drained before the first is published, which reads what was written by then.
+  for (int32_t rank = first; rank < last; ++rank)
+    loop_.drain_filling(rank, &sequence_of(loop_seqs_[loop_.row(rank)]).tokens);
+  for (int32_t rank = first; cache_ && rank < last; ++rank) {
     const int32_t row = loop_.row(rank);
     Sequence& seq = sequence_of(loop_seqs_[row]);
-    loop_.drain_filling(rank, &seq.tokens);
-    if (!cache_) continue;
-    const int32_t index = batch_.positions()[row] / block_size_;
+    const int32_t index = seq.table.size() - 1;  // the loop has no blocks ahead
     const int32_t block = seq.table[index];
     publish(seq, index);
     if (seq.table[index] != block) replaced_rows_.push_back(row);

@@ -100,6 +100,17 @@ void StepBatch::advance(int64_t ticket) {
   for (int32_t i = 0; i < batch_size_; ++i) ++slots[i];
 }
 
+void StepBatch::begin_block(int32_t row, BlockTable& table, int32_t block) {
+  const int32_t column = table.size();
+  if (!table.append_written(block, row)) return rewrite(row, table);
+  const int32_t index = static_cast<int32_t>(row * block_table_stride_) + column;
+  block_table_[index] = block;
+  changes_.push_back(index);
+  changes_.push_back(block);
+  max_blocks_ = std::max(max_blocks_, column + 1);
+  slot_mapping_[row] = table.first_slot(block);
+}
+
 void StepBatch::rewrite(int32_t row, BlockTable& table) {
   const int32_t num_blocks = table.blocks_for(seq_lens_[row]);
   max_blocks_ = std::max(max_blocks_, num_blocks);

@@ -3,6 +3,7 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <random>
 #include <vector>
 
@@ -164,4 +165,43 @@ TEST_CASE("random traffic keeps the pool consistent") {
   for (int32_t block : held) pool.release(block);
   CHECK(pool.num_used() == 0);
   pool.validate();
+}
+
+TEST_CASE("runs of the free list, however it came about: each block is handed out once") {
+  BlockAllocator pool(64, 16);
+  std::mt19937 random(5);
+  std::vector<Ids> held;
+  for (int turn = 0; turn < 2000; ++turn) {
+    if (random() % 2) {
+      held.emplace_back(random() % 12);
+      if (!fill(pool, held.back())) held.pop_back();
+    } else if (!held.empty()) {
+      std::swap(held[random() % held.size()], held.back());
+      Ids blocks = held.back();
+      held.pop_back();
+      if (random() % 3 == 0) std::shuffle(blocks.begin(), blocks.end(), random);
+      if (!blocks.empty() && random() % 3 == 0) {  // one of them is held twice, one worth keeping
+        pool.share(blocks[0]);
+        pool.mark_cached(blocks.back());
+        held.push_back({blocks[0]});
+      }
+      pool.release(blocks);
+    }
+    pool.validate();
+    size_t num_held = 0;
+    std::vector<int> seen(64, 0);
+    for (const Ids& blocks : held)
+      for (int32_t block : blocks) {
+        ++num_held;
+        CHECK(++seen[block] <= pool.refcount(block));
+      }
+    CHECK(num_held == static_cast<size_t>(pool.num_used()));
+  }
+}
+
+TEST_CASE("a list of blocks is given back the last first") {
+  BlockAllocator pool(8, 16);
+  const Ids blocks = take(pool, 5);
+  pool.release(blocks);
+  CHECK(take(pool, 6) == Ids{0, 1, 2, 3, 4, 5});
 }

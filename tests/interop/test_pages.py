@@ -34,7 +34,8 @@ def run(code: str) -> None:
 
 
 def test_each_section_has_its_example_and_each_page_its_blocks():
-    assert [title for title, _ in SECTIONS] == ["Any other framework", "Several processes"]
+    titles = [title for title, _ in SECTIONS]
+    assert titles == ["Layers that differ", "Any other framework", "Several processes"]
     assert README.count("```python") == len(SECTIONS)
     for name in ("numpy", "torch", "jax", "transformers"):
         assert program((ROOT / f"python/docs/{name}.md").read_text()).count("assert ") >= 4

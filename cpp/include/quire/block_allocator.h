@@ -63,6 +63,9 @@ class BlockAllocator {
       make_free(block);
   }
 
+  // release() of each, the last first.
+  void release(std::span<const int32_t> blocks);
+
   // Whether the contents of a used block are worth keeping once nobody holds it.
   void mark_cached(int32_t block) { entries_[block].next = 1; }
   void unmark_cached(int32_t block) { entries_[block].next = 0; }
@@ -74,6 +77,8 @@ class BlockAllocator {
 
   // Of Eviction::kReuseLru, else null: whoever knows the contents says what they are, and what hit.
   ReuseClasses* reuse() { return reuse_ ? &*reuse_ : nullptr; }
+  // Asks for the memory of a block whose state is about to change.
+  void prefetch(int32_t block) const { __builtin_prefetch(&entries_[block], 1); }
 
   int32_t refcount(int32_t block) const {
     return entries_[block].is_used ? static_cast<int32_t>(entries_[block].prev) : 0;
@@ -98,7 +103,8 @@ class BlockAllocator {
   void validate() const;
 
  private:
-  // A cached block's neighbours in its list; a free one's successor (next); a used one's references
+  // A cached block's neighbours in its list; a free one's successor (next) and the length (prev) of
+  // the run of consecutive ids that the list goes on with, itself included; a used one's references
   // (prev) and whether it is worth keeping (next).
   struct Entry {
     uint64_t prev : 28, next : 28, level : 7, is_used : 1;
@@ -125,7 +131,8 @@ class BlockAllocator {
   void revive(int32_t block);
   void make_cached(int32_t block);
   void make_free(int32_t block) {
-    entries_[block] = {0, static_cast<uint32_t>(first_free_), kStartLevel, 0};
+    const uint32_t run = num_free_ > 0 && first_free_ == block + 1 ? entries_[block + 1].prev : 0;
+    entries_[block] = {run + 1, static_cast<uint32_t>(first_free_), kStartLevel, 0};
     first_free_ = block;
     ++num_free_;
   }

@@ -32,13 +32,22 @@ class BlockTable {
     return int64_t{(*this)[static_cast<int32_t>(position / block_size_)]} * block_size_ +
            position % block_size_;
   }
+  int64_t first_slot(int32_t block) const { return int64_t{block} * block_size_; }
   // The first position behind the block of a token.
   int64_t block_end(int64_t position) const {
     return position - position % block_size_ + block_size_;
   }
 
-  void prefetch_end() const { __builtin_prefetch(own_.data() + own_.size()); }
+  void prefetch_end() const { __builtin_prefetch(own_.data() + own_.size(), 1); }
   void append(int32_t block) { own_.push_back(block); }
+  // Appends a block that the caller writes to row `row` of a batch's table itself. False: that row
+  // lacks earlier changes, too.
+  bool append_written(int32_t block, int32_t row) {
+    const bool is_all = row_ == row && num_written_ == size();
+    own_.push_back(block);
+    num_written_ += is_all;
+    return is_all;
+  }
   void append(std::span<const int32_t> blocks);
   // These two reach own ids only.
   void replace(int32_t index, int32_t block);

@@ -229,19 +229,20 @@ class KVCacheManager {
     BlockTable table;
     int32_t num_behind = 0;  // leading entries that were given back
   };
-  struct Sequence {
+  // What a decode step reads comes first, in two cache lines.
+  struct alignas(64) Sequence {
     SequenceId id;     // no sequence: an unused entry
     int32_t root = 0;  // of the prefix cache
     int32_t row = -1;  // of the running DecodeLoop
+    Trunk* trunk = nullptr;
+    std::vector<int32_t> tokens;  // behind the trunk's
+    BlockTable table{1};
     bool was_attached = false;
     Retention retention;
     int64_t num_computed = 0;
     int64_t num_planned = 0;  // beyond num_computed
     int64_t num_cached = 0;
     uint64_t visit = 0;  // the latest call that named this sequence
-    Trunk* trunk = nullptr;
-    std::vector<int32_t> tokens;  // behind the trunk's
-    BlockTable table{1};
     std::vector<GroupTable> groups;  // but the first
     int64_t num_trunk_tokens() const {
       return trunk ? static_cast<int64_t>(trunk->tokens.size()) : 0;

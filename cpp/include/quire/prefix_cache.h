@@ -74,10 +74,12 @@ class PrefixCache {
   }
   std::vector<int32_t> tokens(int32_t block) const;
 
-  // Asks for the memory of a block that is about to be inserted.
-  void prefetch(int32_t block) const {
+  // Asks for the memory of a block that is about to be inserted under a parent.
+  void prefetch(int32_t block, int32_t parent) const {
     __builtin_prefetch(&nodes_[block], 1);
+    if (parent >= 0) __builtin_prefetch(&nodes_[parent], 1);
     __builtin_prefetch(&rows_[block * row_bytes_], 1);
+    __builtin_prefetch(&rows_[(block + 1) * row_bytes_ - 1], 1);
   }
 
   int32_t size() const { return size_; }

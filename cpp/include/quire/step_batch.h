@@ -82,10 +82,14 @@ class StepBatch {
   void add_copy(int32_t source, int32_t destination);
 
   // Or, where the rows are those of the step before and each has one new token behind its last:
-  // advance(), and then rewrite() of each row whose table is another than before. A new token that
-  // begins a block has its slot from rewrite() too.
+  // advance(), then begin_block() of each row whose new token begins one, and rewrite() of each
+  // whose table is another than before.
   void advance(int64_t ticket);
+  void begin_block(int32_t row, BlockTable& table, int32_t block);  // appends the block, too
   void rewrite(int32_t row, BlockTable& table);
+  void prefetch(int32_t row, int32_t column) const {
+    __builtin_prefetch(block_table_.data() + row * block_table_stride_ + column, 1);
+  }
 
  private:
   int64_t stride_for(int32_t max_blocks) const;
