@@ -17,16 +17,20 @@ namespace quire::cuda {
 namespace {
 
 constexpr const char* kFeatures = "dense ragged paged causal window softcap alibi sinks mask lse";
+constexpr const char* kQuantisedFeatures =
+    "paged causal window softcap alibi sinks mask lse scales";
 
 // Rows of q, k, v and out begin at multiples of 16 bytes.
 bool is_aligned(const AttentionParams& p) {
   for (const void* pointer : {p.q, p.k, p.v, static_cast<const void*>(p.out)})
     if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
-  for (const int64_t stride :
-       {p.q_stride_seq, p.q_stride_row, p.q_stride_head, p.k_stride_seq, p.k_stride_block,
-        p.k_stride_row, p.k_stride_head, p.v_stride_seq, p.v_stride_block, p.v_stride_row,
-        p.v_stride_head, p.out_stride_seq, p.out_stride_row, p.out_stride_head})
+  for (const int64_t stride : {p.q_stride_seq, p.q_stride_row, p.q_stride_head, p.out_stride_seq,
+                               p.out_stride_row, p.out_stride_head})
     if (stride % device::kPiece != 0) return false;
+  const bool has_codes = p.kv_dtype == ElementType::kFloat8E4M3;
+  for (const int64_t stride : {p.k_stride_seq, p.k_stride_block, p.k_stride_row, p.k_stride_head,
+                               p.v_stride_seq, p.v_stride_block, p.v_stride_row, p.v_stride_head})
+    if (stride % (has_codes ? 2 * device::kPiece : device::kPiece) != 0) return false;
   return true;
 }
 
@@ -118,11 +122,11 @@ class CudaBackend final : public Backend {
 
   void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
                  const TensorView& v_cache, const TensorView& slot_mapping, const Rope* rope,
-                 const KvScales&, const Stream& stream) const override {
-    if (is_quantised(k_cache.dtype))
+                 const KvScales& scales, const Stream& stream) const override {
+    if (is_quantised(k_cache.dtype) && k_cache.dtype != DType::kFloat8E4M3)
       throw Unsupported(concat("append_kv: k_cache: no CUDA kernel writes ", name_of(k_cache.dtype),
-                               " caches; expected float16 or bfloat16"));
-    cuda::append_kv(gpu(stream.device.index), k, v, k_cache, v_cache, slot_mapping, rope,
+                               " caches; expected float16, bfloat16 or float8_e4m3"));
+    cuda::append_kv(gpu(stream.device.index), k, v, k_cache, v_cache, slot_mapping, rope, scales,
                     stream.handle);
   }
 
@@ -153,8 +157,10 @@ class CudaBackend final : public Backend {
       const bool available = std::any_of(gpus_.begin(), gpus_.end(),
                                          [&](const auto& gpu) { return gpu->arch() == arch; });
       for (const DType dtype : {DType::kFloat16, DType::kBFloat16})
-        rows.push_back({"cuda", "sm_" + arch, name_of(dtype), name_of(dtype), 1, head_dims().back(),
-                        kFeatures, available});
+        for (const DType kv : {dtype, DType::kFloat8E4M3})
+          if (const auto dims = head_dims(element_type(kv)); !dims.empty())
+            rows.push_back({"cuda", "sm_" + arch, name_of(dtype), name_of(kv), 1, dims.back(),
+                            is_quantised(kv) ? kQuantisedFeatures : kFeatures, available});
     }
     return rows;
   }

@@ -33,6 +33,22 @@
       decode_##type##_##head_dim##_##warps##_##stages##_##mode, decode, AttentionArgs, \
       DecodeTraits<quire::device::type, head_dim, warps, stages, quire::device::Mode::mode>)
 
+#define QUIRE_PREFILL_E4M3(type, head_dim, rows, keys, mode)                            \
+  QUIRE_ATTENTION(prefill_e4m3_##type##_##head_dim##_##rows##_##keys##_##mode, prefill, \
+                  PrefillTraits<quire::device::type, head_dim, rows, keys,              \
+                                quire::device::Mode::mode, quire::device::Float8E4M3>)
+
+#define QUIRE_DECODE_E4M3(type, head_dim, warps, stages, mode)                           \
+  QUIRE_ATTENTION(decode_e4m3_##type##_##head_dim##_##warps##_##stages##_##mode, decode, \
+                  DecodeTraits<quire::device::type, head_dim, warps, stages,             \
+                               quire::device::Mode::mode, quire::device::Float8E4M3>)
+
+#define QUIRE_APPEND_KV_E4M3(type, threads)                                                       \
+  extern "C" __global__ void __launch_bounds__(threads)                                           \
+      append_kv_e4m3_##type##_##threads(const __grid_constant__ quire::device::AppendArgs args) { \
+    quire::device::append_kv_e4m3<quire::device::type, threads>(args);                            \
+  }
+
 #define QUIRE_APPEND_KV(type, threads)                                                       \
   extern "C" __global__ void __launch_bounds__(threads)                                      \
       append_kv_##type##_##threads(const __grid_constant__ quire::device::AppendArgs args) { \

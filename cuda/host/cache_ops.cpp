@@ -15,20 +15,21 @@ using device::AppendArgs;
 using device::CacheView;
 using device::CopyBlocksArgs;
 using device::MergeStatesArgs;
+using device::View;
 
-const Kernel& kernel_of(Family family, ElementType dtype) {
+const Kernel& kernel_of(Family family, ElementType dtype, ElementType kv_dtype) {
   for (const Kernel& kernel : kKernels)
-    if (kernel.family == family && kernel.dtype == dtype) return kernel;
+    if (kernel.family == family && kernel.dtype == dtype && kernel.kv_dtype == kv_dtype)
+      return kernel;
   throw Unsupported("cuda: float32 is not implemented here; expected float16 or bfloat16");
 }
 
-// Kernels move 16-bit elements; where nothing is computed, a wider one is several of them.
-int words_of(const TensorView& tensor) {
-  const size_t bytes = size_of(tensor.dtype);
-  if (bytes % 2 != 0)
-    throw Unsupported(concat("cuda: ", name_of(tensor.dtype), " is not implemented here"));
-  return static_cast<int>(bytes / 2);
+const Kernel& kernel_of(Family family, ElementType dtype) {
+  return kernel_of(family, dtype, dtype);
 }
+
+// Kernels move 16-bit elements; where nothing is computed, a wider one is several of them.
+int words_of(const TensorView& tensor) { return static_cast<int>(size_of(tensor.dtype) / 2); }
 
 int32_t dim_of(const TensorView& tensor) {
   return static_cast<int32_t>(tensor.shape[tensor.ndim - 1]) * words_of(tensor);
@@ -44,11 +45,25 @@ CacheView view_of(const TensorView& tensor, int outer, int row) {
 CacheView view_of_cache(const TensorView& cache) { return view_of(cache, 0, 1); }
 CacheView view_of_tokens(const TensorView& tokens) { return view_of(tokens, 0, -1); }
 
-bool is_aligned(std::initializer_list<CacheView> views) {
-  for (const CacheView& view : views)
-    for (const int64_t bytes : {reinterpret_cast<int64_t>(view.data), 2 * view.stride_outer,
-                                2 * view.stride_row, 2 * view.stride_head})
-      if (bytes % 16 != 0) return false;
+// A cache [blocks, block_size, heads, dim] in bytes.
+View<uint8_t> bytes_of(const TensorView& cache) {
+  const auto size = static_cast<int64_t>(size_of(cache.dtype));
+  return {cache.as<uint8_t>(), cache.strides[0] * size, cache.strides[1] * size,
+          cache.strides[2] * size};
+}
+
+int32_t row_bytes(const TensorView& cache) {
+  return static_cast<int32_t>(cache.shape[3] * static_cast<int64_t>(size_of(cache.dtype)));
+}
+
+// Whether rows begin at multiples of `alignment` bytes.
+template <class Bits>
+bool is_aligned(std::initializer_list<View<Bits>> views, int64_t alignment = device::kPieceBytes) {
+  for (const View<Bits>& view : views) {
+    if (reinterpret_cast<uintptr_t>(view.data) % alignment != 0) return false;
+    for (const int64_t stride : {view.stride_outer, view.stride_row, view.stride_head})
+      if (stride * static_cast<int64_t>(sizeof(Bits)) % alignment != 0) return false;
+  }
   return true;
 }
 
@@ -130,9 +145,29 @@ void launch_append(Gpu& gpu, const Kernel& kernel, AppendArgs& args, Handle stre
   launch_over(gpu, kernel, int64_t{args.num_tokens} * args.num_heads * pieces, &args, stream);
 }
 
+constexpr int kLanesOfRow = 16;  // of append_kv_e4m3
+
+// As kernel_scale() of the core, which a library of its own takes no symbol from.
+KvScale scale_of(const TensorView& scale) {
+  if (!scale) return {nullptr, 0, 0, 0, 1.0f, false};
+  if (scale.device.type == DeviceType::kCPU)
+    return {nullptr, 0, 0, 0, *scale.as<const float>(), false};
+  if (scale.ndim == 1) return {scale.as<const float>(), 0, 0, scale.strides[0], 1.0f, false};
+  return {
+      scale.as<const float>(), scale.strides[0], scale.strides[1], scale.strides[2], 1.0f, true};
+}
+
+void set_codes(AppendArgs& args, AppendArgs::Side& side, const TensorView& cache,
+               const TensorView& scale) {
+  side.codes = bytes_of(cache);
+  side.scale = scale_of(scale);
+  args.is_aligned = args.is_aligned && is_aligned({side.codes}, device::kPiece);
+}
+
 void launch_copy(Gpu& gpu, CopyBlocksArgs& args, Handle stream) {
   const Kernel& kernel = kernel_of(Family::kCopy, ElementType::kFloat32);
-  const int64_t pieces = pieces_of(args.k.dim) + pieces_of(args.v.dim);
+  const auto pieces_of_bytes = [](int bytes) { return pieces_of((bytes + 1) / 2); };
+  const int64_t pieces = pieces_of_bytes(args.k.dim) + pieces_of_bytes(args.v.dim);
   launch_over(gpu, kernel, pieces * args.num_pairs * args.num_heads * args.block_size, &args,
               stream);
 }
@@ -152,23 +187,38 @@ void check_reachable(const Gpu& gpu, const std::string& argument, const TensorVi
 
 void append_kv(Gpu& gpu, const TensorView& k, const TensorView& v, const TensorView& k_cache,
                const TensorView& v_cache, const TensorView& slot_mapping, const Rope* rope,
-               Handle stream) {
+               const KvScales& scales, Handle stream) {
   const ContextScope scope(gpu);
-  const ElementType dtype = rope ? element_type(k.dtype) : ElementType::kFloat16;
-  const Kernel& kernel = kernel_of(Family::kAppend, dtype);
+  const bool quantises = k_cache.dtype == DType::kFloat8E4M3;
+  // Where values are copied as they are, any kernel does.
+  const ElementType dtype = rope || quantises ? element_type(k.dtype) : ElementType::kFloat16;
+  const Kernel& kernel =
+      kernel_of(Family::kAppend, dtype, quantises ? ElementType::kFloat8E4M3 : dtype);
   AppendArgs args{};
-  args.k = {view_of_tokens(k), view_of_cache(k_cache), dim_of(k)};
-  args.v = {view_of_tokens(v), view_of_cache(v_cache), dim_of(v)};
+  args.k = {view_of_tokens(k), {}, dim_of(k), {}, {}};
+  args.v = {view_of_tokens(v), {}, dim_of(v), {}, {}};
   args.num_slots = k_cache.shape[0] * k_cache.shape[1];
   args.num_tokens = static_cast<int32_t>(k.shape[0]);
   args.num_heads = static_cast<int32_t>(k.shape[1]);
   args.block_size = static_cast<int32_t>(k_cache.shape[1]);
-  args.is_aligned = is_aligned({args.k.from, args.k.cache, args.v.from, args.v.cache});
+  args.is_aligned = is_aligned({args.k.from, args.v.from});
+  if (quantises) {
+    set_codes(args, args.k, k_cache, scales.k);
+    set_codes(args, args.v, v_cache, scales.v);
+  } else {
+    args.k.cache = view_of_cache(k_cache);
+    args.v.cache = view_of_cache(v_cache);
+    args.is_aligned = args.is_aligned && is_aligned({args.k.cache, args.v.cache});
+  }
   const TensorView none = TensorView(nullptr, DType::kInt32, {0});
   Indices indices(gpu, "append_kv", {&slot_mapping, rope ? &rope->positions : &none}, stream);
   args.slot_mapping = indices.take<int64_t>(slot_mapping);
   if (rope) set_rope(args, *rope, indices);
-  launch_append(gpu, kernel, args, stream);
+  if (quantises)
+    launch_over(gpu, kernel, int64_t{args.num_tokens} * args.num_heads * 2 * kLanesOfRow, &args,
+                stream);
+  else
+    launch_append(gpu, kernel, args, stream);
 }
 
 void apply_rope(Gpu& gpu, const TensorView& x, const Rope& rope, const TensorView& out,
@@ -176,7 +226,7 @@ void apply_rope(Gpu& gpu, const TensorView& x, const Rope& rope, const TensorVie
   const ContextScope scope(gpu);
   const Kernel& kernel = kernel_of(Family::kAppend, element_type(x.dtype));
   AppendArgs args{};
-  args.k = {view_of_tokens(x), view_of_tokens(out), dim_of(x)};
+  args.k = {view_of_tokens(x), view_of_tokens(out), dim_of(x), {}, {}};
   args.num_tokens = static_cast<int32_t>(x.shape[0]);
   args.num_slots = args.num_tokens;
   args.num_heads = static_cast<int32_t>(x.shape[1]);
@@ -191,8 +241,8 @@ void copy_blocks(Gpu& gpu, const TensorView& k_cache, const TensorView& v_cache,
                  const TensorView& src_dst, Handle stream) {
   const ContextScope scope(gpu);
   CopyBlocksArgs args{};
-  args.k = {view_of_cache(k_cache), view_of_cache(k_cache), dim_of(k_cache)};
-  args.v = {view_of_cache(v_cache), view_of_cache(v_cache), dim_of(v_cache)};
+  args.k = {bytes_of(k_cache), bytes_of(k_cache), row_bytes(k_cache)};
+  args.v = {bytes_of(v_cache), bytes_of(v_cache), row_bytes(v_cache)};
   args.num_pairs = static_cast<int32_t>(src_dst.shape[0]);
   args.num_heads = static_cast<int32_t>(k_cache.shape[2]);
   args.block_size = static_cast<int32_t>(k_cache.shape[1]);
@@ -208,7 +258,7 @@ void swap_blocks(Gpu& gpu, const TensorView& src, const TensorView& dst, const T
   check_reachable(gpu, "swap_blocks: src", src);
   check_reachable(gpu, "swap_blocks: dst", dst);
   CopyBlocksArgs args{};
-  args.k = {view_of_cache(src), view_of_cache(dst), dim_of(src)};
+  args.k = {bytes_of(src), bytes_of(dst), row_bytes(src)};
   args.num_pairs = static_cast<int32_t>(src_dst.shape[0]);
   args.num_heads = static_cast<int32_t>(src.shape[2]);
   args.block_size = static_cast<int32_t>(src.shape[1]);

@@ -9,7 +9,7 @@ namespace quire::cuda {
 
 void append_kv(Gpu& gpu, const TensorView& k, const TensorView& v, const TensorView& k_cache,
                const TensorView& v_cache, const TensorView& slot_mapping, const Rope* rope,
-               Handle stream);
+               const KvScales& scales, Handle stream);
 void apply_rope(Gpu& gpu, const TensorView& x, const Rope& rope, const TensorView& out,
                 Handle stream);
 void copy_blocks(Gpu& gpu, const TensorView& k_cache, const TensorView& v_cache,

@@ -42,6 +42,7 @@ PlanOnGpu::PlanOnGpu(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& p
       head_dim_(desc.head_dim),
       head_dim_v_(desc.head_dim_v ? desc.head_dim_v : desc.head_dim),
       dtype_(element_type(desc.dtype)),
+      kv_dtype_(element_type(desc.kv_dtype)),
       num_partial_rows_(plan.partial_rows),
       is_paged_(desc.block_size > 0) {
   stage(plan);
@@ -71,7 +72,8 @@ PlanOnGpu::~PlanOnGpu() {
 bool PlanOnGpu::was_made_for(const AttentionParams& params) const {
   return params.num_heads == num_heads_ && params.num_kv_heads == num_kv_heads_ &&
          params.head_dim == head_dim_ && params.head_dim_v == head_dim_v_ &&
-         params.dtype == dtype_ && (params.block_size > 0) == is_paged_;
+         params.dtype == dtype_ && params.kv_dtype == kv_dtype_ &&
+         (params.block_size > 0) == is_paged_;
 }
 
 void PlanOnGpu::stage(const AttentionPlan& plan) {

@@ -65,7 +65,7 @@ class PlanOnGpu {
   KernelSet kernels_;
   PlanLayout layout_;
   int num_heads_, num_kv_heads_, head_dim_, head_dim_v_;
-  ElementType dtype_;
+  ElementType dtype_, kv_dtype_;
   int num_partial_rows_;
   bool is_paged_;
   std::vector<Segment> segments_;

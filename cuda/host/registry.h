@@ -15,9 +15,10 @@ enum class Family : uint8_t { kPrefill, kDecode, kAppend, kCopy, kMerge };
 struct Kernel {
   const char* name;  // of the entry point
   Family family;
-  ElementType dtype;  // of attention, append and merge
-  int head_dim;       // of the tiles; that of the tensors may be less
-  int rows;           // of a tile
+  ElementType dtype;     // of attention, append and merge
+  ElementType kv_dtype;  // of attention's and append's cache
+  int head_dim;          // of the tiles; that of the tensors may be less
+  int rows;              // of a tile
   device::Mode mode;
   int threads;
   int shared_bytes;
@@ -36,12 +37,17 @@ template <class Type>
 constexpr ElementType element() {
   return Type::is_bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
 }
+template <>
+constexpr ElementType element<device::Float8E4M3>() {
+  return ElementType::kFloat8E4M3;
+}
 
 template <class Traits>
 constexpr Kernel attention(const char* name, Family family) {
   return {name,
           family,
           element<typename Traits::Type>(),
+          element<typename Traits::KvType>(),
           Traits::kHeadDim,
           Traits::kRows,
           Traits::kMode,
@@ -58,8 +64,9 @@ constexpr Kernel sm90_prefill(const char* name) {
   return kernel;
 }
 
-constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, int threads) {
-  return {name, family, dtype, 0, 0, Mode::kFull, threads, 0, 1};
+constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, ElementType kv_dtype,
+                          int threads) {
+  return {name, family, dtype, kv_dtype, 0, 0, Mode::kFull, threads, 0, 1};
 }
 
 #define QUIRE_PREFILL(type, head_dim, rows, keys, mode)                     \
@@ -71,12 +78,24 @@ constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, in
 #define QUIRE_DECODE(type, head_dim, warps, stages, mode)                     \
   attention<device::DecodeTraits<type, head_dim, warps, stages, Mode::mode>>( \
       "decode_" #type "_" #head_dim "_" #warps "_" #stages "_" #mode, Family::kDecode),
-#define QUIRE_APPEND_KV(type, threads) \
-  cache_op("append_kv_" #type "_" #threads, Family::kAppend, element<type>(), threads),
-#define QUIRE_COPY_BLOCKS(threads) \
-  cache_op("copy_blocks_" #threads, Family::kCopy, ElementType::kFloat32, threads),
-#define QUIRE_MERGE_STATES(type, threads) \
-  cache_op("merge_states_" #type "_" #threads, Family::kMerge, element<type>(), threads),
+#define QUIRE_PREFILL_E4M3(type, head_dim, rows, keys, mode)                                    \
+  attention<device::PrefillTraits<type, head_dim, rows, keys, Mode::mode, device::Float8E4M3>>( \
+      "prefill_e4m3_" #type "_" #head_dim "_" #rows "_" #keys "_" #mode, Family::kPrefill),
+#define QUIRE_DECODE_E4M3(type, head_dim, warps, stages, mode)                                    \
+  attention<device::DecodeTraits<type, head_dim, warps, stages, Mode::mode, device::Float8E4M3>>( \
+      "decode_e4m3_" #type "_" #head_dim "_" #warps "_" #stages "_" #mode, Family::kDecode),
+#define QUIRE_APPEND_KV_E4M3(type, threads)                                        \
+  cache_op("append_kv_e4m3_" #type "_" #threads, Family::kAppend, element<type>(), \
+           ElementType::kFloat8E4M3, threads),
+#define QUIRE_APPEND_KV(type, threads)                                                         \
+  cache_op("append_kv_" #type "_" #threads, Family::kAppend, element<type>(), element<type>(), \
+           threads),
+#define QUIRE_COPY_BLOCKS(threads)                                                               \
+  cache_op("copy_blocks_" #threads, Family::kCopy, ElementType::kFloat32, ElementType::kFloat32, \
+           threads),
+#define QUIRE_MERGE_STATES(type, threads)                                                        \
+  cache_op("merge_states_" #type "_" #threads, Family::kMerge, element<type>(), element<type>(), \
+           threads),
 
 inline constexpr Kernel kKernels[] = {
 #include "kernels_built.def"
@@ -85,7 +104,10 @@ inline constexpr Kernel kKernels[] = {
 #undef QUIRE_PREFILL
 #undef QUIRE_PREFILL_SM90
 #undef QUIRE_DECODE
+#undef QUIRE_PREFILL_E4M3
+#undef QUIRE_DECODE_E4M3
 #undef QUIRE_APPEND_KV
+#undef QUIRE_APPEND_KV_E4M3
 #undef QUIRE_COPY_BLOCKS
 #undef QUIRE_MERGE_STATES
 

@@ -24,11 +24,14 @@ std::string reason_against(const AttentionDesc& desc, int head_dim, const std::s
     return concat(isa, ": the kernels are compiled for ", list_of(archs));
   if (desc.dtype != DType::kFloat16 && desc.dtype != DType::kBFloat16)
     return concat("dtype: ", name_of(desc.dtype), " is not implemented: float16 or bfloat16");
-  if (desc.kv_dtype != desc.dtype)
+  if (desc.kv_dtype != desc.dtype && desc.kv_dtype != DType::kFloat8E4M3)
     return concat("kv_dtype: ", name_of(desc.kv_dtype), " KV under ", name_of(desc.dtype),
                   " is not implemented");
+  if (desc.kv_dtype != desc.dtype && desc.block_size == 0)
+    return concat("kv_dtype: ", name_of(desc.kv_dtype), " KV is implemented for paged caches only");
   if (head_dim < wanted) return concat("head_dim ", wanted, ": at most ", head_dim);
-  if (!kernels_for(element_type(desc.dtype), head_dim, isa).is_complete())
+  if (!kernels_for(element_type(desc.dtype), element_type(desc.kv_dtype), head_dim, isa)
+           .is_complete())
     return concat("needs more shared memory than the ", shared_bytes_per_block(isa),
                   " bytes a block of ", isa);
   return "";
@@ -37,9 +40,10 @@ std::string reason_against(const AttentionDesc& desc, int head_dim, const std::s
 }  // namespace
 
 ElementType element_type(DType dtype) {
-  return dtype == DType::kFloat32   ? ElementType::kFloat32
-         : dtype == DType::kFloat16 ? ElementType::kFloat16
-                                    : ElementType::kBFloat16;
+  return dtype == DType::kFloat32      ? ElementType::kFloat32
+         : dtype == DType::kFloat16    ? ElementType::kFloat16
+         : dtype == DType::kFloat8E4M3 ? ElementType::kFloat8E4M3
+                                       : ElementType::kBFloat16;
 }
 
 bool KernelSet::is_complete() const {
@@ -58,20 +62,23 @@ Phase KernelSet::phase_of(int64_t rows) const {
   return rows >= (wide.arch ? 1 : kWideTiles) * wide.rows ? kWide : kNarrow;
 }
 
-std::vector<int> head_dims() {
+std::vector<int> head_dims(ElementType kv_dtype) {
   std::set<int> dims;
   for (const Kernel& kernel : kKernels)
-    if (kernel.family == Family::kDecode) dims.insert(kernel.head_dim);
+    if (kernel.family == Family::kDecode && kernel.kv_dtype == kv_dtype)
+      dims.insert(kernel.head_dim);
   return {dims.begin(), dims.end()};
 }
 
-KernelSet kernels_for(ElementType dtype, int head_dim, const std::string& isa) {
+KernelSet kernels_for(ElementType dtype, ElementType kv_dtype, int head_dim,
+                      const std::string& isa) {
   KernelSet set;
   set.head_dim = head_dim;
   for (const Kernel& kernel : kKernels) {
     const bool is_prefill = kernel.family == Family::kPrefill;
     if (!is_prefill && kernel.family != Family::kDecode) continue;
-    if (kernel.dtype != dtype || kernel.head_dim != head_dim) continue;
+    if (kernel.dtype != dtype || kernel.kv_dtype != kv_dtype || kernel.head_dim != head_dim)
+      continue;
     if (kernel.shared_bytes > shared_bytes_per_block(isa)) continue;
     if (kernel.arch && serving_arch(kernel.arch, isa).empty()) continue;
     const int mode = static_cast<int>(kernel.mode);
@@ -89,9 +96,10 @@ KernelSet kernels_for(ElementType dtype, int head_dim, const std::string& isa) {
 }
 
 KernelSet select(const AttentionDesc& desc, const std::string& isa) {
-  for (const int head_dim : head_dims()) {
+  const ElementType kv_dtype = element_type(desc.kv_dtype);
+  for (const int head_dim : head_dims(kv_dtype)) {
     if (head_dim < std::max(desc.head_dim, desc.head_dim_v)) continue;
-    const KernelSet set = kernels_for(element_type(desc.dtype), head_dim, isa);
+    const KernelSet set = kernels_for(element_type(desc.dtype), kv_dtype, head_dim, isa);
     if (set.is_complete()) return set;
   }
   throw Unsupported("cuda: no kernels for this; see explain()");
@@ -100,11 +108,15 @@ KernelSet select(const AttentionDesc& desc, const std::string& isa) {
 std::vector<Candidate> candidates(const AttentionDesc& desc, const std::string& isa,
                                   const std::string& archs) {
   std::vector<Candidate> result;
-  for (const int head_dim : head_dims()) {
+  // Where there is nothing for the cache's type, the reason is given by head dim all the same.
+  const bool is_e4m3 = desc.kv_dtype == DType::kFloat8E4M3;
+  const ElementType kv_dtype = is_e4m3 ? ElementType::kFloat8E4M3 : ElementType::kFloat16;
+  for (const int head_dim : head_dims(kv_dtype)) {
     const std::string reason = reason_against(desc, head_dim, isa, archs);
     std::string name = concat("cuda.d", head_dim);
     if (reason.empty()) {
-      const KernelSet set = kernels_for(element_type(desc.dtype), head_dim, isa);
+      const KernelSet set =
+          kernels_for(element_type(desc.dtype), element_type(desc.kv_dtype), head_dim, isa);
       name = concat("cuda.sm_", serving_arch(archs, isa), ".d", head_dim, " (");
       for (const int phase : {kDecode, kNarrow, kWide})
         if (const Kernel* kernel = set.kernels[phase][0])

@@ -26,10 +26,11 @@ struct KernelSet {
 };
 
 // The head dims there are kernels for, ascending.
-std::vector<int> head_dims();
+std::vector<int> head_dims(ElementType kv_dtype);
 
 // In the order of kernels.def, what fits the shared memory of `isa`.
-KernelSet kernels_for(ElementType dtype, int head_dim, const std::string& isa);
+KernelSet kernels_for(ElementType dtype, ElementType kv_dtype, int head_dim,
+                      const std::string& isa);
 
 // The set that serves a description: of the least head dim that is enough.
 KernelSet select(const AttentionDesc& desc, const std::string& isa);

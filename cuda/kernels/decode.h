@@ -19,18 +19,48 @@ struct DecodeState {
   float sums[Traits::kHeadDim / 8][4] = {};
   RowStats chunk[2];
   ScoreRow rows[2];
+  float units[2];  // of a quantised cache
 };
 
 // A thread's share of the total: of one row, a piece of each round's columns.
 template <class Traits>
 struct DecodeTotal {
   RowStats stats;
-  float values[Traits::kRounds][kPiece] = {};
+  float kept[Traits::kKeepTotal ? Traits::kRounds : 1][kPiece] = {};
 
   QUIRE_DEVICE static int row() { return thread_index() / (Traits::kThreads / Traits::kRows); }
   QUIRE_DEVICE static int column(int round) {
     const int piece = thread_index() % (Traits::kThreads / Traits::kRows);
     return round * Traits::kRoundColumns + piece * kPiece;
+  }
+  // A round's values; zeros before the first chunk is added.
+  QUIRE_DEVICE void take(float (&values)[kPiece], int round, bool is_first) const {
+    F32x4 low{0, 0, 0, 0}, high{0, 0, 0, 0};
+    if constexpr (Traits::kKeepTotal) {
+      low = {kept[round][0], kept[round][1], kept[round][2], kept[round][3]};
+      high = {kept[round][4], kept[round][5], kept[round][6], kept[round][7]};
+    } else if (!is_first) {
+      low = ld_shared<F32x4>(slot(round));
+      high = ld_shared<F32x4>(slot(round) + 16);
+    }
+    const float taken[kPiece] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    QUIRE_UNROLL
+    for (int i = 0; i < kPiece; ++i) values[i] = taken[i];
+  }
+  QUIRE_DEVICE void put(const float (&values)[kPiece], int round) {
+    if constexpr (Traits::kKeepTotal) {
+      QUIRE_UNROLL
+      for (int i = 0; i < kPiece; ++i) kept[round][i] = values[i];
+    } else {
+      st_shared(slot(round), F32x4{values[0], values[1], values[2], values[3]});
+      st_shared(slot(round) + 16, F32x4{values[4], values[5], values[6], values[7]});
+    }
+  }
+
+ private:
+  QUIRE_DEVICE static SharedAddress slot(int round) {
+    return shared_base() + static_cast<uint32_t>(Traits::kTotalOffset +
+                                                 (round * Traits::kThreads + thread_index()) * 32);
   }
 };
 
@@ -63,7 +93,7 @@ class DecodeRing {
     const int warp = thread_index() / kWarpSize;
     return shared_base() +
            static_cast<uint32_t>(Traits::kStageOffset +
-                                 (warp * Traits::kStages + index) * 2 * Traits::kKeyTileBytes);
+                                 (warp * Traits::kStages + index) * Traits::kStageBytes);
   }
 
   // Lane i finds key i % 16 of a tile.
@@ -74,18 +104,19 @@ class DecodeRing {
 
   // Beyond the last tile there is nothing to copy, but the groups are counted on.
   QUIRE_DEVICE void load_next() {
-    constexpr int kPieces = Traits::kHeadDim / kPiece;
+    constexpr int kPieces = Traits::kKeyBytes / kPieceBytes;
     const int lane = fresh_thread_index() % kWarpSize;
     if (next_ * Traits::kKeys < keys_.end) {
       const SharedAddress k_tile = stage(write_stage_);
+      if constexpr (Traits::kIsQuantised) load_token_scales(k_tile, lane);
       QUIRE_UNROLL
       for (int i = 0; i < Traits::kKeys * kPieces / kWarpSize; ++i) {
         const int row = (i * kWarpSize + lane) / kPieces, piece = (i * kWarpSize + lane) % kPieces;
         const int key = next_ * Traits::kKeys + row;
         const Location at{shuffle(next_location_.block, row), shuffle(next_location_.row, row)};
-        const SharedAddress to = k_tile + piece_offset<Traits::kHeadDim>(row, piece);
-        source_.template load<Traits::kMode>(args_, at, key >= keys_.begin && key < keys_.end,
-                                             piece, to, to + Traits::kKeyTileBytes);
+        const SharedAddress to = k_tile + piece_offset<Traits::kKeyBytes>(row, piece);
+        source_.load(args_, at, key >= keys_.begin && key < keys_.end, piece, to,
+                     to + Traits::kKeyTileBytes);
       }
     }
     cp_async_commit();
@@ -94,9 +125,18 @@ class DecodeRing {
     next_location_ = locate_own(next_);
   }
 
+  // The lower half of the lanes those of K, the upper half those of V, each of its own key.
+  QUIRE_DEVICE void load_token_scales(SharedAddress stage, int lane) {
+    const AttentionParams& p = args_.params;
+    const int key = next_ * Traits::kKeys + lane % Traits::kKeys;
+    const KvScale& scale = lane < Traits::kKeys ? p.k_scale : p.v_scale;
+    load_token_scale(scale, item_, next_location_, key >= keys_.begin && key < keys_.end,
+                     stage + (2 * Traits::kKeyTileBytes + lane * 4));
+  }
+
   const AttentionArgs& args_;
   const Item& item_;
-  KeySource source_;
+  KeySource<Traits> source_;
   KeyRange keys_;
   int next_;  // tile to be sent next, and where its keys lie
   Location next_location_;
@@ -106,24 +146,15 @@ class DecodeRing {
 
 template <class Traits>
 QUIRE_DEVICE void attend_tile(const AttentionParams& p, DecodeState<Traits>& state,
-                              const uint32_t (&queries)[Traits::kHeadDim / kTile][4], float factor,
-                              int tile, SharedAddress k_tile) {
-  using Type = typename Traits::Type;
+                              Queries<Traits>& queries, float factor, int tile,
+                              SharedAddress stage) {
   float scores[Traits::kKeys / 8][4] = {};
-  QUIRE_UNROLL
-  for (int step = 0; step < Traits::kHeadDim / kTile; ++step) {
-    if constexpr (Traits::kKeepQueries) {
-      multiply_keys<Type, Traits::kHeadDim, Traits::kKeys>(scores, queries[step], k_tile, step);
-    } else {
-      uint32_t query[4];
-      load_query_fragment<Traits::kHeadDim>(query, shared_base() + Traits::kQueryOffset, 0, step);
-      multiply_keys<Type, Traits::kHeadDim, Traits::kKeys>(scores, query, k_tile, step);
-    }
-  }
+  multiply_keys<Traits>(scores, queries, stage);
+  if constexpr (Traits::kIsQuantised)
+    scale_scores<Traits::kKeys>(state.units, k_scales<Traits>(p, stage), scores);
   mask_scores<Traits::kMode, Traits::kKeys>(p, state.rows, tile * Traits::kKeys, scores);
-  add_to_softmax<Traits::kKeys, Traits::kHeadDim>(factor, state.chunk, scores, state.sums);
-  multiply_values<Type, Traits::kHeadDim, Traits::kKeys>(state.sums, scores,
-                                                         k_tile + Traits::kKeyTileBytes);
+  add_to_softmax<Traits>(factor, v_scales<Traits>(p, stage), state.chunk, scores, state.sums);
+  multiply_values<Traits>(state.sums, scores, stage + Traits::kKeyTileBytes);
 }
 
 // --- The end of a chunk --------------------------------------------------------------------------
@@ -148,12 +179,13 @@ QUIRE_DEVICE void give_columns(const DecodeState<Traits>& state, int round) {
   const int lane = thread % kWarpSize, warp = thread / kWarpSize;
   QUIRE_UNROLL
   for (int i = 0; i < Traits::kRoundColumns / 8; ++i) {
-    const int n = round * Traits::kRoundColumns / 8 + i;
+    const int first = round * Traits::kRoundColumns, n = first / 8 + i;
     if (n >= Traits::kHeadDim / 8) break;
     QUIRE_UNROLL
-    for (int h = 0; h < 2; ++h)
-      st_shared(exchange_slot<Traits>(warp, lane / 4 + 8 * h, 8 * i + lane % 4 * 2),
-                F32x2{state.sums[n][2 * h], state.sums[n][2 * h + 1]});
+    for (int h = 0; h < 2; ++h) {
+      const ColumnPair pair = column_pair<Traits>(state.sums, n, h, lane);
+      st_shared(exchange_slot<Traits>(warp, lane / 4 + 8 * h, pair.column - first), pair.values);
+    }
   }
 }
 
@@ -192,7 +224,7 @@ QUIRE_DEVICE void add_columns(const float (&shares)[Traits::kWarps], float (&val
 template <class Traits>
 QUIRE_DEVICE void finish_chunk(const AttentionArgs& args, const Item& item,
                                DecodeState<Traits>& state, DecodeTotal<Traits>& total, float factor,
-                               int slot, int first_row) {
+                               int slot, bool is_first, int first_row) {
   const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
   QUIRE_UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -217,9 +249,11 @@ QUIRE_DEVICE void finish_chunk(const AttentionArgs& args, const Item& item,
       float values[kPiece] = {};
       add_columns<Traits>(shares, values);
       if (slot < 0) {
+        float before[kPiece];
+        total.take(before, round, is_first);
         QUIRE_UNROLL
-        for (int i = 0; i < kPiece; ++i)
-          total.values[round][i] = scales.apply(total.values[round][i], values[i]);
+        for (int i = 0; i < kPiece; ++i) values[i] = scales.apply(before[i], values[i]);
+        total.put(values, round);
       } else if (row < item.num_rows) {
         store_floats(partial_values<Traits>(args, slot, row) + column, values);
         if (column == 0) st_global(partial_stats(args, slot, row), F32x2{chunk.max, chunk.sum});
@@ -237,7 +271,7 @@ QUIRE_DEVICE void decode_rows(const AttentionArgs& args, const Item& item, int f
   const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
   const int last_row = min(item.num_rows, first_row + Traits::kRows) - 1;
   const KeyRange keys = keys_to_read(p, item, first_row, last_row);
-  const float factor = Traits::kMode == Mode::kFast ? p.scale * kLog2E : 1.0f;
+  const float factor = score_factor<Traits>(p);
   const SharedAddress query_tile = shared_base() + Traits::kQueryOffset;
 
   load_queries<Traits>(args, item, first_row, query_tile);
@@ -245,10 +279,12 @@ QUIRE_DEVICE void decode_rows(const AttentionArgs& args, const Item& item, int f
   DecodeRing<Traits> ring(args, item, keys);
   cp_async_wait<Traits::kStages - 1>();
   sync_block();
-  uint32_t queries[Traits::kHeadDim / kTile][4];
-  if constexpr (Traits::kKeepQueries) QUIRE_UNROLL
-  for (int step = 0; step < Traits::kHeadDim / kTile; ++step)
-    load_query_fragment<Traits::kHeadDim>(queries[step], query_tile, 0, step);
+  if constexpr (Traits::kIsQuantised) {
+    prepare_queries<Traits>(p, item, query_tile);
+    sync_block();
+  }
+  Queries<Traits> queries(query_tile, 0);
+  if (Traits::kKeepQueries) sync_block();  // before the exchange may take their place
 
   DecodeTotal<Traits> total;
   const int first_chunk = item.kv_begin / kKvChunk;
@@ -258,21 +294,25 @@ QUIRE_DEVICE void decode_rows(const AttentionArgs& args, const Item& item, int f
     QUIRE_UNROLL
     for (int h = 0; h < 2; ++h)
       state.rows[h] = make_score_row(p, item, min(first_row + lane / 4 + 8 * h, last_row));
+    if constexpr (Traits::kIsQuantised) load_units<Traits>(state.units, 0);
     constexpr int kTilesPerChunk = kKvChunk / Traits::kKeys;
     const int end = min((chunk + 1) * kTilesPerChunk, ceil_div(keys.end, Traits::kKeys));
     for (int tile = chunk * kTilesPerChunk + warp; tile < end; tile += Traits::kWarps)
       if ((tile + 1) * Traits::kKeys > keys.begin)
         attend_tile<Traits>(p, state, queries, factor, tile, ring.advance());
     const int slot = item.partial < 0 ? -1 : item.partial + chunk - first_chunk;
-    finish_chunk<Traits>(args, item, state, total, factor, slot, first_row);
+    finish_chunk<Traits>(args, item, state, total, factor, slot, chunk == first_chunk, first_row);
   }
   cp_async_wait<0>();
   const int row = first_row + total.row();
   if (item.partial >= 0 || row >= item.num_rows) return;
   QUIRE_UNROLL
-  for (int round = 0; round < Traits::kRounds; ++round)
-    if (total.column(round) < Traits::kHeadDim)
-      write_row<Traits>(args, item, row, total.column(round), total.stats, total.values[round]);
+  for (int round = 0; round < Traits::kRounds; ++round) {
+    if (total.column(round) >= Traits::kHeadDim) continue;
+    float values[kPiece];
+    total.take(values, round, false);
+    write_row<Traits>(args, item, row, total.column(round), total.stats, values);
+  }
 }
 
 template <class Traits>

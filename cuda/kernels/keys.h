@@ -20,25 +20,28 @@ QUIRE_DEVICE Location locate(const AttentionParams& p, const Item& item, KeyRang
 }
 
 // K and V of one sequence and kv head.
+template <class Traits>
 struct KeySource {
-  const uint16_t *k, *v;
+  using Bits = typename Traits::KvType::Bits;
+  const Bits *k, *v;
 
   QUIRE_DEVICE KeySource(const AttentionParams& p, const Item& item)
-      : k(static_cast<const uint16_t*>(p.k) + item.sequence_index * p.k_stride_seq +
+      : k(static_cast<const Bits*>(p.k) + item.sequence_index * p.k_stride_seq +
           item.kv_head * p.k_stride_head),
-        v(static_cast<const uint16_t*>(p.v) + item.sequence_index * p.v_stride_seq +
+        v(static_cast<const Bits*>(p.v) + item.sequence_index * p.v_stride_seq +
           item.kv_head * p.v_stride_head) {}
 
   // Brings piece `piece` of one key's K and V row to shared memory; `exists`: else zeros.
-  template <Mode kMode>
   QUIRE_DEVICE void load(const AttentionArgs& args, Location at, bool exists, int piece,
                          SharedAddress k_to, SharedAddress v_to) const {
     const AttentionParams& p = args.params;
-    const int column = piece * kPiece;
-    load_piece<kMode>(k_to, k + at.block * p.k_stride_block + at.row * p.k_stride_row + column,
-                      exists ? p.head_dim - column : 0, args.is_aligned);
-    load_piece<kMode>(v_to, v + at.block * p.v_stride_block + at.row * p.v_stride_row + column,
-                      exists ? p.head_dim_v - column : 0, args.is_aligned);
+    const int column = piece * Traits::kKvPiece;
+    load_piece<Traits::kMode>(k_to,
+                              k + at.block * p.k_stride_block + at.row * p.k_stride_row + column,
+                              exists ? p.head_dim - column : 0, args.is_aligned);
+    load_piece<Traits::kMode>(v_to,
+                              v + at.block * p.v_stride_block + at.row * p.v_stride_row + column,
+                              exists ? p.head_dim_v - column : 0, args.is_aligned);
   }
 };
 

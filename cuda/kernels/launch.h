@@ -33,22 +33,27 @@ struct BoxedAttentionArgs {
 };
 
 // A tensor [outer, rows, heads, dim] by strides in elements.
-struct CacheView {
-  uint16_t* data;
+template <class Bits>
+struct View {
+  Bits* data;
   int64_t stride_outer, stride_row, stride_head;
 
-  QUIRE_DEVICE uint16_t* at(int64_t outer, int row, int head, int column) const {
+  QUIRE_DEVICE Bits* at(int64_t outer, int row, int head, int column) const {
     return data + outer * stride_outer + row * stride_row + head * stride_head + column;
   }
 };
+
+using CacheView = View<uint16_t>;
 
 // Rows of K and V to their slots of a paged cache, the keys turned by a rope on their way. Turning
 // queries is the same with no V, no slots and a block_size of 1.
 struct AppendArgs {
   struct Side {
-    CacheView from;   // [tokens, 1, heads, dim]
-    CacheView cache;  // [blocks, block_size, heads, dim]
-    int32_t dim;      // of V: 0 where there is none
+    CacheView from;       // [tokens, 1, heads, dim]
+    CacheView cache;      // [blocks, block_size, heads, dim]
+    int32_t dim;          // of V: 0 where there is none
+    View<uint8_t> codes;  // instead of `cache`: e4m3, divided by `scale`, which is written where
+    KvScale scale;        // it is one a token
   };
   Side k, v;
   const int64_t* slot_mapping;  // [tokens]: block * block_size + row; null: token t to slot t
@@ -63,10 +68,10 @@ struct AppendArgs {
   bool is_aligned;  // all rows begin at multiples of 16 bytes
 };
 
-// Whole blocks inside a cache, or with K alone from one pool to another.
+// Whole blocks inside a cache, or with K alone from one pool to another, in bytes.
 struct CopyBlocksArgs {
   struct Side {
-    CacheView from, to;
+    View<uint8_t> from, to;
     int32_t dim;
   };
   Side k, v;

@@ -19,6 +19,7 @@ struct PrefillState {
   RowStats chunk[2];  // of rows lane / 4 and lane / 4 + 8
   RowStats total[2];
   ScoreRow rows[2];
+  float units[2];  // of a quantised cache
 };
 
 // Tiles [begin, end) of an item, counted from the start of the sequence.
@@ -54,16 +55,35 @@ QUIRE_DEVICE void store_location(int tile, Location location) {
             U32x2{static_cast<uint32_t>(location.block), static_cast<uint32_t>(location.row)});
 }
 
+template <class Traits>
+QUIRE_DEVICE SharedAddress stage_of(int tile) {
+  return shared_base() +
+         static_cast<uint32_t>(Traits::kStageOffset + tile % 2 * Traits::kStageBytes);
+}
+
+// Thread i sends the scales of key i of the tile.
+template <class Traits>
+QUIRE_DEVICE void load_token_scales(const AttentionArgs& args, const Item& item,
+                                    const PrefillTiles<Traits>& tiles, int tile) {
+  const int row = thread_index(), key = tile * Traits::kKeys + row;
+  if (row >= Traits::kKeys) return;
+  const bool exists = key >= tiles.keys.begin && key < tiles.keys.end;
+  const U32x2 found = ld_shared<U32x2>(location_slot<Traits>(tile, row));
+  const Location at{static_cast<int>(found.x), static_cast<int>(found.y)};
+  const SharedAddress to = stage_of<Traits>(tile) + (2 * Traits::kKeyTileBytes + row * 4);
+  load_token_scale(args.params.k_scale, item, at, exists, to);
+  load_token_scale(args.params.v_scale, item, at, exists, to + Traits::kKeys * 4);
+}
+
 // Sends K and V of a tile on their way to its stage, as one group.
 template <class Traits>
 QUIRE_DEVICE void load_keys(const AttentionArgs& args, const Item& item,
                             const PrefillTiles<Traits>& tiles, int tile) {
-  constexpr int kPieces = Traits::kHeadDim / kPiece;
+  constexpr int kPieces = Traits::kKeyBytes / kPieceBytes;
   const int thread = fresh_thread_index();
-  const KeySource source(args.params, item);
-  const SharedAddress k_tile =
-      shared_base() +
-      static_cast<uint32_t>(Traits::kStageOffset + tile % 2 * 2 * Traits::kKeyTileBytes);
+  const KeySource<Traits> source(args.params, item);
+  if constexpr (Traits::kIsQuantised) load_token_scales(args, item, tiles, tile);
+  const SharedAddress k_tile = stage_of<Traits>(tile);
   const SharedAddress v_tile = k_tile + Traits::kKeyTileBytes;
   QUIRE_UNROLL
   for (int i = 0; i < Traits::kKeys * kPieces / Traits::kThreads; ++i) {
@@ -71,10 +91,10 @@ QUIRE_DEVICE void load_keys(const AttentionArgs& args, const Item& item,
     const int row = index / kPieces, piece = index % kPieces;
     const int key = tile * Traits::kKeys + row;
     const U32x2 at = ld_shared<U32x2>(location_slot<Traits>(tile, row));
-    const uint32_t offset = piece_offset<Traits::kHeadDim>(row, piece);
-    source.load<Traits::kMode>(args, {static_cast<int>(at.x), static_cast<int>(at.y)},
-                               key >= tiles.keys.begin && key < tiles.keys.end, piece,
-                               k_tile + offset, v_tile + offset);
+    const uint32_t offset = piece_offset<Traits::kKeyBytes>(row, piece);
+    source.load(args, {static_cast<int>(at.x), static_cast<int>(at.y)},
+                key >= tiles.keys.begin && key < tiles.keys.end, piece, k_tile + offset,
+                v_tile + offset);
   }
   cp_async_commit();
 }
@@ -99,11 +119,11 @@ QUIRE_DEVICE void fold_chunk(PrefillState<Traits>& state, bool is_first, int war
     const FoldScales scales = fold(state.total[h], state.chunk[h]);
     QUIRE_UNROLL
     for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
-      const SharedAddress slot =
-          total_slot<Traits>(warp_row + lane / 4 + 8 * h, 8 * n + lane % 4 * 2);
+      const ColumnPair pair = column_pair<Traits>(state.sums, n, h, lane);
+      const SharedAddress slot = total_slot<Traits>(warp_row + lane / 4 + 8 * h, pair.column);
       const F32x2 before = is_first ? F32x2{0, 0} : ld_shared<F32x2>(slot);
-      st_shared(slot, F32x2{scales.apply(before.x, state.sums[n][2 * h]),
-                            scales.apply(before.y, state.sums[n][2 * h + 1])});
+      st_shared(slot, F32x2{scales.apply(before.x, pair.values.x),
+                            scales.apply(before.y, pair.values.y)});
     }
   }
 }
@@ -116,11 +136,12 @@ QUIRE_DEVICE void store_chunk(const AttentionArgs& args, const Item& item,
   for (int h = 0; h < 2; ++h) {
     const int row = first_row + lane / 4 + 8 * h;
     if (row >= item.num_rows) continue;
-    float* values = partial_values<Traits>(args, slot, row) + lane % 4 * 2;
+    float* values = partial_values<Traits>(args, slot, row);
     QUIRE_UNROLL
-    for (int n = 0; n < Traits::kHeadDim / 8; ++n)
-      st_global(reinterpret_cast<F32x2*>(values + 8 * n),
-                F32x2{state.sums[n][2 * h], state.sums[n][2 * h + 1]});
+    for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
+      const ColumnPair pair = column_pair<Traits>(state.sums, n, h, lane);
+      st_global(reinterpret_cast<F32x2*>(values + pair.column), pair.values);
+    }
     if (lane % 4 == 0)
       st_global(partial_stats(args, slot, row), F32x2{state.chunk[h].max, state.chunk[h].sum});
   }
@@ -175,30 +196,15 @@ QUIRE_DEVICE void write_total(const AttentionArgs& args, const Item& item,
 
 template <class Traits>
 QUIRE_DEVICE void attend_tile(const AttentionParams& p, PrefillState<Traits>& state,
-                              const uint32_t (&queries)[Traits::kHeadDim / kTile][4], float factor,
-                              int tile) {
-  const int warp_row = thread_index() / kWarpSize * kTile;
-  const SharedAddress k_tile =
-      shared_base() +
-      static_cast<uint32_t>(Traits::kStageOffset + tile % 2 * 2 * Traits::kKeyTileBytes);
+                              Queries<Traits>& queries, float factor, int tile) {
+  const SharedAddress stage = stage_of<Traits>(tile);
   float scores[Traits::kKeys / 8][4] = {};
-  QUIRE_UNROLL
-  for (int step = 0; step < Traits::kHeadDim / kTile; ++step) {
-    if constexpr (Traits::kKeepQueries) {
-      multiply_keys<typename Traits::Type, Traits::kHeadDim, Traits::kKeys>(scores, queries[step],
-                                                                            k_tile, step);
-    } else {
-      uint32_t query[4];
-      load_query_fragment<Traits::kHeadDim>(query, shared_base() + Traits::kQueryOffset, warp_row,
-                                            step);
-      multiply_keys<typename Traits::Type, Traits::kHeadDim, Traits::kKeys>(scores, query, k_tile,
-                                                                            step);
-    }
-  }
+  multiply_keys<Traits>(scores, queries, stage);
+  if constexpr (Traits::kIsQuantised)
+    scale_scores<Traits::kKeys>(state.units, k_scales<Traits>(p, stage), scores);
   mask_scores<Traits::kMode, Traits::kKeys>(p, state.rows, tile * Traits::kKeys, scores);
-  add_to_softmax<Traits::kKeys, Traits::kHeadDim>(factor, state.chunk, scores, state.sums);
-  multiply_values<typename Traits::Type, Traits::kHeadDim, Traits::kKeys>(
-      state.sums, scores, k_tile + Traits::kKeyTileBytes);
+  add_to_softmax<Traits>(factor, v_scales<Traits>(p, stage), state.chunk, scores, state.sums);
+  multiply_values<Traits>(state.sums, scores, stage + Traits::kKeyTileBytes);
 }
 
 // Rows [first_row, first_row + kRows) of an item.
@@ -208,7 +214,7 @@ QUIRE_DEVICE void prefill_rows(const AttentionArgs& args, const Item& item, int 
   const int lane = thread_index() % kWarpSize, warp_row = thread_index() / kWarpSize * kTile;
   const int last_row = min(item.num_rows, first_row + Traits::kRows) - 1;
   const PrefillTiles<Traits> tiles(keys_to_read(p, item, first_row, last_row));
-  const float factor = Traits::kMode == Mode::kFast ? p.scale * kLog2E : 1.0f;
+  const float factor = score_factor<Traits>(p);
 
   load_queries<Traits>(args, item, first_row, shared_base() + Traits::kQueryOffset);
   cp_async_commit();
@@ -218,16 +224,17 @@ QUIRE_DEVICE void prefill_rows(const AttentionArgs& args, const Item& item, int 
   load_keys(args, item, tiles, tiles.begin);
   cp_async_wait<1>();
   sync_block();
-  uint32_t queries[Traits::kHeadDim / kTile][4];
-  if constexpr (Traits::kKeepQueries) QUIRE_UNROLL
-  for (int step = 0; step < Traits::kHeadDim / kTile; ++step)
-    load_query_fragment<Traits::kHeadDim>(queries[step], shared_base() + Traits::kQueryOffset,
-                                          warp_row, step);
+  if constexpr (Traits::kIsQuantised) {
+    prepare_queries<Traits>(p, item, shared_base() + Traits::kQueryOffset);
+    sync_block();
+  }
+  Queries<Traits> queries(shared_base() + Traits::kQueryOffset, warp_row);
   sync_block();  // before `total` may take the place of the queries
   PrefillState<Traits> state;
   QUIRE_UNROLL
   for (int h = 0; h < 2; ++h)
     state.rows[h] = make_score_row(p, item, min(first_row + warp_row + lane / 4 + 8 * h, last_row));
+  if constexpr (Traits::kIsQuantised) load_units<Traits>(state.units, warp_row);
 
   // Every chunk of the item is finished, the ones that these rows do not see as well: whoever
   // merges expects all of them.

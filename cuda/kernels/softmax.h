@@ -3,11 +3,10 @@
 // Exponentials are powers of two throughout; maxima and denominators are in units of log2.
 #pragma once
 
-#include "kernels/args.h"
+#include "kernels/scales.h"
 
 namespace quire::device {
 
-inline constexpr float kLog2E = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 
 // What a thread has to know of one of the two rows of its fragments.
@@ -71,6 +70,13 @@ QUIRE_DEVICE void mask_scores(const AttentionParams& p, const ScoreRow (&rows)[2
   }
 }
 
+// From scores as the mask leaves them to units of log2.
+template <class Traits>
+QUIRE_DEVICE float score_factor(const AttentionParams& p) {
+  const bool is_raw = Traits::kMode == Mode::kFast && !Traits::kIsQuantised;
+  return is_raw ? p.scale * kLog2E : 1.0f;
+}
+
 // Maximum and denominator of a row. Within a chunk of keys `max` is of the scores as they come
 // and `sum` is of this lane's keys only; finish() makes both final.
 struct RowStats {
@@ -87,16 +93,29 @@ struct RowStats {
 // -inf - -inf is not a number, so a row that has seen nothing yet is compared with 0.
 QUIRE_DEVICE float finite_or_zero(float max) { return max == -kInfinity ? 0.0f : max; }
 
-// Scores times `factor` (> 0) become weights 2^(score - max); what was summed before is rescaled
-// to the new maximum. A tile in which a row sees nothing changes nothing of it, bit by bit.
-template <int kKeys, int kHeadDim>
-QUIRE_DEVICE void add_to_softmax(float factor, RowStats (&rows)[2], float (&scores)[kKeys / 8][4],
-                                 float (&sums)[kHeadDim / 8][4]) {
+// Scores times `factor` (> 0) become weights 2^(score - max), times the tokens' scales of V; what
+// was summed before is rescaled to the new maximum. A tile in which a row sees nothing changes
+// nothing of it, bit by bit.
+template <class Traits>
+QUIRE_DEVICE void add_to_softmax(float factor, const TokenScales& tokens, RowStats (&rows)[2],
+                                 float (&scores)[Traits::kKeys / 8][4],
+                                 float (&sums)[Traits::kHeadDim / 8][4]) {
+  constexpr int kKeys = Traits::kKeys, kHeadDim = Traits::kHeadDim;
+  const bool is_scaled = Traits::kIsQuantised && tokens.exist;
+  const int lane_key = thread_index() % 4 * 2;
   QUIRE_UNROLL
   for (int h = 0; h < 2; ++h) {
     float top = rows[h].max;
     QUIRE_UNROLL
-    for (int n = 0; n < kKeys / 8; ++n) top = max(top, max(scores[n][2 * h], scores[n][2 * h + 1]));
+    for (int n = 0; n < kKeys / 8; ++n) {
+      F32x2 score{scores[n][2 * h], scores[n][2 * h + 1]};
+      if (is_scaled) {
+        const F32x2 token = tokens.of_pair(8 * n + lane_key);
+        score.x += log2_floor(token.x);
+        score.y += log2_floor(token.y);
+      }
+      top = max(top, max(score.x, score.y));
+    }
     top = max(top, shuffle_xor(top, 1));
     top = max(top, shuffle_xor(top, 2));
     const float base = mul(finite_or_zero(top), factor);
@@ -104,10 +123,17 @@ QUIRE_DEVICE void add_to_softmax(float factor, RowStats (&rows)[2], float (&scor
     const float rescale = exp2(mul(rows[h].max, factor) - base);
     float sum = rows[h].sum * rescale;
     QUIRE_UNROLL
-    for (int n = 0; n < kKeys / 8; ++n) QUIRE_UNROLL
-    for (int e = 2 * h; e < 2 * h + 2; ++e) {
-      scores[n][e] = exp2(fma(scores[n][e], factor, -base));
-      sum += scores[n][e];
+    for (int n = 0; n < kKeys / 8; ++n) {
+      QUIRE_UNROLL
+      for (int e = 2 * h; e < 2 * h + 2; ++e) {
+        scores[n][e] = exp2(fma(scores[n][e], factor, -base));
+        sum += scores[n][e];
+      }
+      if (is_scaled) {
+        const F32x2 token = tokens.of_pair(8 * n + lane_key);
+        scores[n][2 * h] *= token.x;
+        scores[n][2 * h + 1] *= token.y;
+      }
     }
     rows[h] = {top, sum};
     QUIRE_UNROLL

@@ -37,7 +37,8 @@ QUIRE_DEVICE void write_row(const AttentionArgs& args, const Item& item, int row
   const bool sees_a_key = stats.sum != 0;
   float scale = 1;
   if (p.sinks && sees_a_key) scale = fold(stats, {ld_global(p.sinks + head) * kLog2E, 1.0f}).total;
-  const float factor = mul(scale, rcp(stats.sum));
+  float factor = mul(scale, rcp(stats.sum));
+  if (Traits::kIsQuantised) factor = mul(factor, item_scale(p.v_scale, item.kv_head));
   QUIRE_UNROLL
   for (float& value : values)
     value = sees_a_key ? fma(value, factor, 0.0f) : 0.0f;  // + 0: no negative zeros

@@ -15,12 +15,29 @@ enum class Mode { kFast, kFull };
 // room for more blocks than shared memory allows.
 constexpr int blocks_per_multiprocessor(int threads) { return threads <= 128 ? 2 : 1; }
 
-inline constexpr int kPiece = 8;  // elements in 16 bytes: the unit of copies and of swizzling
-inline constexpr int kTile = 16;  // rows, keys or columns that one mma step covers
+inline constexpr int kPieceBytes = 16;  // the unit of copies and of swizzling
+inline constexpr int kPiece = 8;        // 16-bit elements in it
+inline constexpr int kTile = 16;        // rows, keys or columns that one mma step covers
 
-template <class Type_, int kHeadDim_, int kRows_, int kKeys_, Mode kMode_>
-struct PrefillTraits {
-  using Type = Type_;
+// Tiles of K and V in shared memory: of Type, or of something narrower that is widened in
+// registers.
+template <class Type_, class KvType_, int kHeadDim, int kKeys>
+struct KeyTiles {
+  using Type = Type_;      // of queries and results
+  using KvType = KvType_;  // of K and V
+  using Product = typename KvType::Product;
+  static constexpr bool kIsQuantised = sizeof(typename KvType::Bits) == 1;
+  static constexpr int kKvPiece = kPieceBytes / sizeof(typename KvType::Bits);  // elements
+  static constexpr int kKeyBytes = kHeadDim * sizeof(typename KvType::Bits);    // of a row
+  static constexpr int kKeyTileBytes = kKeys * kKeyBytes;
+  // K, V and, of a quantised cache, the scales of their tokens.
+  static constexpr int kStageBytes = 2 * kKeyTileBytes + (kIsQuantised ? 2 * kKeys * 4 : 0);
+  static_assert(kHeadDim % 32 == 0 && kKeys % kTile == 0);
+};
+
+template <class Type_, int kHeadDim_, int kRows_, int kKeys_, Mode kMode_, class KvType_ = Type_>
+struct PrefillTraits : KeyTiles<Type_, KvType_, kHeadDim_, kKeys_> {
+  using Base = KeyTiles<Type_, KvType_, kHeadDim_, kKeys_>;
   static constexpr int kHeadDim = kHeadDim_;  // of the tiles; that of the tensors may be less
   static constexpr int kRows = kRows_;
   static constexpr int kKeys = kKeys_;  // a tile
@@ -30,26 +47,26 @@ struct PrefillTraits {
   static constexpr bool kKeepQueries = kHeadDim <= 128;
 
   // Shared memory, in bytes from its begin. Queries that are kept make room for `total`.
-  static constexpr int kKeyTileBytes = kKeys * kHeadDim * 2;
   static constexpr int kTotalBytes = kRows * kHeadDim * 4;
-  static constexpr int kStageOffset = 0;  // K and V of stage 0, of stage 1
-  static constexpr int kTotalOffset = 4 * kKeyTileBytes;
+  static constexpr int kStageOffset = 0;  // stage 0, stage 1
+  static constexpr int kTotalOffset = 2 * Base::kStageBytes;
   static constexpr int kQueryOffset = kKeepQueries ? kTotalOffset : kTotalOffset + kTotalBytes;
   static constexpr int kStatsOffset =
       kKeepQueries ? kTotalOffset + kTotalBytes : kQueryOffset + kRows * kHeadDim * 2;
   static constexpr int kLocationOffset = kStatsOffset + kRows * 8;  // [2][kKeys]
   static constexpr int kFlagOffset = kLocationOffset + 2 * kKeys * 8;
-  static constexpr int kSharedBytes = kFlagOffset + 16;
+  static constexpr int kUnitOffset = kFlagOffset + 16;  // [kRows], see prepare_queries
+  static constexpr int kSharedBytes = kUnitOffset + (Base::kIsQuantised ? kRows * 4 : 0);
 
-  static_assert(kRows % kTile == 0 && kKeys % kTile == 0 && kHeadDim % 32 == 0);
+  static_assert(kRows % kTile == 0);
   static_assert(kKvChunk % kKeys == 0, "a tile belongs to one chunk");
   static_assert(kKeys <= kThreads, "a thread locates at most one key of a tile");
-  static_assert(kKeys * kHeadDim / kPiece % kThreads == 0);
+  static_assert(Base::kKeyTileBytes / kPieceBytes % kThreads == 0);
 };
 
-template <class Type_, int kHeadDim_, int kWarps_, int kStages_, Mode kMode_>
-struct DecodeTraits {
-  using Type = Type_;
+template <class Type_, int kHeadDim_, int kWarps_, int kStages_, Mode kMode_, class KvType_ = Type_>
+struct DecodeTraits : KeyTiles<Type_, KvType_, kHeadDim_, kTile> {
+  using Base = KeyTiles<Type_, KvType_, kHeadDim_, kTile>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kTile;
   static constexpr int kKeys = kTile;
@@ -63,16 +80,22 @@ struct DecodeTraits {
   static constexpr int kRoundColumns = kThreads * kPiece / kRows;
   static constexpr int kRounds = (kHeadDim + kRoundColumns - 1) / kRoundColumns;
 
-  // Shared memory, in bytes from its begin.
-  static constexpr int kKeyTileBytes = kKeys * kHeadDim * 2;
-  static constexpr int kStageOffset = 0;  // [kWarps][kStages] of K and V
-  static constexpr int kQueryOffset = kWarps * kStages * 2 * kKeyTileBytes;
-  static constexpr int kExchangeOffset = kQueryOffset + kRows * kHeadDim * 2;
+  // Shared memory, in bytes from its begin. Queries that are kept make room for the exchange: with
+  // head dim 128 and three stages two blocks then fit the 228 KB of a Hopper multiprocessor.
+  static constexpr int kStageOffset = 0;  // [kWarps][kStages]
+  static constexpr int kQueryOffset = kWarps * kStages * Base::kStageBytes;
+  static constexpr int kExchangeOffset =
+      kKeepQueries ? kQueryOffset : kQueryOffset + kRows * kHeadDim * 2;
   static constexpr int kStatsOffset = kExchangeOffset + kWarps * kRows * kRoundColumns * 4;
   static constexpr int kFlagOffset = kStatsOffset + kWarps * kRows * 8;
-  static constexpr int kSharedBytes = kFlagOffset + 16;
+  static constexpr int kUnitOffset = kFlagOffset + 16;  // [kRows], see prepare_queries
+  static constexpr int kTotalOffset = kUnitOffset + (Base::kIsQuantised ? kRows * 4 : 0);
+  // Few threads have no registers for the total of long rows.
+  static constexpr bool kKeepTotal = kRounds < 8;
+  static constexpr int kSharedBytes = kTotalOffset + (kKeepTotal ? 0 : kRows * kHeadDim * 4);
 
-  static_assert(kStages >= 2 && kHeadDim % 32 == 0 && kRoundColumns % 32 == 0);
+  static_assert(kStages >= 2 && kRoundColumns % 32 == 0);
+  static_assert(!kKeepQueries || kRows * kHeadDim * 2 <= kWarps * kRows * kRoundColumns * 4);
   static_assert(kKvChunk / kKeys % kWarps == 0, "every chunk is dealt alike");
 };
 

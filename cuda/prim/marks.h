@@ -14,12 +14,23 @@
 
 namespace quire::device {
 
-// Tags of the 16-bit types. Their values travel as raw bits, two in a uint32_t, the first lowest.
+// Tags of the element types. Values travel as raw bits, packed in a uint32_t, the first lowest.
+// Products are computed with elements of type Product.
 struct Float16 {
   static constexpr bool is_bfloat16 = false;
+  using Bits = uint16_t;
+  using Product = Float16;
 };
 struct BFloat16 {
   static constexpr bool is_bfloat16 = true;
+  using Bits = uint16_t;
+  using Product = BFloat16;
+};
+// Of K and V only: sign, 4 bits of exponent, 3 of fraction; all ones is NaN. Every value is one of
+// Float16, too.
+struct Float8E4M3 {
+  using Bits = uint8_t;
+  using Product = Float16;
 };
 
 inline constexpr int kWarpSize = 32;

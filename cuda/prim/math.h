@@ -99,6 +99,56 @@ QUIRE_DEVICE float widen(uint16_t bits) {
 #endif
 }
 
+// The e4m3 values of bytes 0 and 2, and of bytes 1 and 3, as float16, exactly.
+QUIRE_DEVICE void widen_e4m3(uint32_t bytes, uint32_t& even, uint32_t& odd) {
+#if defined(__CUDACC__)
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;"
+      : "=r"(even)
+      : "h"(static_cast<uint16_t>(__byte_perm(bytes, 0, 0x4420))));
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;"
+      : "=r"(odd)
+      : "h"(static_cast<uint16_t>(__byte_perm(bytes, 0, 0x4431))));
+#else
+  // In the upper byte of a half, one bit to the right, it is a float16 2^8 too small; NaN is made
+  // one by a bit more of exponent.
+  const uint32_t words[2] = {bytes << 8, bytes};
+  uint32_t results[2];
+  QUIRE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t magnitude = words[i] & 0x7F007F00u;
+    const uint32_t nan = (magnitude + 0x01000100u) & 0x80008000u;
+    const uint32_t small = (words[i] & 0x80008000u) | (magnitude | nan) >> 1;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(results[i]) : "r"(small), "r"(0x5C005C00u));
+  }
+  even = results[0];
+  odd = results[1];
+#endif
+#else
+  const auto half = [bytes](int i) {
+    return static_cast<uint32_t>(emulator::widen_e4m3(static_cast<uint8_t>(bytes >> 8 * i)));
+  };
+  even = half(0) | half(2) << 16;
+  odd = half(1) | half(3) << 16;
+#endif
+}
+
+QUIRE_DEVICE uint32_t bits_of(float x) {
+#if defined(__CUDACC__)
+  return __float_as_uint(x);
+#else
+  return std::bit_cast<uint32_t>(x);
+#endif
+}
+
+QUIRE_DEVICE float float_of(uint32_t bits) {
+#if defined(__CUDACC__)
+  return __uint_as_float(bits);
+#else
+  return std::bit_cast<float>(bits);
+#endif
+}
+
 QUIRE_DEVICE int min(int a, int b) { return a < b ? a : b; }
 QUIRE_DEVICE int max(int a, int b) { return a > b ? a : b; }
 QUIRE_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -21,8 +21,11 @@ const Images& all_images() {
   static const std::vector<Image> list = [] {
     static const std::vector<std::string> names = [] {
       std::vector<std::string> result = {"cache_ops"};
-      for (int dim : head_dims())
+      for (int dim : head_dims(ElementType::kFloat16))
         for (const char* family : {"prefill_", "prefill_sm90_", "decode_"})
+          result.push_back(concat(family, dim));
+      for (int dim : head_dims(ElementType::kFloat8E4M3))
+        for (const char* family : {"prefill_e4m3_", "decode_e4m3_"})
           result.push_back(concat(family, dim));
       return result;
     }();
@@ -104,6 +107,7 @@ AttentionParams params_of(const AttentionDesc& desc, const AttentionPlan& plan) 
   p.head_dim = desc.head_dim;
   p.head_dim_v = desc.head_dim_v;
   p.dtype = element_type(desc.dtype);
+  p.kv_dtype = element_type(desc.kv_dtype);
   p.scale = 0.1f;
   p.window_left = -1;
   p.window_right = 0;
@@ -178,6 +182,13 @@ TEST_CASE("which GPU runs what, and the reason where none does") {
   CHECK(contains(explain("sm_90", desc), "dtype: float32 is not implemented"));
   desc.dtype = DType::kFloat16;
   CHECK(contains(explain("sm_90", desc), "kv_dtype: float32 KV under float16"));
+  desc.kv_dtype = DType::kFloat8E4M3;
+  CHECK(contains(explain("sm_86", desc), "decode_e4m3_Float16_"));
+  desc.kv_dtype = DType::kInt8;
+  CHECK(contains(explain("sm_90", desc), "kv_dtype: int8 KV under float16"));
+  desc.kv_dtype = DType::kFloat8E4M3;
+  desc.block_size = 0;
+  CHECK(contains(explain("sm_90", desc), "paged caches only"));
   CHECK(!contains(explain("sm_90", model(257)), "chosen"));
   for (const Capability& row : s.backend().capabilities())
     CHECK(row.available == (row.isa == "sm_90a"));
@@ -192,8 +203,10 @@ TEST_CASE("every row of the registry fits the GPUs it is for") {
   }
   for (const char* isa : {"sm_80", "sm_86", "sm_90", "sm_100", "sm_120"})
     for (const ElementType dtype : {ElementType::kFloat16, ElementType::kBFloat16}) {
-      for (const int head_dim : head_dims())
-        CHECK_MESSAGE(kernels_for(dtype, head_dim, isa).is_complete(), isa, " ", head_dim);
+      for (const ElementType kv_dtype : {dtype, ElementType::kFloat8E4M3})
+        for (const int head_dim : head_dims(kv_dtype))
+          CHECK_MESSAGE(kernels_for(dtype, kv_dtype, head_dim, isa).is_complete(), isa, " ",
+                        head_dim);
     }
 }
 
@@ -460,6 +473,24 @@ TEST_CASE("threads share a backend, and a plan") {
   CHECK(s.driver.count("cuFuncSetAttribute") == 2);
 }
 
+TEST_CASE("caches of codes have kernels of their own") {
+  Setup s;
+  Seen<device::AttentionArgs> seen(s.driver);
+  AttentionDesc desc = model(96);
+  desc.kv_dtype = DType::kFloat8E4M3;
+  const AttentionPlan plan = make_plan(s.backend(), desc, Batch({{1, 3000}, {40, 90}}));
+  AttentionParams params = params_of(desc, plan);
+  s.backend().run(plan, params, {kGpu, kStream});
+  REQUIRE(s.driver.launches.size() == 2);
+  CHECK(s.driver.launches[0].kernel == "prefill_e4m3_BFloat16_128_64_64_kFast");
+  CHECK(s.driver.launches[1].kernel == "decode_e4m3_BFloat16_128_4_4_kFast");
+  params.k_stride_head = 104;  // in bytes no multiple of 16
+  s.backend().run(plan, params, {kGpu, kStream});
+  CHECK(s.driver.launches[3].kernel == "decode_e4m3_BFloat16_128_4_4_kFull");
+  params.kv_dtype = ElementType::kBFloat16;
+  CHECK_THROWS_AS(s.backend().run(plan, params, {kGpu, kStream}), InvalidArgument);
+}
+
 // ---- Cache operations ---------------------------------------------------------------------------
 
 TensorView on_gpu(void* data, DType dtype, std::initializer_list<int64_t> shape) {
@@ -506,15 +537,48 @@ TEST_CASE("append_kv: slots from the host, positions from the device, a rope") {
   CHECK(s.driver.count("cuMemcpyHtoDAsync") == 1);
 }
 
-TEST_CASE("float32 caches are copied as pairs of words") {
+TEST_CASE("append_kv to codes: scales of every kind") {
+  Setup s;
+  Seen<device::AppendArgs> seen(s.driver);
+  alignas(16) static uint16_t memory[1 << 16];
+  alignas(4) static float scales[7 * 16 * 2];
+  int64_t slots[] = {5, 0, 7};
+  const TensorView slot_view = on_gpu(slots, DType::kInt64, {3});
+  const TensorView k = on_gpu(memory, DType::kBFloat16, {3, 2, 64});
+  const TensorView cache = on_gpu(memory + 4096, DType::kFloat8E4M3, {7, 16, 2, 64});
+  float number = 0.5f;
+  const KvScales given = {TensorView(&number, DType::kFloat32, {1}),
+                          on_gpu(scales, DType::kFloat32, {7, 16, 2})};
+  s.backend().append_kv(k, k, cache, cache, slot_view, nullptr, given, {kGpu, kStream});
+  REQUIRE(seen.all.size() == 1);
+  const device::AppendArgs& args = seen.all[0];
+  CHECK(s.driver.launches[0].kernel == "append_kv_e4m3_BFloat16_128");
+  CHECK(args.k.scale.value == 0.5f);
+  CHECK(!args.k.scale.is_per_token);
+  CHECK(args.v.scale.is_per_token);
+  CHECK(args.v.scale.stride_block == 32);
+  CHECK(args.v.codes.stride_row == 128);
+  CHECK(args.is_aligned);
+  const TensorView heads = on_gpu(scales, DType::kFloat32, {2});
+  s.backend().append_kv(k, k, cache, cache, slot_view, nullptr, {{}, heads}, {kGpu, kStream});
+  CHECK(seen.all[1].k.scale.value == 1.0f);
+  CHECK(seen.all[1].v.scale.stride_head == 1);
+  CHECK(!seen.all[1].v.scale.is_per_token);
+  const TensorView bytes = on_gpu(memory + 4096, DType::kInt8, {7, 16, 2, 64});
+  CHECK_THROWS_AS(
+      s.backend().append_kv(k, k, bytes, bytes, slot_view, nullptr, {}, {kGpu, kStream}),
+      Unsupported);
+}
+
+TEST_CASE("caches of any type are copied as bytes") {
   Setup s;
   Seen<device::CopyBlocksArgs> seen(s.driver);
   static float memory[1 << 14];
   const TensorView cache = on_gpu(memory, DType::kFloat32, {8, 4, 2, 24});
   int32_t pairs[] = {1, 2, 3, 4};
   s.backend().copy_blocks(cache, cache, TensorView(pairs, DType::kInt32, {2, 2}), {kGpu, nullptr});
-  CHECK(seen.all[0].k.dim == 48);
-  CHECK(seen.all[0].k.from.stride_outer == 2 * 4 * 2 * 24);
+  CHECK(seen.all[0].k.dim == 96);
+  CHECK(seen.all[0].k.from.stride_outer == 4 * 4 * 2 * 24);
   CHECK(seen.all[0].pairs[3] == 4);
   CHECK(seen.all[0].num_pairs == 2);
   const TensorView rows = on_gpu(memory, DType::kFloat32, {2, 2, 24});
@@ -535,8 +599,8 @@ TEST_CASE("swap_blocks reaches pinned host memory and refuses other") {
   s.driver.pinned.insert(host_memory);
   s.backend().swap_blocks(device, host, pairs, {kGpu, kStream});
   s.backend().swap_blocks(host, device, pairs, {kGpu, kStream});
-  CHECK(seen.all[0].k.to.data == host_memory);
-  CHECK(seen.all[1].k.from.data == host_memory);
+  CHECK(static_cast<void*>(seen.all[0].k.to.data) == host_memory);
+  CHECK(static_cast<void*>(seen.all[1].k.from.data) == host_memory);
   CHECK(seen.all[0].v.dim == 0);
 }
 

@@ -18,6 +18,8 @@ namespace quire::emulator {
 enum class Layout { kPaged, kRagged, kDense };
 enum class Cache { kNhd, kHnd, kOdd };  // of paged K and V; kOdd: no 16-byte rows anywhere
 
+enum class Codes { kNone, kTensor, kHead, kToken };  // K and V as e4m3, and their scales
+
 struct Lengths {
   int q_len, seq_len;
 };
@@ -34,6 +36,7 @@ struct AttentionCase {
   float softcap = 0;
   bool alibi = false, sinks = false;
   bool mask = false, mask_is_tree = false;
+  Codes codes = Codes::kNone;
   int parallelism = 1;  // of the planner: more cuts keys into more work items
 };
 
@@ -55,10 +58,14 @@ class AttentionProblem {
 
   double q(int b, int i, int head, int d) const { return value(q_[q_offset(b, i, head) + d]); }
   double k(int b, int j, int head, int d) const {
-    return value(k_[k_offset(b, j, head / group()) + d]);
+    const int64_t at = k_offset(b, j, head / group()) + d;
+    return c.codes == Codes::kNone ? value(k_[at])
+                                   : code_value(k_codes_, at, params.k_scale, b, j, head);
   }
   double v(int b, int j, int head, int d) const {
-    return value(v_[v_offset(b, j, head / group()) + d]);
+    const int64_t at = v_offset(b, j, head / group()) + d;
+    return c.codes == Codes::kNone ? value(v_[at])
+                                   : code_value(v_codes_, at, params.v_scale, b, j, head);
   }
   double out(int b, int i, int head, int d) const {
     return value(out_[out_offset(b, i, head) + d]);
@@ -81,7 +88,7 @@ class AttentionProblem {
       memory.allow(array.data(), array.size() * sizeof(array[0]));
     };
     allow(q_), allow(k_), allow(v_), allow(out_), allow(lse_), allow(slopes_), allow(sinks_);
-    allow(mask_);
+    allow(mask_), allow(k_codes_), allow(v_codes_), allow(k_scales_), allow(v_scales_);
     return memory;
   }
 
@@ -98,6 +105,18 @@ class AttentionProblem {
   uint16_t draw() {
     const float x = normal_(random_);
     return is_bfloat16 ? narrow_bfloat16(x) : narrow_float16(x);
+  }
+
+  // Where the scale of a token lies, by the strides that the kernel is given.
+  int64_t scale_offset(const KvScale& scale, int b, int j, int kv_head) const {
+    return table_[b * max_blocks_ + j / c.block_size] * scale.stride_block +
+           j % c.block_size * scale.stride_row + kv_head * scale.stride_head;
+  }
+  double code_value(const std::vector<uint8_t>& codes, int64_t at, const KvScale& scale, int b,
+                    int j, int head) const {
+    const float own =
+        scale.values ? scale.values[scale_offset(scale, b, j, head / group())] : scale.value;
+    return double{widen_float16(widen_e4m3(codes[at]))} * own;
   }
 
   int64_t q_offset(int b, int i, int head) const {
@@ -187,6 +206,7 @@ class AttentionProblem {
     out_.assign(total_q() * params.out_stride_row, kNan);
     k_.assign(paged ? blocks * params.k_stride_block : keys * params.k_stride_row, kNan);
     v_.assign(paged ? blocks * params.v_stride_block : keys * params.v_stride_row, kNan);
+    if (c.codes != Codes::kNone) make_codes(blocks);
     for (size_t b = 0; b < c.batch.size(); ++b) fill_sequence(static_cast<int>(b));
     lse_.assign(total_q() * c.num_heads, 777.0f);
     for (int head = 0; head < c.num_heads; ++head) {
@@ -202,6 +222,39 @@ class AttentionProblem {
     point_at_tensors();
   }
 
+  // Of K and V, instead of what k_ and v_ hold; scales of tokens differ by powers of two.
+  void make_codes(int64_t blocks) {
+    constexpr uint8_t kNanCode = 0x7F;
+    k_codes_.assign(k_.size(), kNanCode), v_codes_.assign(v_.size(), kNanCode);
+    const int64_t heads = c.num_kv_heads;
+    const int64_t count = c.codes == Codes::kToken  ? blocks * c.block_size * heads
+                          : c.codes == Codes::kHead ? heads
+                                                    : 0;
+    k_scales_.assign(count, NAN), v_scales_.assign(count, NAN);
+    const auto make = [&](std::vector<float>& scales, float value) {
+      KvScale scale{count > 0 ? scales.data() : nullptr, 0, 0, 0, value, c.codes == Codes::kToken};
+      if (count > 0) scale.stride_head = 1;
+      if (scale.is_per_token) scale.stride_row = heads, scale.stride_block = c.block_size * heads;
+      for (int64_t i = 0; c.codes == Codes::kHead && i < heads; ++i) scales[i] = value * (i + 1);
+      return scale;
+    };
+    params.k_scale = make(k_scales_, 0.01f), params.v_scale = make(v_scales_, 0.02f);
+    params.kv_dtype = ElementType::kFloat8E4M3;
+  }
+  void fill_codes(int b, int j, int head) {
+    if (c.codes == Codes::kToken) {
+      const auto draw_scale = [&] {
+        return std::exp2(static_cast<float>(random_() % 12) - 13.0f) * 1.3f;
+      };
+      k_scales_[scale_offset(params.k_scale, b, j, head)] = draw_scale();
+      v_scales_[scale_offset(params.v_scale, b, j, head)] = draw_scale();
+    }
+    for (int d = 0; d < c.head_dim; ++d)
+      k_codes_[k_offset(b, j, head) + d] = narrow_e4m3(100 * normal_(random_));
+    for (int d = 0; d < c.head_dim_v; ++d)
+      v_codes_[v_offset(b, j, head) + d] = narrow_e4m3(100 * normal_(random_));
+  }
+
   void fill_sequence(int b) {
     const auto [q_len, seq_len] = c.batch[b];
     for (int i = 0; i < q_len; ++i)
@@ -209,6 +262,10 @@ class AttentionProblem {
         for (int d = 0; d < c.head_dim; ++d) q_[q_offset(b, i, head) + d] = draw();
     for (int j = 0; j < seq_len; ++j)
       for (int head = 0; head < c.num_kv_heads; ++head) {
+        if (c.codes != Codes::kNone) {
+          fill_codes(b, j, head);
+          continue;
+        }
         for (int d = 0; d < c.head_dim; ++d) k_[k_offset(b, j, head) + d] = draw();
         for (int d = 0; d < c.head_dim_v; ++d) v_[v_offset(b, j, head) + d] = draw();
       }
@@ -216,7 +273,10 @@ class AttentionProblem {
 
   void point_at_tensors() {
     AttentionParams& p = params;
-    p.q = q_.data(), p.k = k_.data(), p.v = v_.data();
+    const bool has_codes = c.codes != Codes::kNone;
+    p.q = q_.data();
+    p.k = has_codes ? static_cast<const void*>(k_codes_.data()) : k_.data();
+    p.v = has_codes ? static_cast<const void*>(v_codes_.data()) : v_.data();
     p.out = out_.data(), p.lse = lse_.data();
     p.alibi_slopes = c.alibi ? slopes_.data() : nullptr;
     p.sinks = c.sinks ? sinks_.data() : nullptr;
@@ -262,6 +322,8 @@ class AttentionProblem {
   std::vector<int32_t> table_;
   int max_blocks_ = 0;
   std::vector<uint16_t> q_, k_, v_, out_;
+  std::vector<uint8_t> k_codes_, v_codes_;
+  std::vector<float> k_scales_, v_scales_;
   std::vector<float> lse_, slopes_, sinks_;
   std::vector<uint8_t> mask_;
   int64_t mask_bytes_ = 0;

@@ -99,6 +99,22 @@ inline void check_chunks(const AttentionKernel& kernel, AttentionCase c) {
   }
 }
 
+// Codes for K and V: every kind of scale, over one chunk and several, in one item and in many.
+inline void check_codes(const AttentionKernel& kernel, AttentionCase c) {
+  for (Codes codes : {Codes::kTensor, Codes::kHead, Codes::kToken}) {
+    c.codes = codes;
+    for (Cache cache : {Cache::kNhd, Cache::kHnd}) {
+      c.cache = cache;
+      c.batch = kMixed;
+      check_case(kernel, c, AsyncMode::kRandom, 3);
+    }
+    c.cache = Cache::kNhd;
+    c.batch = {{3, 1100}, {2, 513}, {40, 90}};
+    c.parallelism = codes == Codes::kHead ? 1 : 6;
+    check_case(kernel, c, AsyncMode::kLazy, 4);
+  }
+}
+
 // `c` has several chunks of keys.
 inline void check_bits(const AttentionKernel& kernel, AttentionCase c) {
   std::vector<uint16_t> out;

@@ -32,7 +32,7 @@ class Mutation:
 
 
 P, D, T, S, K, A = (f"cuda/kernels/{x}.h" for x in "prefill decode tile softmax keys args".split())
-STATE = "cuda/kernels/state.h"
+STATE, SCALES, TRAITS = (f"cuda/kernels/{x}.h" for x in "state scales traits".split())
 H = "cuda/kernels/sm90/prefill.h"
 
 MUTATIONS = [
@@ -56,8 +56,8 @@ MUTATIONS = [
     Mutation("prefill: rows of the next block overwrite shared memory in use", P,
              "write_total<Traits>(args, item, state, first_row);\n  sync_block();",
              "write_total<Traits>(args, item, state, first_row);"),
-    Mutation("prefill: 16 bytes of shared memory too few", P,
-             "kSharedBytes = kFlagOffset + 16", "kSharedBytes = kFlagOffset"),
+    Mutation("prefill: 16 bytes of shared memory too few", TRAITS,
+             "kUnitOffset = kFlagOffset + 16", "kUnitOffset = kFlagOffset"),
     Mutation("prefill: a chunk is not begun afresh", P,
              "state.chunk[h] = RowStats{};", ";"),
     Mutation("prefill: partial results one slot off", P,
@@ -88,10 +88,24 @@ MUTATIONS = [
              "((piece ^ (kHeadDim > 1 ? 0 : swizzle)) << 4)"),
     Mutation("values are read untransposed", T, "ldmatrix<Transposed::kYes>(",
              "ldmatrix<Transposed::kNo>("),
-    Mutation("keys of a fragment swapped", T, "mma<Type>(scores[2 * n], query, key[0], key[1]);",
-             "mma<Type>(scores[2 * n], query, key[1], key[0]);"),
+    Mutation("keys of a fragment swapped", T, "query, low, high);", "query, high, low);"),
     Mutation("columns beyond the head dim are read", T,
-             "2 * max(0, min(columns, kPiece))", "2 * (columns > -99 ? kPiece : 0)"),
+             "kBytes * max(0, min(columns, kCount))", "kBytes * (columns > -99 ? kCount : 0)"),
+    Mutation("decode: the exchange takes the place of queries too early", D,
+             "if (Traits::kKeepQueries) sync_block();", ""),
+    Mutation("e4m3: queries are read before they are prepared", D,
+             "prepare_queries<Traits>(p, item, query_tile);\n    sync_block();",
+             "prepare_queries<Traits>(p, item, query_tile);"),
+    Mutation("e4m3: columns of queries in the order of 16-bit keys", SCALES,
+             "piece[column] * to_one, piece[column + 2] * to_one",
+             "piece[column] * to_one, piece[column + 1] * to_one"),
+    Mutation("e4m3: scales of K where those of V are meant", SCALES,
+             "2 * Traits::kKeyTileBytes + 4 * Traits::kKeys", "2 * Traits::kKeyTileBytes"),
+    Mutation("e4m3: scales of keys that are not there are read", SCALES, "exists ? 4 : 0", "4"),
+    Mutation("e4m3: a row has the unit of another", SCALES,
+             "first_row + lane / 4 + 8 * h", "first_row + lane / 4"),
+    Mutation("e4m3: sums in the order of 16-bit values", T,
+             "8 * n + lane % 4 * 4 + 2 * odd", "8 * pair + lane % 4 * 2"),
     Mutation("causal mask off by one", A, "position + p.window_right + 1};",
              "position + p.window_right + 2};"),
     Mutation("window off by one", A, "position - p.window_left,", "position - p.window_left + 1,"),

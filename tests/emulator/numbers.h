@@ -46,6 +46,27 @@ inline uint16_t narrow_float16(float value) {
   return sign | static_cast<uint16_t>((bits >> 13) - (112u << 10));
 }
 
+inline uint16_t widen_e4m3(uint8_t bits) {  // to float16, exactly
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  if ((bits & 127) == 127) return static_cast<uint16_t>((bits & 128) << 8 | 0x7FFF);
+  const float magnitude = exponent > 0 ? std::ldexp(8.0f + fraction, exponent - 10)
+                                       : std::ldexp(static_cast<float>(fraction), -9);
+  return narrow_float16(bits & 128 ? -magnitude : magnitude);
+}
+
+inline uint8_t narrow_e4m3(float value) {  // beyond the largest: the largest
+  if (std::isnan(value)) return 0x7F;
+  const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+  const float magnitude = std::min(std::fabs(value), 448.0f);
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  const float step = std::ldexp(1.0f, std::max(exponent - 1, -6) - 3);
+  const float rounded = std::nearbyint(magnitude / step) * step;
+  if (rounded < std::ldexp(1.0f, -6)) return sign | static_cast<uint8_t>(std::ldexp(rounded, 9));
+  const float fraction = std::frexp(rounded, &exponent);
+  return sign | static_cast<uint8_t>((exponent + 6) << 3 | static_cast<int>(fraction * 16 - 8));
+}
+
 // All 65,536 values of a type, for the many look-ups of an emulated mma.
 template <class Type>
 const float* widening_table() {

@@ -110,6 +110,11 @@ inline void mov(M& m, const I& i) {
 }
 
 inline void cvt(M& m, const I& i) {
+  if (i.has("e4m3x2")) {
+    const auto codes = static_cast<uint16_t>(m.get(i.operands[1]));
+    const uint32_t low = widen_e4m3(static_cast<uint8_t>(codes));
+    return m.set(i.operands[0], low | uint32_t{widen_e4m3(codes >> 8)} << 16);
+  }
   if (i.has("f16x2") || i.has("bf16x2")) {
     const bool is_bfloat16 = i.has("bf16x2");
     const auto bits = [&](int operand) {
@@ -122,6 +127,14 @@ inline void cvt(M& m, const I& i) {
     return m.set_float(i, widen_float16(static_cast<uint16_t>(m.get(i.operands[1]))));
   if (i.first_type == PtxType::kF32) return m.set_float(i, static_cast<float>(m.s(i, 1)));
   m.set(i.operands[0], M::truncate(static_cast<uint64_t>(m.s(i, 1)), i.first_type));
+}
+
+// Four of the eight bytes of two registers, by the low three bits of each nibble of the selector.
+inline void prmt(M& m, const I& i) {
+  const uint64_t bytes = m.u(i, 1) | m.u(i, 2) << 32, selector = m.get(i.operands[3]);
+  uint64_t result = 0;
+  for (int n = 0; n < 4; ++n) result |= (bytes >> (selector >> 4 * n & 7) * 8 & 255) << 8 * n;
+  m.set(i.operands[0], result);
 }
 
 inline void cvta(M& m, const I& i) { m.set(i.operands[0], m.get(i.operands[1])); }
@@ -137,6 +150,15 @@ inline void sub(M& m, const I& i) {
   is_float(i) ? m.set_float(i, m.f(i, 1) - m.f(i, 2)) : m.set_int(i, m.u(i, 1) - m.u(i, 2));
 }
 inline void mul(M& m, const I& i) {
+  if (i.has("f16x2")) {
+    const auto half = [&](int shift) {
+      const auto of = [&](int operand) {
+        return widen_float16(static_cast<uint16_t>(m.get(i.operands[operand]) >> shift));
+      };
+      return uint64_t{narrow_float16(of(1) * of(2))} << shift;
+    };
+    return m.set(i.operands[0], half(0) | half(16));
+  }
   if (is_float(i)) return m.set_float(i, m.f(i, 1) * m.f(i, 2));
   const auto product = static_cast<__int128>(m.s(i, 1)) * m.s(i, 2);
   if (i.has("wide")) return m.set(i.operands[0], static_cast<uint64_t>(product));
@@ -273,18 +295,19 @@ inline void multiply_matrices(M& m, const I& i) {
 
 inline PtxHandler ptx_handler(const PtxInstruction& instruction) {
   static const std::map<std::string, PtxHandler> handlers = {
-      {"abs", ptx::abs},   {"add", ptx::add},   {"and", ptx::bit_and},
-      {"atom", ptx::atom}, {"bar", ptx::bar},   {"bra", ptx::bra},
-      {"cp", ptx::cp},     {"cvt", ptx::cvt},   {"cvta", ptx::cvta},
-      {"div", ptx::div},   {"ex2", ptx::ex2},   {"fence", ptx::fence},
-      {"fma", ptx::fma},   {"ld", ptx::load},   {"ldmatrix", ptx::load_matrices},
-      {"lg2", ptx::lg2},   {"mad", ptx::mad},   {"max", ptx::max},
-      {"min", ptx::min},   {"mov", ptx::mov},   {"mma", ptx::multiply_matrices},
-      {"mul", ptx::mul},   {"neg", ptx::neg},   {"not", ptx::bit_not},
-      {"or", ptx::bit_or}, {"rcp", ptx::rcp},   {"rem", ptx::rem},
-      {"ret", ptx::ret},   {"selp", ptx::selp}, {"setp", ptx::setp},
-      {"shfl", ptx::shfl}, {"shl", ptx::shl},   {"shr", ptx::shr},
-      {"st", ptx::store},  {"sub", ptx::sub},   {"xor", ptx::bit_xor}};
+      {"abs", ptx::abs},    {"add", ptx::add},   {"and", ptx::bit_and},
+      {"atom", ptx::atom},  {"bar", ptx::bar},   {"bra", ptx::bra},
+      {"cp", ptx::cp},      {"cvt", ptx::cvt},   {"cvta", ptx::cvta},
+      {"div", ptx::div},    {"ex2", ptx::ex2},   {"fence", ptx::fence},
+      {"fma", ptx::fma},    {"ld", ptx::load},   {"ldmatrix", ptx::load_matrices},
+      {"lg2", ptx::lg2},    {"mad", ptx::mad},   {"max", ptx::max},
+      {"min", ptx::min},    {"mov", ptx::mov},   {"mma", ptx::multiply_matrices},
+      {"mul", ptx::mul},    {"neg", ptx::neg},   {"not", ptx::bit_not},
+      {"or", ptx::bit_or},  {"prmt", ptx::prmt}, {"rcp", ptx::rcp},
+      {"rem", ptx::rem},    {"ret", ptx::ret},   {"selp", ptx::selp},
+      {"setp", ptx::setp},  {"shfl", ptx::shfl}, {"shl", ptx::shl},
+      {"shr", ptx::shr},    {"st", ptx::store},  {"sub", ptx::sub},
+      {"xor", ptx::bit_xor}};
   const auto found = handlers.find(instruction.opcode[0]);
   return found == handlers.end() ? ptx::sm90_handler(instruction.opcode[0]) : found->second;
 }

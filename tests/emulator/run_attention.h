@@ -9,8 +9,9 @@ namespace quire::emulator {
 
 inline Report run_attention(const AttentionKernel& kernel, AttentionProblem& problem,
                             Options options, int blocks = 3) {
-  const bool is_aligned = problem.c.cache != Cache::kOdd && problem.c.head_dim % 8 == 0 &&
-                          problem.c.head_dim_v % 8 == 0;
+  const int piece = problem.c.codes == Codes::kNone ? 8 : 16;
+  const bool is_aligned = problem.c.cache != Cache::kOdd && problem.c.head_dim % piece == 0 &&
+                          problem.c.head_dim_v % piece == 0;
   options.global = problem.global();
   return run_kernel(kernel, problem.params, problem.plan, is_aligned, problem.workspace, options,
                     blocks);

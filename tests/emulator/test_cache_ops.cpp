@@ -25,6 +25,10 @@ struct Tensor {
     const int64_t head = dim + gap;
     return {data.data(), rows * heads * head, heads * head, head};
   }
+  View<uint8_t> bytes() {
+    const int64_t head = 2 * (dim + gap);
+    return {reinterpret_cast<uint8_t*>(data.data()), rows * heads * head, heads * head, head};
+  }
   uint16_t& at(int64_t outer, int row, int head, int column) {
     return *view().at(outer, row, head, column);
   }
@@ -44,8 +48,8 @@ void run(Kernel kernel, Arrays&... arrays) {
 AppendArgs append_args(Tensor& k, Tensor& v, Tensor& k_cache, Tensor& v_cache,
                        const std::vector<int64_t>& slots) {
   AppendArgs args{};
-  args.k = {k.view(), k_cache.view(), k.dim};
-  args.v = {v.view(), v_cache.view(), v.dim};
+  args.k = {k.view(), k_cache.view(), k.dim, {}, {}};
+  args.v = {v.view(), v_cache.view(), v.dim, {}, {}};
   args.slot_mapping = slots.data();
   args.num_slots = 30;
   args.num_tokens = static_cast<int>(slots.size());
@@ -137,6 +141,105 @@ TEST_CASE_TEMPLATE("a rope turns keys on their way, and queries in place", Type,
       }
 }
 
+TEST_CASE("floats become codes like the reference says") {
+  for (uint64_t i = 0; i < uint64_t{1} << 32; i += 9973) {
+    const auto x = std::bit_cast<float>(static_cast<uint32_t>(i));
+    const uint8_t expected = emulator::narrow_e4m3(x);
+    if ((expected & 127) == 127) {
+      CHECK((narrow_e4m3(x) & 127) == 127);
+    } else {
+      CHECK(narrow_e4m3(x) == expected);
+    }
+  }
+  for (int code = 0; code < 127; ++code) {  // ties between a code and the next
+    const auto value = [](int c) {
+      return emulator::widen_float16(emulator::widen_e4m3(static_cast<uint8_t>(c)));
+    };
+    CHECK(narrow_e4m3(value(code)) == static_cast<uint32_t>(code));
+    if (code < 126)
+      CHECK(narrow_e4m3((value(code) + value(code + 1)) / 2) ==
+            static_cast<uint32_t>(code + code % 2));
+  }
+}
+
+// A cache of codes and the scales of its tokens.
+struct Codes {
+  std::vector<uint8_t> data;
+  std::vector<float> scales;
+  AppendArgs::Side side(Tensor& from, int block_size, bool is_per_token) {
+    const int64_t head = from.dim + from.gap;
+    const int64_t heads = from.heads;
+    return {from.view(),
+            {},
+            from.dim,
+            {data.data(), block_size * heads * head, heads * head, head},
+            {scales.data(), is_per_token ? block_size * heads : 0, is_per_token ? heads : 0, 1,
+             1.0f, is_per_token}};
+  }
+};
+
+TEST_CASE_TEMPLATE("append_kv_e4m3 divides, rounds and leaves the scales", Type, Float16,
+                   BFloat16) {
+  for (const bool is_per_token : {false, true})
+    for (const int rotary_dim : {0, 64, 20})
+      for (const bool is_interleaved : {false, true})
+        for (const int gap : {0, 3}) {
+          const int dim = 136, heads = 2, tokens = 5, block_size = 5, max_position = 7;
+          Tensor k(tokens, 1, heads, dim, gap), v = k;
+          for (size_t i = 0; i < k.data.size(); ++i) {
+            k.data[i] = emulator::narrow<Type>(std::sin(static_cast<float>(3 * i)));
+            v.data[i] = emulator::narrow<Type>(9 * std::cos(static_cast<float>(i)));
+          }
+          for (int d = 0; d < dim; ++d) v.at(1, 0, 1, d) = 0;
+          std::vector<float> table(max_position * 64);
+          for (size_t i = 0; i < table.size(); ++i) table[i] = std::cos(static_cast<float>(i));
+          std::vector<int32_t> positions = {6, 0, 3, 2, 1};
+          std::vector<int64_t> slots = {4, 11, 29, -1, 30};
+          Codes k_codes, v_codes;
+          for (Codes* codes : {&k_codes, &v_codes}) {
+            codes->data.assign(6 * block_size * heads * (dim + gap), 0x55);
+            codes->scales.assign(is_per_token ? 6 * block_size * heads : heads, 0.125f);
+          }
+          Codes expected[] = {k_codes, v_codes};
+          for (int t = 0; t < 3; ++t)
+            for (int head = 0; head < heads; ++head)
+              for (int side = 0; side < 2; ++side) {
+                std::vector<float> row(dim);
+                const uint16_t* from = &(side ? v : k).at(t, 0, head, 0);
+                for (int d = 0; d < dim; ++d) row[d] = emulator::widen<Type>(from[d]);
+                const float* angles = &table[positions[t] * 64];
+                for (int pair = 0; side == 0 && pair < rotary_dim / 2; ++pair)
+                  rotate(row[is_interleaved ? 2 * pair : pair],
+                         row[is_interleaved ? 2 * pair + 1 : pair + rotary_dim / 2], angles[pair],
+                         angles[rotary_dim / 2 + pair]);
+                float top = 0;
+                for (const float x : row) top = std::max(top, std::fabs(x));
+                const int64_t place = slots[t] * heads + head;
+                if (is_per_token) expected[side].scales[place] = std::max(top / 448.0f, 0x1p-126f);
+                const float scale = expected[side].scales[is_per_token ? place : head];
+                for (int d = 0; d < dim; ++d)
+                  expected[side].data[place * (dim + gap) + d] =
+                      emulator::narrow_e4m3(row[d] / scale);
+              }
+          Tensor unused(6, block_size, heads, dim, gap);
+          AppendArgs args = append_args(k, v, unused, unused, slots);
+          args.k = k_codes.side(k, block_size, is_per_token);
+          args.v = v_codes.side(v, block_size, is_per_token);
+          args.cos_sin = table.data();
+          args.cos_sin_stride = 64;
+          args.positions = positions.data();
+          args.max_position = max_position;
+          args.rotary_dim = rotary_dim;
+          args.is_interleaved = is_interleaved;
+          run([&] { append_kv_e4m3<Type, kThreads>(args); }, k.data, v.data, k_codes.data,
+              v_codes.data, k_codes.scales, v_codes.scales, slots, table, positions);
+          CHECK(k_codes.data == expected[0].data);
+          CHECK(v_codes.data == expected[1].data);
+          CHECK(k_codes.scales == expected[0].scales);
+          CHECK(v_codes.scales == expected[1].scales);
+        }
+}
+
 TEST_CASE("copy_blocks") {
   for (int gap : {0, 1}) {
     const int dim = 40, heads = 3, block_size = 4;
@@ -151,8 +254,8 @@ TEST_CASE("copy_blocks") {
             k_expected.at(pairs[2 * i + 1], row, head, d) = k_cache.at(pairs[2 * i], row, head, d);
             v_expected.at(pairs[2 * i + 1], row, head, d) = v_cache.at(pairs[2 * i], row, head, d);
           }
-    const CopyBlocksArgs args{{k_cache.view(), k_cache.view(), dim},
-                              {v_cache.view(), v_cache.view(), dim},
+    const CopyBlocksArgs args{{k_cache.bytes(), k_cache.bytes(), 2 * dim},
+                              {v_cache.bytes(), v_cache.bytes(), 2 * dim},
                               pairs.data(),
                               3,
                               heads,

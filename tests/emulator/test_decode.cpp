@@ -59,6 +59,37 @@ TEST_CASE("tile shapes") {
   check(kernel<BFloat16, 192, 4, 2, Mode::kFast>());
   check(kernel<Float16, 256, 4, 2, Mode::kFull>());
   check(kernel<Float16, 64, 2, 2, Mode::kFast>());
+  check(kernel<Float16, 256, 2, 2, Mode::kFast>());
+}
+
+template <class Type, int kHeadDim, int kWarps, int kStages, Mode kMode>
+AttentionKernel e4m3_kernel() {
+  using Traits = device::DecodeTraits<Type, kHeadDim, kWarps, kStages, kMode, device::Float8E4M3>;
+  return bind<Traits>(device::decode<Traits>);
+}
+
+TEST_CASE("e4m3 codes, fast") {
+  check_codes(e4m3_kernel<BFloat16, 128, 4, 4, Mode::kFast>(), base(128));
+  AttentionCase c = base(128);
+  c.codes = Codes::kToken;
+  c.batch = {{5, 1300}, {18, 700}};
+  check_bits(e4m3_kernel<BFloat16, 128, 4, 4, Mode::kFast>(), c);
+}
+
+TEST_CASE("e4m3 codes, every option") {
+  const auto kernel = e4m3_kernel<Float16, 64, 4, 4, Mode::kFull>();
+  for (Codes codes : {Codes::kHead, Codes::kToken}) {
+    AttentionCase c = base(64);
+    c.codes = codes;
+    check_options(kernel, c);
+  }
+}
+
+TEST_CASE("e4m3 codes, queries not kept") {
+  AttentionCase c = base(256);
+  c.batch = {{2, 130}, {1, 1}, {1, 600}};
+  c.codes = Codes::kToken;
+  check_case(e4m3_kernel<BFloat16, 256, 4, 2, Mode::kFast>(), c);
 }
 
 }  // namespace

@@ -23,6 +23,16 @@ std::string run_all(uint32_t seed) {
     const std::string error = run(*kernel, c, kernel->rows, seed);
     if (!error.empty()) return error;
   }
+  using Codes8 = device::Float8E4M3;
+  using CodePrefill = device::PrefillTraits<Float16, 64, 64, 64, Mode::kFast, Codes8>;
+  using CodeDecode = device::DecodeTraits<Float16, 64, 4, 3, Mode::kFast, Codes8>;
+  AttentionCase codes = c;
+  codes.codes = Codes::kToken;
+  for (const AttentionKernel& kernel : {bind<CodePrefill>(device::prefill<CodePrefill>),
+                                        bind<CodeDecode>(device::decode<CodeDecode>)}) {
+    const std::string error = run(kernel, codes, kernel.rows, seed);
+    if (!error.empty()) return error;
+  }
   c.window_left = 37;
   c.head_dim = c.head_dim_v = 40;
   return run(bind<FullDecode>(device::decode<FullDecode>), c, 16, seed);

@@ -54,5 +54,33 @@ TEST_CASE("tile shapes") {
   check(kernel<Float16, 256, 32, 16, Mode::kFast>());
 }
 
+template <class Type, int kHeadDim, int kRows, int kKeys, Mode kMode>
+AttentionKernel e4m3_kernel() {
+  using Traits = device::PrefillTraits<Type, kHeadDim, kRows, kKeys, kMode, device::Float8E4M3>;
+  return bind<Traits>(device::prefill<Traits>);
+}
+
+TEST_CASE("e4m3 codes, fast") {
+  const auto kernel = e4m3_kernel<BFloat16, 128, 64, 64, Mode::kFast>();
+  check_codes(kernel, base(128));
+  AttentionCase c = base(128);
+  c.codes = Codes::kToken;
+  c.batch = {{5, 1300}, {18, 700}};
+  check_bits(kernel, c);
+}
+
+TEST_CASE("e4m3 codes, every option") {
+  AttentionCase c = base(64);
+  c.codes = Codes::kToken;
+  check_options(e4m3_kernel<Float16, 64, 64, 64, Mode::kFull>(), c);
+}
+
+TEST_CASE("e4m3 codes, queries not kept") {
+  AttentionCase c = base(256);
+  c.batch = {{70, 130}, {1, 1}, {9, 600}};
+  c.codes = Codes::kToken;
+  check_case(e4m3_kernel<Float16, 256, 32, 32, Mode::kFast>(), c);
+}
+
 }  // namespace
 }  // namespace quire::emulator

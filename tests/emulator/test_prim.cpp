@@ -154,6 +154,21 @@ TEST_CASE("arithmetic at the edges that kernels rely on") {
   CHECK(max(std::numeric_limits<float>::quiet_NaN(), 1.0f) == 1.0f);
   CHECK(pack<Float16>(1.0f, -2.0f) == 0xC0003C00u);
   CHECK(widen<BFloat16>(0x3F80) == 1.0f);
+  for (uint32_t code = 0; code < 256; ++code) {
+    const int exponent = static_cast<int>(code >> 3 & 15), fraction = static_cast<int>(code & 7);
+    const float magnitude =
+        exponent ? std::ldexp(1 + fraction / 8.0f, exponent - 7) : std::ldexp(fraction / 8.0f, -6);
+    uint32_t even, odd;
+    widen_e4m3(code | 0x38u << 8 | 0x40u << 16 | code << 24, even, odd);  // 1 and 2 between
+    const float first = widen<Float16>(static_cast<uint16_t>(even));
+    CHECK(widen<Float16>(static_cast<uint16_t>(even >> 16)) == 2.0f);
+    CHECK(widen<Float16>(static_cast<uint16_t>(odd)) == 1.0f);
+    CHECK((odd >> 16) == (even & 0xFFFF));
+    if ((code & 127) == 127)
+      CHECK(std::isnan(first));
+    else
+      CHECK(first == (code & 128 ? -magnitude : magnitude));
+  }
 }
 
 }  // namespace

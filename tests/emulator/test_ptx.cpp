@@ -116,6 +116,25 @@ TEST_CASE("decode") {
   check_case(kernel, c);
 }
 
+TEST_CASE("e4m3 codes") {
+  using Decode = device::DecodeTraits<BFloat16, 128, 4, 4, Mode::kFast, device::Float8E4M3>;
+  AttentionCase c = base(128);
+  c.batch = {{1, 1100}, {2, 60}};
+  c.parallelism = 6;
+  c.codes = Codes::kToken;
+  check_case(from_ptx<Decode>("e4m3.ptx", "decode_e4m3_BFloat16_128_4_4_kFast"), c);
+  using Prefill = device::PrefillTraits<Float16, 64, 64, 64, Mode::kFull, device::Float8E4M3>;
+  const auto prefill = from_ptx<Prefill>("e4m3.ptx", "prefill_e4m3_Float16_64_64_64_kFull");
+  for (Codes codes : {Codes::kHead, Codes::kToken}) {
+    c = base(64);
+    c.batch = {{19, 45}, {1, 1}, {3, 530}};
+    c.codes = codes;
+    c.softcap = 3;
+    c.window_left = 40;
+    check_case(prefill, c, AsyncMode::kRandom);
+  }
+}
+
 TEST_CASE("bits do not depend on how the work is cut, after nvcc either") {
   AttentionCase c = base(128);
   c.num_heads = c.num_kv_heads = 1;

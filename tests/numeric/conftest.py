@@ -16,8 +16,6 @@ collect_ignore = (
         "test_any_arguments.py",
         "test_backward.py",
         "test_large_caches.py",
-        "test_quantised.py",
-        "test_quantised_cache_ops.py",
         "test_shared_prefix.py",
     ]
 )

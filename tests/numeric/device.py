@@ -48,7 +48,8 @@ class EmulatedTensor:
 
     def __init__(self, array: np.ndarray):
         self.array, self.shape, self.dtype = array, array.shape, array.dtype
-        code = {"f": 2, "i": 0, "u": 1}.get(array.dtype.kind, 4)  # 4: bfloat16
+        code = {"i": 0, "u": 1}.get(array.dtype.kind, 2)
+        code = {"bfloat16": 4, "float8_e4m3fn": 10}.get(array.dtype.name, code)
         strides = [s // array.itemsize for s in array.strides]
         self._shape = (ctypes.c_int64 * array.ndim)(*array.shape)
         self._strides = (ctypes.c_int64 * array.ndim)(*strides)
@@ -140,7 +141,7 @@ class _OnDevice:
             out = np.full((*q.shape[:-1], v.shape[-1]), np.nan, q.dtype)
         if lse is None and return_lse:
             lse = np.full(lse_shape, np.nan, np.float32)
-        for name in ("alibi_slopes", "sinks", "mask"):
+        for name in ("alibi_slopes", "sinks", "mask", "k_scale", "v_scale"):
             if name in options:
                 options[name] = moved.to(options[name])
         function(
@@ -153,12 +154,15 @@ class _OnDevice:
         moved.back(out, lse)
         return (out, lse) if return_lse else out
 
-    def append_kv(self, k, v, k_cache, v_cache, slot_mapping, *, rope=None):
+    def append_kv(
+        self, k, v, k_cache, v_cache, slot_mapping, *, rope=None, k_scale=1.0, v_scale=1.0
+    ):
         moved = Transfer()
         package.append_kv(
-            *(moved.to(x) for x in (k, v, k_cache, v_cache)), slot_mapping, rope=_rope(moved, rope)
-        )
-        moved.back(k_cache, v_cache)
+            *(moved.to(x) for x in (k, v, k_cache, v_cache)), slot_mapping, rope=_rope(moved, rope),
+            k_scale=moved.to(k_scale), v_scale=moved.to(v_scale),
+        )  # fmt: skip
+        moved.back(k_cache, v_cache, k_scale, v_scale)
 
     def apply_rope(self, x, rope, *, out=None):
         moved = Transfer()

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import ml_dtypes
 import numpy as np
-from cases import MIXED, Case, Problem, random_cases
+from cases import DTYPES, MIXED, Case, Problem, random_cases
+from device import DEVICE
 
-KV_DTYPES = {
-    "float8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "int8": np.dtype(np.int8),
-}
+KV_DTYPES = {"float8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn)}
+if DEVICE == "cpu":
+    KV_DTYPES |= {"float8_e5m2": np.dtype(ml_dtypes.float8_e5m2), "int8": np.dtype(np.int8)}
 LARGEST = {"float8_e4m3": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}
 GRANULARITIES = ("tensor", "head", "token")
 
@@ -137,7 +136,7 @@ def quantised_cases() -> list[tuple[Case, str, str]]:
     mixed = Case(batch=MIXED)
     for kv_dtype in KV_DTYPES:
         for granularity in GRANULARITIES:
-            for dtype in ("float32", "float16", "bfloat16"):
+            for dtype in DTYPES:
                 for base in (decode, mixed):
                     cases.append((replace(base, dtype=dtype), kv_dtype, granularity))
         for base in (decode, mixed):

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import quire
 from cases import Case
+from device import DEVICE, quire
 from quantised import (
     GRANULARITIES,
     KV_DTYPES,
@@ -64,7 +64,7 @@ def test_every_code_is_what_it_stands_for(kv_dtype, q_len, dim):
     codes = np.arange(256, dtype=np.uint8).view(KV_DTYPES[kv_dtype])
     values = codes.astype(np.float32)
     cache = np.broadcast_to(codes[None, None, :, None], (1, 1, 256, dim)).copy()
-    q = np.zeros((q_len, 256, dim), np.float32)
+    q = np.zeros((q_len, 256, dim), np.float32 if DEVICE == "cpu" else np.float16)
     q[..., -1] = 1
     k_scale, v_scale = np.full(256, 0.25, np.float32), np.full((1, 1, 256), 0.5, np.float32)
     with np.errstate(invalid="ignore"):
@@ -75,7 +75,8 @@ def test_every_code_is_what_it_stands_for(kv_dtype, q_len, dim):
         k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     finite = np.isfinite(values)
-    assert np.allclose(lse[finite], logits[finite, None], rtol=3e-7, atol=0)
+    bounds = {"rtol": 3e-7, "atol": 0} if DEVICE == "cpu" else {"rtol": 1e-6, "atol": 1e-6}
+    assert np.allclose(lse[finite], logits[finite, None], **bounds)
     assert np.array_equal(
         out[:, finite], np.broadcast_to(values[finite, None] / 2, out[:, finite].shape)
     )
@@ -126,6 +127,7 @@ def test_garbage_beyond_use_changes_nothing(kv_dtype, granularity, q_len):
     assert all(result == results[0] for result in results)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="is about the CPU")
 @KV
 @BOTH
 def test_plan_and_run_is_the_one_shot_call(kv_dtype, granularity):
@@ -143,6 +145,7 @@ def test_plan_and_run_is_the_one_shot_call(kv_dtype, granularity):
     assert bits(out) == bits(expected)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="is about the CPU")
 def test_capabilities_list_what_works():
     rows = {(r["isa"], r["dtype"], r["kv_dtype"]): r for r in quire.capabilities()}
     for isa in quire.supported_cpu_isas():

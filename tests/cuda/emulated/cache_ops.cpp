@@ -5,6 +5,10 @@
 #include "emulated/find_body.h"
 
 #undef QUIRE_APPEND_KV
+#undef QUIRE_APPEND_KV_E4M3
+#define QUIRE_APPEND_KV_E4M3(type, threads) \
+  {"append_kv_e4m3_" #type "_" #threads,    \
+   run_body<device::AppendArgs, device::append_kv_e4m3<device::type, threads>>},
 #undef QUIRE_COPY_BLOCKS
 #undef QUIRE_MERGE_STATES
 #define QUIRE_APPEND_KV(type, threads) \
