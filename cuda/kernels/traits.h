@@ -104,6 +104,8 @@ struct DecodeTraits : KeyTiles<Type_, KvType_, kHeadDim_, kTile> {
 template <class Type_, int kHeadDim_, int kRows_, int kKeys_, int kStages_, Mode kMode_>
 struct Sm90PrefillTraits {
   using Type = Type_;
+  using KvType = Type_;
+  static constexpr bool kIsQuantised = false;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kRows_;
   static constexpr int kKeys = kKeys_;

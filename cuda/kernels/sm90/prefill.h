@@ -282,7 +282,7 @@ QUIRE_DEVICE void consume_rows(const AttentionArgs& args, const Item& item, int 
       float scores[Traits::kKeys / 8][4];
       multiply_stage_keys<Traits>(scores, ring);
       mask_scores<Traits::kMode, Traits::kKeys>(p, state.rows, tile * Traits::kKeys, scores);
-      add_to_softmax<Traits::kKeys, Traits::kHeadDim>(factor, state.chunk, scores, state.sums);
+      add_to_softmax<Traits>(factor, TokenScales{}, state.chunk, scores, state.sums);
       multiply_stage_values<Traits>(state.sums, scores, ring);
       ring.advance();
     }
