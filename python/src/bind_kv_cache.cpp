@@ -341,11 +341,11 @@ nb::class_<PyManager> bind_manager(nb::module_& m) {
             new (self) PyManager(num_blocks, block_size, prefix_caching, async_depth,
                                  {.groups = std::move(groups)});
           },
-           nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("prefix_caching") = true,
-           nb::arg("async_depth") = 0, nb::kw_only(), nb::arg("groups") = nb::list(),
-           nb::sig("def __init__(self, num_blocks: int, block_size: int, "
-                   "prefix_caching: bool = True, async_depth: int = 0, *, "
-                   "groups: collections.abc.Sequence[LayerGroup] = ()) -> None"))
+          nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("prefix_caching") = true,
+          nb::arg("async_depth") = 0, nb::kw_only(), nb::arg("groups") = nb::list(),
+          nb::sig("def __init__(self, num_blocks: int, block_size: int, "
+                  "prefix_caching: bool = True, async_depth: int = 0, *, "
+                  "groups: collections.abc.Sequence[LayerGroup] = ()) -> None"))
       .def_prop_ro(
           "groups",
           [](const PyManager& p) {

@@ -242,4 +242,4 @@ def test_other_threads_run_meanwhile():
         ticks.append(time.perf_counter())
         time.sleep(0.001)
     (start, end) = spans[0]
-    assert sum(start < tick < end for tick in ticks) > 3, (end - start, len(ticks))
+    assert any(start < tick < end for tick in ticks), (end - start, len(ticks))

@@ -242,7 +242,7 @@ class KVCacheManager {
     int64_t num_computed = 0;
     int64_t num_planned = 0;  // beyond num_computed
     int64_t num_cached = 0;
-    uint64_t visit = 0;  // the latest call that named this sequence
+    uint64_t visit = 0;              // the latest call that named this sequence
     std::vector<GroupTable> groups;  // but the first
     int64_t num_trunk_tokens() const {
       return trunk ? static_cast<int64_t>(trunk->tokens.size()) : 0;
