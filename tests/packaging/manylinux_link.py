@@ -29,9 +29,10 @@ uint32_t arc4random(void) {
   return value;
 }
 """
-# The library shows what is quire's, a Python module and the CUDA plugin their one function.
+# The library shows what is quire's, a Python module and the CUDA plugin their one function (by a
+# pattern: the linker refuses a name that is not there).
 LIBRARY = "{ global: quire_*; _Z*5quire*; local: *; };"
-MODULE = "{ global: PyInit_*; quire_cuda_backend; local: *; };"
+MODULE = "{ global: PyInit_*; quire_cuda_*; local: *; };"
 
 
 def of_compiler(name: str) -> str:
