@@ -216,9 +216,9 @@ TEST_CASE("one-shot calls and cache operations") {
   const QuireTensor copy_view = quire_tensor(copies, QUIRE_INT32, 2, one_two);
   const QuireTensor table = quire_tensor(block_ids, QUIRE_INT32, 2, ones);
   const QuireTensor seq_lens = quire_tensor(lengths, QUIRE_INT32, 1, ones);
-  REQUIRE(quire_append_kv(&new_kv, &new_kv, &k_view, &v_view, &slot_view, nullptr, nullptr) ==
-          QUIRE_OK);
-  REQUIRE(quire_copy_blocks(&k_view, &v_view, &copy_view) == QUIRE_OK);
+  REQUIRE(quire_append_kv(&new_kv, &new_kv, &k_view, &v_view, &slot_view, nullptr, nullptr,
+                          nullptr) == QUIRE_OK);
+  REQUIRE(quire_copy_blocks(&k_view, &v_view, &copy_view, nullptr) == QUIRE_OK);
   QuireAttentionTensors paged = QUIRE_ATTENTION_TENSORS_INIT;
   paged.q = &q_rows;
   paged.k = &k_view;
@@ -232,10 +232,11 @@ TEST_CASE("one-shot calls and cache operations") {
   std::vector<float> outs(16, 2), lses = {1, 1, -std::numeric_limits<float>::infinity(),
                                           -std::numeric_limits<float>::infinity()};
   const QuireTensor outs_view = tensor(outs, {2, 1, 2, 4}), lses_view = tensor(lses, {2, 2, 1});
-  REQUIRE(quire_merge_states(&outs_view, &lses_view, &out_rows, nullptr) == QUIRE_OK);
+  REQUIRE(quire_merge_states(&outs_view, &lses_view, &out_rows, nullptr, nullptr) == QUIRE_OK);
   CHECK(out == std::vector<float>(8, 2));
   slots[1] = 99;
-  CHECK(error_of(quire_append_kv(&new_kv, &new_kv, &k_view, &v_view, &slot_view, nullptr, nullptr))
+  CHECK(error_of(quire_append_kv(&new_kv, &new_kv, &k_view, &v_view, &slot_view, nullptr, nullptr,
+                                 nullptr))
             .find("99") != std::string::npos);
 }
 
@@ -260,8 +261,8 @@ TEST_CASE("a quantised cache: given scales, scales a token, and what is refused"
   paged.v = &v_view;
   paged.out = &out_rows;
   const auto round_trip = [&](const QuireTensor& k_scale, const QuireTensor& v_scale) {
-    REQUIRE(quire_append_kv(&k_rows, &v_rows, &k_view, &v_view, &slot_view, &k_scale, &v_scale) ==
-            QUIRE_OK);
+    REQUIRE(quire_append_kv(&k_rows, &v_rows, &k_view, &v_view, &slot_view, &k_scale, &v_scale,
+                            nullptr) == QUIRE_OK);
     paged.k_scale = &k_scale;
     paged.v_scale = &v_scale;
     REQUIRE(quire_paged_attention(&paged, &table, &seq_lens, &options, nullptr) == QUIRE_OK);
@@ -279,8 +280,8 @@ TEST_CASE("a quantised cache: given scales, scales a token, and what is refused"
   CHECK(v_scales[7] == 7);
   CHECK(v_cache[27] == -127);
   numbers[0] = 0;
-  const std::string error =
-      error_of(quire_append_kv(&k_rows, &v_rows, &k_view, &v_view, &slot_view, &number, nullptr));
+  const std::string error = error_of(
+      quire_append_kv(&k_rows, &v_rows, &k_view, &v_view, &slot_view, &number, nullptr, nullptr));
   CHECK(error.find("k_scale: expected a finite number > 0") != std::string::npos);
 }
 

@@ -60,7 +60,7 @@ static void run_layer(const QuireAttention* attention, const QuireAttentionPlan*
   const QuireTensor slots =
       quire_tensor((void*)batch->slot_mapping, QUIRE_INT64, 1, &batch->total_q);
 
-  CHECK(quire_append_kv(&k_rows, &v_rows, &k_blocks, &v_blocks, &slots, NULL, NULL));
+  CHECK(quire_append_kv(&k_rows, &v_rows, &k_blocks, &v_blocks, &slots, NULL, NULL, NULL));
   QuireAttentionTensors tensors = QUIRE_ATTENTION_TENSORS_INIT;
   tensors.q = &q_rows;
   tensors.k = &k_blocks;
@@ -78,7 +78,7 @@ static void run_step(const QuireAttention* attention, const QuireStepBatch* batc
     shape[1] = 2;
     const QuireTensor copies = quire_tensor((void*)batch->copies, QUIRE_INT32, 2, shape);
     const QuireTensor k_blocks = cache_tensor(k_cache), v_blocks = cache_tensor(v_cache);
-    CHECK(quire_copy_blocks(&k_blocks, &v_blocks, &copies));
+    CHECK(quire_copy_blocks(&k_blocks, &v_blocks, &copies, NULL));
   }
   QuireAttentionBatch step = QUIRE_ATTENTION_BATCH_INIT;
   step.batch_size = batch->batch_size;

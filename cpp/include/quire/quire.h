@@ -129,9 +129,23 @@ typedef struct QuireAttentionTensors {
   int32_t reserved;           /* 0 */
   const QuireTensor* k_scale; /* of a quantised cache (kv_scales.h); NULL: 1 */
   const QuireTensor* v_scale;
+  void* stream; /* a cudaStream_t; NULL: the default stream. NULL on the CPU */
 } QuireAttentionTensors;
 #define QUIRE_ATTENTION_TENSORS_INIT \
-  {sizeof(QuireAttentionTensors), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0, NULL, NULL}
+  {sizeof(QuireAttentionTensors),    \
+   NULL,                             \
+   NULL,                             \
+   NULL,                             \
+   NULL,                             \
+   NULL,                             \
+   NULL,                             \
+   NULL,                             \
+   NULL,                             \
+   0,                                \
+   0,                                \
+   NULL,                             \
+   NULL,                             \
+   NULL}
 
 QuireStatus quire_attention_new(const QuireAttentionDesc* desc, QuireAttention** attention);
 void quire_attention_delete(QuireAttention* attention);
@@ -175,15 +189,17 @@ QuireStatus quire_paged_attention(const QuireAttentionTensors* tensors,
                                   const QuireAttentionOptions* options,
                                   const QuireTensor* cu_seqlens_q);
 
-/* ---- Cache operations (cache_ops.h) */
+/* ---- Cache operations (cache_ops.h); `stream` as in QuireAttentionTensors */
 
 QuireStatus quire_append_kv(const QuireTensor* k, const QuireTensor* v, const QuireTensor* k_cache,
                             const QuireTensor* v_cache, const QuireTensor* slot_mapping,
-                            const QuireTensor* k_scale, const QuireTensor* v_scale); /* or NULL */
+                            const QuireTensor* k_scale, const QuireTensor* v_scale, /* or NULL */
+                            void* stream);
 QuireStatus quire_copy_blocks(const QuireTensor* k_cache, const QuireTensor* v_cache,
-                              const QuireTensor* src_dst);
+                              const QuireTensor* src_dst, void* stream);
 QuireStatus quire_merge_states(const QuireTensor* outs, const QuireTensor* lses,
-                               const QuireTensor* out, const QuireTensor* lse); /* lse: or NULL */
+                               const QuireTensor* out, const QuireTensor* lse, /* lse: or NULL */
+                               void* stream);
 
 /* ---- Blocks that travel (block_ranges.h) */
 

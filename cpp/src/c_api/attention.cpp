@@ -67,7 +67,8 @@ AttentionTensors as_tensors(const std::string& function, const QuireAttentionTen
           .mask = optional(": mask", given.mask),
           .mask_is_tree = given.mask_is_tree != 0,
           .scales = {.k = optional(": k_scale", given.k_scale),
-                     .v = optional(": v_scale", given.v_scale)}};
+                     .v = optional(": v_scale", given.v_scale)},
+          .stream = given.stream};
 }
 
 AttentionOptions as_options(const char* argument, const QuireAttentionOptions* options) {
@@ -173,31 +174,33 @@ QuireStatus quire_paged_attention(const QuireAttentionTensors* tensors,
 
 QuireStatus quire_append_kv(const QuireTensor* k, const QuireTensor* v, const QuireTensor* k_cache,
                             const QuireTensor* v_cache, const QuireTensor* slot_mapping,
-                            const QuireTensor* k_scale, const QuireTensor* v_scale) {
+                            const QuireTensor* k_scale, const QuireTensor* v_scale, void* stream) {
   return guard([&] {
     quire::append_kv(as_view("quire_append_kv: k", k), as_view("quire_append_kv: v", v),
                      as_view("quire_append_kv: k_cache", k_cache),
                      as_view("quire_append_kv: v_cache", v_cache),
                      as_view("quire_append_kv: slot_mapping", slot_mapping), nullptr,
                      {.k = as_optional_view("quire_append_kv: k_scale", k_scale),
-                      .v = as_optional_view("quire_append_kv: v_scale", v_scale)});
+                      .v = as_optional_view("quire_append_kv: v_scale", v_scale)},
+                     stream);
   });
 }
 
 QuireStatus quire_copy_blocks(const QuireTensor* k_cache, const QuireTensor* v_cache,
-                              const QuireTensor* src_dst) {
+                              const QuireTensor* src_dst, void* stream) {
   return guard([&] {
     quire::copy_blocks(as_view("quire_copy_blocks: k_cache", k_cache),
                        as_view("quire_copy_blocks: v_cache", v_cache),
-                       as_view("quire_copy_blocks: src_dst", src_dst));
+                       as_view("quire_copy_blocks: src_dst", src_dst), stream);
   });
 }
 
 QuireStatus quire_merge_states(const QuireTensor* outs, const QuireTensor* lses,
-                               const QuireTensor* out, const QuireTensor* lse) {
+                               const QuireTensor* out, const QuireTensor* lse, void* stream) {
   return guard([&] {
-    quire::merge_states(
-        as_view("quire_merge_states: outs", outs), as_view("quire_merge_states: lses", lses),
-        as_view("quire_merge_states: out", out), as_optional_view("quire_merge_states: lse", lse));
+    quire::merge_states(as_view("quire_merge_states: outs", outs),
+                        as_view("quire_merge_states: lses", lses),
+                        as_view("quire_merge_states: out", out),
+                        as_optional_view("quire_merge_states: lse", lse), stream);
   });
 }

@@ -96,7 +96,7 @@ def check_decode(p: Decode, calls: dict) -> list[str]:
     out = calls["quire"](0).clone()
     b = len(p.lens) - 1
     blocks = torch.from_numpy(p.table[b, : -(-p.lens[b] // p.page)].astype(np.int64)).to(p.device)
-    k, v = (x[blocks].flatten(0, 1)[: p.lens[b]] for x in p.caches[0])
+    k, v = (x[blocks].float().flatten(0, 1)[: p.lens[b]] for x in p.caches[0])
     wrong = [check("quire", out[b], reference(p.q[b : b + 1], k, v, False)[0])]
     wrong += [check(name, call(0), out) for name, call in calls.items()]
     return [text for text in wrong if text]
@@ -133,6 +133,11 @@ def small_operations(clock: Clock, device: str, report: Report, copy: float) -> 
                 call = lambda _, k=k, s=slots: quire.append_kv(k, k, *cache, s)  # noqa: E731
             times = interleave(clock, {"quire": call}, 8, 9)
             report.row(f"append_kv {tokens} x 8 x 128{name}", times, 8 * k.numel(), "TB/s", copy)
+        codes = cache.to(torch.float8_e4m3fn)
+        scales = dict.fromkeys(("k_scale", "v_scale"), 0.5)
+        call = lambda _, k=k, s=slots, c=codes, o=scales: quire.append_kv(k, k, *c, s, **o)  # noqa: E731
+        times = interleave(clock, {"quire": call}, 8, 9)
+        report.row(f"append_kv {tokens} x 8 x 128 e4m3", times, 6 * k.numel(), "TB/s", copy)
     pairs = np.arange(blocks, dtype=np.int32).reshape(2, -1).T.copy()
     work = 2 * cache.numel()  # half of it read, as much written, 2 bytes each
     call = {"quire": lambda _: quire.copy_blocks(*cache, pairs)}
@@ -142,6 +147,24 @@ def small_operations(clock: Clock, device: str, report: Report, copy: float) -> 
     lses = torch.randn(8, 64, 64, device=device)
     times = interleave(clock, {"quire": lambda _: quire.merge_states(outs, lses)[0]}, 8, 9)
     report.row("merge_states 8 x 64 x 64 x 128", times, 2 * outs.numel() * 9 / 8, "TB/s", copy)
+
+
+def plans(device: str, report: Report) -> None:
+    """On the host: a step's plan, and with it whatever the device will need of it."""
+    for batch, seq in ((64, 8192), (256, 1024), (1, 1024)) if device == "cuda" else ((4, 90),):
+        attn = quire.Attention(
+            num_heads=64, num_kv_heads=8, head_dim=128, block_size=16, device=device
+        )
+        table = np.arange(batch * (-(-seq // 16)), dtype=np.int32).reshape(batch, -1)
+        seq_lens = np.full(batch, seq, np.int32)
+        times = []
+        for _ in range(50):
+            begin = time.perf_counter()
+            attn.plan(table, seq_lens)
+            times.append(time.perf_counter() - begin)
+        report.line(
+            f"{f'plan {batch}x{seq} 64/8':34} quire {1e6 * float(np.median(times)):8.1f} us"
+        )
 
 
 def main() -> None:
@@ -160,6 +183,7 @@ def main() -> None:
     pairs = [prefills(args.device), decodes(args.device)]
     cases = [case for both in zip(*pairs, strict=False) for case in both]
     cases += [case for group in pairs for case in group[len(min(pairs, key=len)) :]]
+    plans(args.device, report)
     small_operations(clock, args.device, report, roofs[0])
     for case in cases:
         if time.monotonic() - begin > args.seconds:

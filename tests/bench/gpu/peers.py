@@ -90,9 +90,10 @@ def prefill_calls(p: Prefill) -> dict[str, Call]:
 
 def decode_calls(p: Decode) -> dict[str, Call]:
     """Each call returns out [batch, heads, dim]."""
+    has_floats = p.kv_dtype == torch.bfloat16
     attn = quire.Attention(
         num_heads=p.heads, num_kv_heads=p.kv_heads, head_dim=p.dim, dtype="bfloat16",
-        block_size=p.page, device=p.device,
+        kv_dtype="bfloat16" if has_floats else "float8_e4m3", block_size=p.page, device=p.device,
     )  # fmt: skip
     plan = attn.plan(p.table, p.seq_lens)
     out = torch.empty_like(p.q)
@@ -101,11 +102,11 @@ def decode_calls(p: Decode) -> dict[str, Call]:
         return attn.run(plan, p.q, *p.caches[i % len(p.caches)], out=out)
 
     calls: dict[str, Call] = {"quire": run}
-    if p.is_uniform and p.has_room_for_dense:
+    if p.is_uniform and p.has_room_for_dense and has_floats:
         dense = [p.dense(i) for i in range(len(p.caches))]
         call = sdpa_call(SDPBackend.FLASH_ATTENTION, p.q[:, :, None], dense)
         calls["torch flash, dense"] = call and (lambda i: call(i)[:, :, 0])
-    if has("flash_attn_interface"):
+    if has("flash_attn_interface") and has_floats:
         from flash_attn_interface import flash_attn_with_kvcache
 
         table = torch.from_numpy(p.table).to(p.device)
@@ -137,6 +138,6 @@ def flashinfer_decode(p: Decode) -> Call:
     wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
     wrapper.plan(
         *on_device, p.heads, p.kv_heads, p.dim, p.page,
-        q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+        q_data_type=torch.bfloat16, kv_data_type=p.kv_dtype,
     )  # fmt: skip
     return lambda i: wrapper.run(p.q, p.caches[i % len(p.caches)])

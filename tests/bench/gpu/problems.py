@@ -73,10 +73,12 @@ class Decode:
     kv_heads: int
     dim: int
     page: int
+    kv_dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
         lens = f"{len(self.lens)}x{self.lens[0]}" if self.is_uniform else "1x64k+31x4k"
-        return f"decode {lens} {self.heads}/{self.kv_heads} d{self.dim} page {self.page}"
+        codes = "" if self.kv_dtype == torch.bfloat16 else " e4m3"
+        return f"decode {lens} {self.heads}/{self.kv_heads} d{self.dim} page {self.page}{codes}"
 
     @property
     def is_uniform(self) -> bool:
@@ -84,7 +86,7 @@ class Decode:
 
     @property
     def kv_bytes(self) -> int:
-        return sum(self.lens) * self.kv_heads * self.dim * 2 * 2
+        return sum(self.lens) * self.kv_heads * self.dim * 2 * self.kv_dtype.itemsize
 
     @property
     def has_room_for_dense(self) -> bool:
@@ -110,7 +112,11 @@ class Decode:
     @cached_property
     def caches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         shape = (int((-(-self.seq_lens // self.page)).sum()), self.page, self.kv_heads, self.dim)
-        make = lambda: torch.randn(*shape, device=self.device, dtype=torch.bfloat16)  # noqa: E731
+
+        def make() -> torch.Tensor:
+            values = torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
+            return values.to(self.kv_dtype)
+
         return [(make(), make()) for _ in range(count_of_sets(self.kv_bytes))]
 
     def dense(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,9 +140,18 @@ def prefills(device: str) -> list[Prefill]:
 
 def decodes(device: str) -> list[Decode]:
     if device == "cpu":
-        return [Decode(device, (100, 100), 4, 2, 64, 16), Decode(device, (90, 7), 4, 2, 64, 1)]
+        codes = Decode(device, (90, 70), 4, 2, 64, 16, torch.float8_e4m3fn)
+        return [
+            Decode(device, (100, 100), 4, 2, 64, 16),
+            Decode(device, (90, 7), 4, 2, 64, 1),
+            codes,
+        ]
     base = [(64, 8192), (1, 1024), (1, 4096), (1, 16384), (8, 8192), (64, 1024), (256, 1024)]
-    cases = [Decode(device, (kv,) * b, 64, 8, 128, 16) for b, kv in base]
+    cases = [
+        Decode(device, (kv,) * b, 64, 8, 128, 16, dtype)
+        for b, kv in base
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn)
+    ]
     cases += [Decode(device, (kv,) * 1, 32, 8, 128, 16) for kv in (1024, 4096, 16384)]
     cases += [Decode(device, (8192,) * 64, 64, 8, 128, page) for page in (1, 64)]
     cases.append(Decode(device, (65536, *(4096,) * 31), 64, 8, 128, 16))

@@ -14,7 +14,7 @@ import torch
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cuda"
 
 
-def attend(dtype: torch.dtype, head_dim: int, options: dict) -> None:
+def attend(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, options: dict) -> None:
     """Decode, a split sequence, a prompt and a long prompt in one batch."""
     lengths = [(1, 40), (1, 1500), (16, 100), (140, 140)]
     rows = sum(q for q, _ in lengths)
@@ -23,7 +23,7 @@ def attend(dtype: torch.dtype, head_dim: int, options: dict) -> None:
     ids = iter(np.random.default_rng(0).permutation(sum(blocks)))
     for b, count in enumerate(blocks):
         table[b, :count] = [next(ids) for _ in range(count)]
-    cache = torch.randn(2, sum(blocks), 16, 2, head_dim, device=DEVICE).to(dtype)
+    cache = torch.randn(2, sum(blocks), 16, 2, head_dim, device=DEVICE).to(kv_dtype)
     q = torch.randn(rows, 8, head_dim, device=DEVICE).to(dtype)
     cu = np.cumsum([0, *(n for n, _ in lengths)], dtype=np.int32)
     seq_lens = np.array([s for _, s in lengths], np.int32)
@@ -39,6 +39,9 @@ def cache_operations(dtype: torch.dtype) -> None:
     rope = quire.Rope(torch.randn(50, 64, device=DEVICE), np.arange(20, dtype=np.int32))
     quire.append_kv(k, k, cache[0], cache[1], np.arange(20), rope=rope)
     quire.apply_rope(k, rope)
+    codes = torch.zeros(2, 8, 16, 2, 64, device=DEVICE).to(torch.float8_e4m3fn)
+    scales = torch.zeros(2, 8, 16, 2, device=DEVICE)
+    quire.append_kv(k, k, *codes, np.arange(20), rope=rope, k_scale=scales[0], v_scale=scales[1])
     quire.copy_blocks(cache[0], cache[1], np.array([[0, 5], [1, 6]], np.int32))
     outs, lses = torch.randn(3, 20, 2, 64, device=DEVICE).to(dtype), torch.randn(3, 2, 20)
     quire.merge_states(outs, lses.to(DEVICE))
@@ -49,8 +52,9 @@ def main() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         cache_operations(dtype)
         for head_dim in (64, 96, 128, 192, 256):
-            attend(dtype, head_dim, {})
-            attend(dtype, head_dim, {"softcap": 20.0, "window": (200, 0)})
+            for kv_dtype in (dtype, torch.float8_e4m3fn):
+                attend(dtype, kv_dtype, head_dim, {})
+                attend(dtype, kv_dtype, head_dim, {"softcap": 20.0, "window": (200, 0)})
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print("every kernel has run")
