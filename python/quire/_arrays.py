@@ -31,15 +31,18 @@ def numpy_dtype(name: str, argument: str) -> np.dtype[Any]:
     )
 
 
-def empty(like: Tensor, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
-    """An uninitialised array on the device of `like`; dtype None is that of `like`."""
+def empty(like: Tensor, argument: str, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
+    """An uninitialised array on the device of `like`; dtype None is that of `like`.
+
+    `argument` is what the error calls `like`: "attention: q".
+    """
     if isinstance(like, np.ndarray):
         return np.empty(shape, dtype or like.dtype)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(like, torch.Tensor):
         return like.new_empty(shape, dtype=getattr(torch, dtype) if dtype else None)
     raise TypeError(
-        f"out: expected to be given, as outputs are made for NumPy and torch only, got q as "
+        f"{argument}: expected a NumPy array or a torch tensor where no output is given, got "
         f"{type(like).__name__}"
     )
 
@@ -56,8 +59,8 @@ def shape_of(tensor: Tensor, argument: str) -> tuple[int, ...]:
 
 
 def empty_like(like: Tensor) -> Tensor:
-    """An uninitialised, contiguous array of the shape, dtype and device of `like`."""
-    return empty(like, tuple(like.shape))
+    """What `Attention.run` writes to: uninitialised, contiguous, of q's shape, dtype and device."""
+    return empty(like, "Attention.run: q", tuple(like.shape))
 
 
 def stack(parts: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:

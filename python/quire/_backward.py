@@ -75,12 +75,14 @@ def attention_backward(
             f'attention_backward: mask_kind: expected "full" or "tree", got {mask_kind!r}'
         )
     dq, dk, dv = (
-        empty(q, shape_of(x, f"attention_backward: {name}"))
+        empty(q, "attention_backward: q", shape_of(x, f"attention_backward: {name}"))
         for name, x in (("q", q), ("k", k), ("v", v))
     )
     dsinks = None
     if sinks is not None:
-        dsinks = empty(q, shape_of(sinks, "attention_backward: sinks"), "float32")
+        dsinks = empty(
+            q, "attention_backward: q", shape_of(sinks, "attention_backward: sinks"), "float32"
+        )
     _core.attention_backward(
         dout,
         q,

@@ -102,12 +102,15 @@ def attention(
     """
     dense = cu_seqlens_q is None and cu_seqlens_k is None
     shape, v_shape = shape_of(q, "attention: q"), shape_of(v, "attention: v")
-    if len(shape) != (4 if dense else 3) or not v_shape:
-        raise ValueError(f"attention: q: expected {4 if dense else 3} dimensions, got {shape}")
+    for name, extents in (("q", shape), ("v", v_shape)):
+        if len(extents) != (4 if dense else 3):
+            raise ValueError(
+                f"attention: {name}: expected {4 if dense else 3} dimensions, got {extents}"
+            )
     if out is None:
-        out = empty(q, (*shape[:-1], v_shape[-1]))
+        out = empty(q, "attention: q", (*shape[:-1], v_shape[-1]))
     if lse is None and return_lse:
-        lse = empty(q, (*shape[:-3], shape[-2], shape[-3]), "float32")
+        lse = empty(q, "attention: q", (*shape[:-3], shape[-2], shape[-3]), "float32")
     is_tree = _is_tree("attention", mask, mask_kind)
     kernels().attention(
         q,
@@ -211,12 +214,13 @@ def paged_attention(
     """
     shape = shape_of(q, "paged_attention: q")
     v_shape = shape_of(v_cache, "paged_attention: v_cache")
-    if len(shape) != 3 or not v_shape:
-        raise ValueError(f"paged_attention: q: expected 3 dimensions, got {shape}")
+    for name, extents, ndim in (("q", shape, 3), ("v_cache", v_shape, 4)):
+        if len(extents) != ndim:
+            raise ValueError(f"paged_attention: {name}: expected {ndim} dimensions, got {extents}")
     if out is None:
-        out = empty(q, (*shape[:-1], v_shape[-1]))
+        out = empty(q, "paged_attention: q", (*shape[:-1], v_shape[-1]))
     if lse is None and return_lse:
-        lse = empty(q, (shape[1], shape[0]), "float32")
+        lse = empty(q, "paged_attention: q", (shape[1], shape[0]), "float32")
     is_tree = _is_tree("paged_attention", mask, mask_kind)
     kernels().paged_attention(
         q,
@@ -340,7 +344,7 @@ def apply_rope(x: Tensor, rope: Rope, *, out: Tensor | None = None) -> Tensor:
     """
     _check_rope("apply_rope", rope)
     if out is None:
-        out = empty(x, shape_of(x, "apply_rope: x"))
+        out = empty(x, "apply_rope: x", shape_of(x, "apply_rope: x"))
     kernels().apply_rope(x, rope, out)
     return out
 
@@ -404,7 +408,7 @@ def merge_states(outs: Tensor | list[Tensor], lses: Tensor | list[Tensor]) -> tu
             "merge_states: outs: expected [n, total_q, num_heads, head_dim], got "
             f"{list(shape)} {outs.dtype}"
         )
-    out = empty(outs, shape[1:])
-    lse = empty(outs, (shape[2], shape[1]), "float32")
+    out = empty(outs, "merge_states: outs", shape[1:])
+    lse = empty(outs, "merge_states: outs", (shape[2], shape[1]), "float32")
     kernels().merge_states(outs, lses, out, lse)
     return out, lse

@@ -3,6 +3,7 @@
 
 #include <nanobind/ndarray.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -87,6 +88,7 @@ std::string dtype_of(nb::handle object) {
   if (PyErr_Occurred()) {
     const nb::python_error error;
     reason = nb::cast<std::string>(nb::str(error.value()));
+    reason.resize(std::min(reason.find('\n'), reason.size()));  // torch adds a stack trace
   }
   throw InvalidArgument(
       concat(name, ": ", python_type(object), " could not be exported through DLPack: ", reason));
