@@ -17,10 +17,9 @@ constexpr char kNotLive[] =
 constexpr size_t kMaxSequences = size_t{1} << SequenceId::kIndexBits;
 constexpr size_t kKeptCapacity = 4096;  // tokens: what an unused entry may keep
 
-int64_t next_serial() {
-  static std::atomic<int64_t> last{0};
-  return last.fetch_add(1, std::memory_order_relaxed) + 1;
-}
+std::atomic<int64_t> last_serial{0};
+
+int64_t next_serial() { return last_serial.fetch_add(1, std::memory_order_relaxed) + 1; }
 
 void check_retention(const Retention& retention) {
   QUIRE_CHECK_ARG(retention.priority >= 0 && retention.priority <= Retention::kMaxPriority,
@@ -42,6 +41,10 @@ KVCacheManager::KVCacheManager(int32_t num_blocks, int32_t block_size, bool pref
   QUIRE_CHECK_ARG(options.event_capacity >= 0,
                   "KVCacheManager: event_capacity: expected 0 or more, got ",
                   options.event_capacity);
+  QUIRE_CHECK_ARG(options.num_host_blocks >= 0,
+                  "KVCacheManager: num_host_blocks: expected 0 or more, got ",
+                  options.num_host_blocks);
+  if (options.num_host_blocks > 0) host_.emplace(options.num_host_blocks, block_size);
   if (!prefix_caching) return;
   cache_.emplace(num_blocks, block_size);
   if (options.event_capacity > 0) {
@@ -57,6 +60,13 @@ KVCacheManager::~KVCacheManager() {
 }
 
 // ---- Handles
+
+// New sequences come after those of a snapshot.
+void KVCacheManager::reserve_serials(int64_t last) {
+  int64_t known = last_serial.load();
+  while (known < last && !last_serial.compare_exchange_weak(known, last)) {
+  }
+}
 
 bool KVCacheManager::is_live(SequenceId id) const {
   return id.value > 0 && id.index() < sequences_.size() && sequences_[id.index()].id == id;
@@ -119,6 +129,13 @@ void KVCacheManager::remove_sequence(Sequence& seq) {
 
 int32_t KVCacheManager::num_sequences() const {
   return static_cast<int32_t>(sequences_.size() - unused_sequences_.size());
+}
+
+std::vector<SequenceId> KVCacheManager::sequences() const {
+  std::vector<SequenceId> ids;
+  for (const Sequence& seq : sequences_)
+    if (seq.id != SequenceId{}) ids.push_back(seq.id);
+  return ids;
 }
 
 // ---- What sequences know
@@ -235,6 +252,7 @@ SequenceId KVCacheManager::open(std::span<const int32_t> token_ids, Salt salt,
 
 void KVCacheManager::attach(SequenceId id) {
   Sequence& seq = get(id);
+  check_here("attach", seq);
   QUIRE_CHECK_ARG(seq.table.size() == 0, "attach: seq: expected one without blocks, got ",
                   seq.table.size(), " blocks");
   seq.num_cached = find_path(seq.root, std::span(seq.tokens).first(seq.tokens.size() - 1));
@@ -253,6 +271,8 @@ void KVCacheManager::attach(SequenceId id) {
 
 void KVCacheManager::detach(SequenceId id) {
   Sequence& seq = get(id);
+  if (seq.away == Away::kSwapped) return drop_slots(seq);
+  check_here("detach", seq);
   settle();
   give_back(seq);
   seq.num_computed = seq.num_planned = 0;

@@ -46,8 +46,10 @@ struct PyManager {
   StepView block_table, slot_mapping, seq_lens, cu_seqlens_q, positions, copies, changes;
   std::vector<SequenceId> seqs;  // of the latest call with a list
 
-  PyManager(int32_t num_blocks, int32_t block_size, bool prefix_caching, int32_t async_depth)
-      : manager(num_blocks, block_size, prefix_caching, async_depth) {}
+  PyManager(int32_t num_blocks, int32_t block_size, bool prefix_caching, int32_t async_depth,
+            const KVCacheOptions& options)
+      : manager(num_blocks, block_size, prefix_caching, async_depth, options) {}
+  explicit PyManager(std::string_view snapshot) : manager(KVCacheManager::restore(snapshot)) {}
 };
 
 // quire.Sequence. Freed by the manager, not by Python's reference count.
@@ -67,5 +69,6 @@ struct PyStepBatch {
 };
 
 void bind_scheduler(nb::module_& m);
+void bind_kv_tiers(nb::module_& m, nb::class_<PyManager>& manager);
 
 }  // namespace quire::python

@@ -17,7 +17,14 @@ EXAMPLES = re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", PAGE, re.MULTILINE
 
 def test_each_framework_has_an_example():
     titles = [title for title, _ in EXAMPLES]
-    assert titles == ["NumPy", "torch", "JAX", "transformers", "Any other framework"]
+    assert titles == [
+        "NumPy",
+        "torch",
+        "JAX",
+        "transformers",
+        "Beyond the pool",
+        "Any other framework",
+    ]
 
 
 @pytest.mark.parametrize(("title", "code"), EXAMPLES)

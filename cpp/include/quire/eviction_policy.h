@@ -47,6 +47,10 @@ class ReuseClasses {
 
   int32_t reuse_class(int32_t block) const { return static_cast<int32_t>(stamps_[block].reuse); }
   uint64_t id(int32_t block) const { return ids_[block]; }
+  // Everything, as integers, and back: for snapshots. load() throws InvalidArgument.
+  std::vector<int64_t> save() const;
+  void load(std::span<const int64_t> numbers);
+
   int64_t num_bytes() const {
     return static_cast<int64_t>(stamps_.size() * sizeof(Stamp) + ids_.size() * sizeof ids_[0] +
                                 memory_.size() * sizeof memory_[0]);

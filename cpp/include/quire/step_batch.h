@@ -71,6 +71,7 @@ class StepBatch {
     int64_t num_blocks = 0;  // of all rows
   };
 
+  int32_t num_rows_reserved() const { return static_cast<int32_t>(row_serials_.size()); }
   bool may_hold(const Size& size) const;  // less than 2^31 entries, which `changes` numbers
 
   // Filled by KVCacheManager: begin(), then each row in order, then each copy.
