@@ -9,7 +9,7 @@
 // parent, so that a victim has no cached child, as under LRU.
 //
 // Prompts are often used once, and those used twice often many times: on traces of conversations
-// this hits 1 to 2 % of all blocks more than LRU does (tests/bench/bench_eviction.py).
+// this hits about 1 % of all blocks more than LRU does (tests/bench/bench_eviction.py).
 //
 // BlockAllocator keeps the lists and the order within them; here is what classes need beside.
 #pragma once
