@@ -2,6 +2,7 @@
 // Intrusive lists over one pair of links a block: it is in at most one of them.
 #include "quire/block_allocator.h"
 
+#include <bit>
 #include <numeric>
 
 #include "quire/error.h"
@@ -121,6 +122,35 @@ void BlockAllocator::set_level(int32_t block, int32_t level) {
   if (reuse_) reuse_->release(block);
   insert_after(prev(list_of(block)), block);
   lowest_level_ = std::min(lowest_level_, level);
+}
+
+std::vector<int64_t> BlockAllocator::save() const {
+  std::vector<int64_t> numbers = {num_blocks_, num_free_,   first_free_,
+                                  num_cached_, high_water_, lowest_level_};
+  for (const Entry& entry : entries_) numbers.push_back(std::bit_cast<int64_t>(entry));
+  return numbers;
+}
+
+void BlockAllocator::load(std::span<const int64_t> numbers) {
+  constexpr size_t kNumCounts = 6;
+  QUIRE_CHECK_ARG(numbers.size() == kNumCounts + entries_.size() && numbers[0] == num_blocks_,
+                  "restore: snapshot: allocator: expected ", kNumCounts + entries_.size(),
+                  " numbers of ", num_blocks_, " blocks, got ", numbers.size());
+  for (size_t i = 1; i < kNumCounts; ++i)
+    QUIRE_CHECK_ARG(numbers[i] >= 0 && numbers[i] <= std::max(num_blocks_, kNumLevels),
+                    "restore: snapshot: allocator: expected 0 or more, got ", numbers[i]);
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    entries_[i] = std::bit_cast<Entry>(numbers[kNumCounts + i]);
+    QUIRE_CHECK_ARG(entries_[i].level < kNumLevels && entries_[i].next < entries_.size(),
+                    "restore: snapshot: allocator: expected a block, got ", numbers[i]);
+  }
+  QUIRE_CHECK_ARG(numbers[5] <= kNumLevels, "restore: snapshot: allocator: expected a level, got ",
+                  numbers[5]);
+  num_free_ = static_cast<int32_t>(numbers[1]);
+  first_free_ = static_cast<int32_t>(numbers[2]);
+  num_cached_ = static_cast<int32_t>(numbers[3]);
+  high_water_ = static_cast<int32_t>(numbers[4]);
+  lowest_level_ = static_cast<int32_t>(numbers[5]);
 }
 
 int32_t BlockAllocator::check_list(int32_t level, int32_t reuse_class) const {

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "quire/eviction_policy.h"
 
+#include <bit>
+
+#include "quire/error.h"
+
 namespace quire {
 namespace {
 
@@ -59,6 +63,29 @@ int32_t ReuseClasses::choose(const std::array<int32_t, kNumClasses>& oldest) con
     }
   }
   return best;
+}
+
+std::vector<int64_t> ReuseClasses::save() const {
+  std::vector<int64_t> numbers = {now_};
+  for (const Stamp& stamp : stamps_) numbers.push_back(stamp.reuse | int64_t{stamp.time} << 2);
+  for (uint64_t id : ids_) numbers.push_back(std::bit_cast<int64_t>(id));
+  numbers.insert(numbers.end(), memory_.begin(), memory_.end());
+  return numbers;
+}
+
+void ReuseClasses::load(std::span<const int64_t> numbers) {
+  const size_t size = 1 + stamps_.size() + ids_.size() + memory_.size();
+  QUIRE_CHECK_ARG(numbers.size() == size, "restore: snapshot: reuse: expected ", size,
+                  " numbers, got ", numbers.size());
+  now_ = static_cast<uint32_t>(numbers[0]);
+  auto at = numbers.begin() + 1;
+  for (Stamp& stamp : stamps_) {
+    const uint32_t bits = static_cast<uint32_t>(*at++);
+    stamp.reuse = bits & 3;
+    stamp.time = bits >> 2;
+  }
+  for (uint64_t& id : ids_) id = std::bit_cast<uint64_t>(*at++);
+  for (uint16_t& entry : memory_) entry = static_cast<uint16_t>(*at++);
 }
 
 }  // namespace quire

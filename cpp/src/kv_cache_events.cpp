@@ -21,9 +21,10 @@ ChainKey BlockKeys::key(const PrefixCache& cache, int32_t block) {
 
 // ---- Events
 
-void KVCacheManager::push_event(CacheEventKind kind, int32_t block) {
+void KVCacheManager::push_event(CacheEventKind kind, int32_t block, CacheTier tier) {
   CacheEvent event;
   event.kind = kind;
+  event.tier = tier;
   event.block = block;
   event.key = keys_->key(*cache_, block);
   event.parent = keys_->key(*cache_, cache_->parent(block));
@@ -62,7 +63,14 @@ void KVCacheManager::watch_hit(int32_t block) {
 }
 
 void KVCacheManager::watch_evicted(int32_t block) {
-  if (events_) push_event(CacheEventKind::kEvicted, block);
+  const bool is_offered = !stores_.empty() && cache_->num_tokens(block) == block_size_;
+  const CacheTier tier = is_offered ? stores_.front()->tier() : CacheTier::kDevice;
+  if (is_offered) {
+    const ChainKey key = keys_->key(*cache_, block);
+    if (!is_in_all_stores(key)) offloads_.push_back({block, tier, key});
+  }
+  if (events_)
+    push_event(is_offered ? CacheEventKind::kSwapped : CacheEventKind::kEvicted, block, tier);
   if (keys_) keys_->forget(block);
 }
 

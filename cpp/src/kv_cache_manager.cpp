@@ -18,10 +18,9 @@ constexpr size_t kMaxSequences = size_t{1} << SequenceId::kIndexBits;
 constexpr size_t kKeptCapacity = 4096;   // tokens: what an unused entry may keep
 constexpr int32_t kMatchedAtOnce = 512;  // tokens, before a match gives way
 
-int64_t next_serial() {
-  static std::atomic<int64_t> last{0};
-  return last.fetch_add(1, std::memory_order_relaxed) + 1;
-}
+std::atomic<int64_t> last_serial{0};
+
+int64_t next_serial() { return last_serial.fetch_add(1, std::memory_order_relaxed) + 1; }
 
 void check_retention(const Retention& retention) {
   QUIRE_CHECK_ARG(retention.priority >= 0 && retention.priority <= Retention::kMaxPriority,
@@ -48,6 +47,10 @@ KVCacheManager::KVCacheManager(int32_t num_blocks, int32_t block_size, bool pref
     group_batches_.resize(companions.num_groups() - 1);
     if (companions.num_groups() > 1) companions_ = std::move(companions);
   }
+  QUIRE_CHECK_ARG(options.num_host_blocks >= 0,
+                  "KVCacheManager: num_host_blocks: expected 0 or more, got ",
+                  options.num_host_blocks);
+  if (options.num_host_blocks > 0) host_.emplace(options.num_host_blocks, block_size);
   if (!prefix_caching) return;
   cache_.emplace(num_blocks, block_size);
   if (options.event_capacity > 0) {
@@ -63,6 +66,13 @@ KVCacheManager::~KVCacheManager() {
 }
 
 // ---- Handles
+
+// New sequences come after those of a snapshot.
+void KVCacheManager::reserve_serials(int64_t last) {
+  int64_t known = last_serial.load();
+  while (known < last && !last_serial.compare_exchange_weak(known, last)) {
+  }
+}
 
 bool KVCacheManager::is_live(SequenceId id) const {
   return id.value > 0 && id.index() < sequences_.size() && sequences_[id.index()].id == id;
@@ -126,6 +136,14 @@ void KVCacheManager::remove_sequence(Sequence& seq) {
 int32_t KVCacheManager::num_sequences() const {
   const std::lock_guard guard(mutex_);
   return static_cast<int32_t>(sequences_.size() - unused_sequences_.size());
+}
+
+std::vector<SequenceId> KVCacheManager::sequences() const {
+  const std::lock_guard guard(mutex_);
+  std::vector<SequenceId> ids;
+  for (const Sequence& seq : sequences_)
+    if (seq.id != SequenceId{}) ids.push_back(seq.id);
+  return ids;
 }
 
 // ---- What sequences know
@@ -224,10 +242,10 @@ std::optional<PrefixMatch> KVCacheManager::match(int32_t root,
 
 // False: `block` was evicted meanwhile.
 bool KVCacheManager::give_way_at(int32_t block) const {
-  Reader reader{block, false, readers_};
-  readers_ = &reader;
+  YieldedMatch reader{block, false, yielded_};
+  yielded_ = &reader;
   mutex_.give_way();
-  Reader** link = &readers_;
+  YieldedMatch** link = &yielded_;
   while (*link != &reader) link = &(*link)->next;
   *link = reader.next;
   return !reader.is_lost;
@@ -317,6 +335,7 @@ SequenceId KVCacheManager::open(std::span<const int32_t> token_ids, Salt salt,
 void KVCacheManager::attach(SequenceId id) {
   const std::lock_guard guard(mutex_);
   Sequence& seq = get(id);
+  check_here("attach", seq);
   QUIRE_CHECK_ARG(seq.table.size() == 0, "attach: seq: expected one without blocks, got ",
                   seq.table.size(), " blocks");
   seq.num_cached = find_path(seq.root, std::span(seq.tokens).first(seq.tokens.size() - 1));
@@ -337,6 +356,8 @@ void KVCacheManager::attach(SequenceId id) {
 void KVCacheManager::detach(SequenceId id) {
   const std::lock_guard guard(mutex_);
   Sequence& seq = get(id);
+  if (seq.away == Away::kSwapped) return drop_slots(seq);
+  check_here("detach", seq);
   settle();
   give_back(seq);
   seq.num_computed = seq.num_planned = 0;

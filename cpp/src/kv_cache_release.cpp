@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // How sequences share, shrink and end, and what becomes of the blocks that they give back.
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cmath>
+#include <map>
 #include <utility>
 
+#include "kv_snapshot/snapshot.h"
 #include "quire/error.h"
-#include "quire/kv_cache_manager.h"
 
 namespace quire {
 namespace {
 
 constexpr int32_t kExpiredLevel = 0;
-constexpr int32_t kMinTrunkBlocks = 4;  // fewer are shared one by one
+constexpr int32_t kMinTrunkBlocks = 4;     // fewer are shared one by one
+constexpr int64_t kInUse = INT64_MAX / 2;  // of a time to live that has not begun
 
 int64_t now_ns() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
@@ -70,7 +73,7 @@ SequenceId KVCacheManager::fork(SequenceId parent) {
 
 void KVCacheManager::fork(SequenceId parent_id, std::span<SequenceId> children) {
   const std::lock_guard guard(mutex_);
-  get(parent_id);
+  check_here("fork", get(parent_id));
   settle();
   for (int32_t group = 1; group < num_groups(); ++group)
     QUIRE_CHECK_ARG(!companions_->is_state(group) || get(parent_id).num_planned == 0,
@@ -105,7 +108,7 @@ void KVCacheManager::fork(SequenceId parent_id, std::span<SequenceId> children) 
 
 void KVCacheManager::truncate(SequenceId id, int64_t num_tokens) {
   const std::lock_guard guard(mutex_);
-  get(id);
+  check_here("truncate", get(id));
   settle();
   Sequence& seq = get(id);
   QUIRE_CHECK_ARG(num_tokens >= 1 && num_tokens <= seq.num_tokens(),
@@ -127,8 +130,11 @@ void KVCacheManager::truncate(SequenceId id, int64_t num_tokens) {
 void KVCacheManager::free(std::span<const SequenceId> seqs) {
   const std::lock_guard guard(mutex_);
   visit("free", seqs);
+  for (const Sequence* seq : visited_)
+    if (seq->away == Away::kFetching) check_here("free", *seq);
   settle();
   for (Sequence* seq : visited_) {
+    if (seq->away == Away::kSwapped) drop_slots(*seq);
     give_back(*seq);
     if (cache_) cache_->close_root(seq->root);
     remove_sequence(*seq);
@@ -236,6 +242,44 @@ void KVCacheManager::retire(int64_t ticket) {
 int64_t KVCacheManager::num_deferred_refs() const {
   const std::lock_guard guard(mutex_);
   return static_cast<int64_t>(deferred_.size());
+}
+
+// ---- In snapshots
+
+// Pins, times to live as what is left of them, and references that wait for retire().
+void KVCacheManager::save_retention(Snapshot& out) const {
+  snapshot::Numbers &pins = out["pins"], &expiries = out["expiries"], &deferred = out["deferred"];
+  for (const auto& [block, count] : std::map(pins_.begin(), pins_.end()))
+    pins.insert(pins.end(), {block, count});
+  for (const auto& [block, expiry] : std::map(expiries_.begin(), expiries_.end())) {
+    const int64_t left = expiry.deadline == 0 ? kInUse : expiry.deadline - now_ns();
+    expiries.insert(expiries.end(), {block, std::bit_cast<int64_t>(expiry.ttl), left});
+  }
+  for (const Deferred& entry : deferred_)
+    deferred.insert(deferred.end(), {entry.ticket, entry.block});
+  out["has_retention"] = {has_retention_};
+}
+
+void KVCacheManager::load_retention(const Snapshot& in) {
+  const int32_t last_block = allocator_.num_blocks() - 1;
+  for (snapshot::Reader reader(in, "pins"); !reader.is_at_end();) {
+    const int32_t block = reader.next_int32(0, last_block);
+    pins_[block] = reader.next_int32(1);
+  }
+  for (snapshot::Reader reader(in, "expiries"); !reader.is_at_end();) {
+    const int32_t block = reader.next_int32(0, last_block);
+    Expiry& expiry = expiries_[block];
+    expiry.ttl = std::bit_cast<double>(reader.next());
+    const int64_t left = reader.next(INT64_MIN / 2, INT64_MAX / 2);
+    if (left == kInUse) continue;
+    expiry.deadline = now_ns() + left;
+    timers_.push({expiry.deadline, block});
+  }
+  for (snapshot::Reader reader(in, "deferred"); !reader.is_at_end();) {
+    const int64_t ticket = reader.next(last_retired_ + 1, last_ticket_);
+    deferred_.push_back({ticket, reader.next_int32(0, last_block)});
+  }
+  has_retention_ = snapshot::Reader(in, "has_retention").next(0, 1) != 0;
 }
 
 }  // namespace quire

@@ -38,6 +38,7 @@ KVCacheManager::StepNeed KVCacheManager::check_step(std::span<const int32_t> num
   need.size.batch_size = static_cast<int32_t>(visited_.size());
   for (size_t i = 0; i < visited_.size(); ++i) {
     const Sequence& seq = *visited_[i];
+    if (seq.away != Away::kNo) check_here("step", seq);
     const int32_t count = num_new_tokens[i];
     const int64_t known = seq.num_tokens() - seq.num_computed;
     QUIRE_CHECK_ARG(count >= 0 && count <= known, "step: num_new_tokens[", i, "]: expected 0 to ",
@@ -99,6 +100,7 @@ int64_t KVCacheManager::take_over(int64_t num_short) {
 
 // Takes the blocks of a whole step into new_blocks_, or none.
 bool KVCacheManager::allocate(int64_t num_blocks) {
+  offloads_.clear();
   if (num_blocks > allocator_.num_available()) return false;
   if (num_blocks > allocator_.num_free()) expire();
   new_blocks_.resize(num_blocks);
@@ -118,7 +120,7 @@ int32_t KVCacheManager::evict(int32_t victim) {
     if (is_watched_) watch_evicted(victim);
     cache_->erase(victim);
   }
-  for (Reader* reader = readers_; reader; reader = reader->next)
+  for (YieldedMatch* reader = yielded_; reader; reader = reader->next)
     reader->is_lost |= reader->block == victim;
   if (!expiries_.empty()) expiries_.erase(victim);
   ++evicted_blocks_;

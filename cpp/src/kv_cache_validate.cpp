@@ -83,6 +83,10 @@ KVCacheStats KVCacheManager::stats() const {
   stats.evicted_blocks = evicted_blocks_;
   stats.pinned_blocks = static_cast<int32_t>(pins_.size());
   stats.lost_events = events_ ? events_->num_lost() : 0;
+  stats.host_hit_tokens = fetched_tokens_[static_cast<int>(CacheTier::kHost)];
+  stats.file_hit_tokens = fetched_tokens_[static_cast<int>(CacheTier::kFile)];
+  stats.num_host_blocks = host_ ? host_->num_blocks() : 0;
+  stats.swapped_blocks = host_ ? host_->num_used() : 0;
   count_used(lock, &stats);
   return stats;
 }
@@ -129,10 +133,36 @@ std::vector<int32_t> KVCacheManager::count_references() const {
   return refcounts;
 }
 
+// Sequences that are away have what is kept for them, and nobody else has.
+void KVCacheManager::validate_away() const {
+  size_t num_fetching = 0, num_swapped = 0, num_slots = 0;
+  for (const Sequence& seq : sequences_) {
+    num_fetching += seq.away == Away::kFetching;
+    if (seq.away != Away::kSwapped) continue;
+    ++num_swapped;
+    const Swapped& swapped = swapped_.at(static_cast<int32_t>(&seq - sequences_.data()));
+    QUIRE_INVARIANT(
+        seq.table.size() == 0 && seq.num_computed == 0 && swapped.num_computed <= seq.num_tokens(),
+        "a sequence is in the pool and swapped out");
+    QUIRE_INVARIANT(
+        static_cast<int32_t>(swapped.slots.size()) == seq.table.blocks_for(swapped.num_computed),
+        "a swapped sequence lacks host blocks");
+    for (int32_t slot : swapped.slots)
+      QUIRE_INVARIANT(host_->refcount(slot) == 1, "host block ", slot, ": not the sequence's own");
+    num_slots += swapped.slots.size();
+  }
+  QUIRE_INVARIANT(num_fetching == fetches_.size() && num_swapped == swapped_.size(),
+                  "something is kept for a sequence that is not away");
+  if (!host_) return;
+  host_->validate();
+  QUIRE_INVARIANT(num_slots == static_cast<size_t>(host_->num_used()), "a host block leaked");
+}
+
 void KVCacheManager::validate() const {
   const std::lock_guard guard(mutex_);
   settle();
   allocator_.validate();
+  validate_away();
   if (cache_) cache_->validate();
   for (const Sequence& seq : sequences_)
     if (seq.id != SequenceId{}) {

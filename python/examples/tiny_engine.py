@@ -61,9 +61,7 @@ def generate(prompts: list[np.ndarray], max_new_tokens: int, num_blocks: int) ->
         scheduler.commit(sampled)
     manager.validate()
     stats = manager.stats()
-    print(
-        f"prefix hits {stats['prefix_hit_tokens']} tokens, {scheduler.num_preemptions} preemptions"
-    )
+    print(f"prefix hits {stats.prefix_hit_tokens} tokens, {scheduler.num_preemptions} preemptions")
     return generated
 
 

@@ -6,11 +6,13 @@ from ._call_log import RecordedKVCacheManager
 from ._core import (
     Attention,
     AttentionPlan,
+    CacheEvent,
     FileStore,
     HostStore,
     KVCacheManager,
     KVStore,
     KVTicket,
+    KVTransfer,
     LayerGroup,
     Scheduler,
     capabilities,
@@ -27,6 +29,7 @@ from ._core import (
 )
 from ._embed import get_cmake_dir, get_include
 from ._kv_cache import KVCache
+from ._kv_tiers import KVTiers
 from ._ops import (
     Rope,
     append_kv,
@@ -38,18 +41,23 @@ from ._ops import (
     swap_blocks,
 )
 from ._prometheus import prometheus
+from ._stats import KVCacheStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Attention",
     "AttentionPlan",
+    "CacheEvent",
     "FileStore",
     "HostStore",
     "KVCache",
     "KVCacheManager",
+    "KVCacheStats",
     "KVStore",
     "KVTicket",
+    "KVTiers",
+    "KVTransfer",
     "LayerGroup",
     "RecordedKVCacheManager",
     "Rope",

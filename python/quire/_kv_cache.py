@@ -76,6 +76,59 @@ class KVCache:
         return list(self._data)
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers: a payload of a KVStore."""
+        return self._data.nbytes // int(self._data.shape[1])
+
+    def read_block(self, block: int) -> npt.NDArray[np.uint8]:
+        """A copy of one block of all layers, uint8 [block_bytes].
+
+        Raises IndexError for a block that is none.
+
+        Example::
+
+            store.put(key, cache.read_block(7))
+        """
+        return np.ascontiguousarray(self._data[:, block]).view(np.uint8).reshape(-1)
+
+    def write_block(self, block: int, payload: npt.NDArray[np.uint8]) -> None:
+        """Writes what `read_block` has read.
+
+        Raises ValueError for a payload of another size, IndexError for a block that is none.
+
+        Example::
+
+            cache.write_block(7, payload)
+        """
+        target = self._data[:, block]
+        if payload.nbytes != target.nbytes:
+            raise ValueError(
+                f"write_block: payload: expected {target.nbytes} bytes, got {payload.nbytes}"
+            )
+        target[...] = payload.view(self._data.dtype).reshape(target.shape)
+
+    def copy_from(self, source: KVCache, src_dst: npt.NDArray[np.int32]) -> None:
+        """Copies blocks of all layers from a cache of the same shape, int32 [n, 2] pairs.
+
+        Example::
+
+            host.copy_from(cache, manager.swap_out(seq))
+        """
+        self._data[:, src_dst[:, 1]] = source._data[:, src_dst[:, 0]]
+
+    def like(self, num_blocks: int) -> KVCache:
+        """A cache of the same layers and dtype with another number of blocks.
+
+        Example::
+
+            host = cache.like(1024)
+        """
+        other = object.__new__(KVCache)
+        shape = self._data.shape
+        other._data = np.zeros((shape[0], num_blocks, *shape[2:]), self._data.dtype)
+        return other
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all layers."""
         return self._data.nbytes

@@ -18,6 +18,11 @@ _KNOWN = {
     "waste_tokens": ("gauge", "Room in used blocks that holds nothing."),
     "prefix_query_tokens": ("counter", "Tokens looked up in the prefix cache."),
     "prefix_hit_tokens": ("counter", "Tokens found in the prefix cache."),
+    "host_hit_tokens": ("counter", "Tokens fetched from the store in host memory."),
+    "file_hit_tokens": ("counter", "Tokens fetched from the store of files."),
+    "num_host_blocks": ("gauge", "Blocks of host memory for swapped sequences."),
+    "swapped_blocks": ("gauge", "Blocks of host memory that swapped sequences hold."),
+    "lost_events": ("counter", "Events that nobody took in time."),
     "evicted_blocks": ("counter", "Cached blocks whose contents were given up for room."),
     "pinned_blocks": ("gauge", "Used blocks that a pin holds."),
     "fenced_blocks": ("gauge", "Used blocks that wait for a running step alone."),
@@ -50,15 +55,16 @@ def prometheus(
 ) -> str:
     r"""The text exposition (version 0.0.4) of what a `stats()` returns, one metric a key.
 
-    `stats` is the result of KVCacheManager.stats() or KVStore.stats(); counts since the start
+    `stats` is the result of KVStore.stats() or any other counts by name (those of a manager write
+    themselves: KVCacheStats.prometheus). Counts since the start
     become counters, whose names end in ``_total``, all others gauges. `labels` go to every metric.
 
     Raises ValueError for a prefix or label that Prometheus does not allow.
 
     Example::
 
-        text = quire.prometheus(manager.stats(), labels={"model": "llama-3-8b"})
-        # quire_kv_free_blocks{model="llama-3-8b"} 4096 ...
+        text = quire.prometheus(store.stats(), "quire_store", labels={"model": "llama-3-8b"})
+        # quire_store_num_blocks{model="llama-3-8b"} 4096 ...
     """
     if not _is_label(prefix):
         raise ValueError(f"prometheus: prefix: expected letters, digits and _, got {prefix!r}")

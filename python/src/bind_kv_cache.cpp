@@ -172,25 +172,11 @@ int32_t count_of(const PyManager& self) {
   return (self.manager.allocator().*Count)();
 }
 
-nb::dict stats(const PyManager& self) {
-  const KVCacheStats stats = stats_of(self);
-  nb::dict d;
-  d["num_blocks"] = stats.num_blocks;
-  d["block_size"] = stats.block_size;
-  d["free_blocks"] = stats.free_blocks;
-  d["used_blocks"] = stats.used_blocks;
-  d["cached_blocks"] = stats.cached_blocks;
-  d["high_water_blocks"] = stats.high_water_blocks;
-  d["deferred_refs"] = stats.deferred_refs;
-  d["used_tokens"] = stats.used_tokens;
-  d["waste_tokens"] = stats.waste_tokens;
-  d["prefix_query_tokens"] = stats.prefix_query_tokens;
-  d["prefix_hit_tokens"] = stats.prefix_hit_tokens;
-  d["evicted_blocks"] = stats.evicted_blocks;
-  d["pinned_blocks"] = stats.pinned_blocks;
-  d["fenced_blocks"] = stats.fenced_blocks;
-  d["num_bytes"] = self.manager.num_bytes();
-  return d;
+Eviction eviction_of(std::string_view name) {
+  QUIRE_CHECK_ARG(name == "lru" || name == "reuse_lru",
+                  "KVCacheManager: eviction: expected \"lru\" or \"reuse_lru\", got \"", name,
+                  "\"");
+  return name == "lru" ? Eviction::kLru : Eviction::kReuseLru;
 }
 
 void bind_sequence(nb::module_& m) {
@@ -317,8 +303,11 @@ nb::class_<PyManager> bind_manager(nb::module_& m) {
              m, "KVCacheManager",
              "The sequences of an engine and the blocks that hold their KV.\n\n"
              "`prefix_caching` shares the blocks of equal prefixes; `async_depth` is how many\n"
-             "steps may run while the host plans on (see retire).\n\n"
-             "`groups`: what the model's layers read, the first full attention; see LayerGroup.\n\n"
+             "steps may run while the host plans on (see retire). `eviction`: \"lru\", or\n"
+             "\"reuse_lru\", which keeps longer what was hit before. `event_capacity`: events "
+             "kept\n"
+             "for take_events(). `num_host_blocks`: for swap_out(). `groups`: what the model's\n"
+             "layers read, the first full attention; see LayerGroup.\n\n"
              "Any number of threads may call every method. match() and stats() release the GIL\n"
              "and give way to the others after every few blocks, so that they don't hold up "
              "whoever\n"
@@ -337,14 +326,19 @@ nb::class_<PyManager> bind_manager(nb::module_& m) {
       .def(
           "__init__",
           [](PyManager* self, int32_t num_blocks, int32_t block_size, bool prefix_caching,
-             int32_t async_depth, std::vector<LayerGroup> groups) {
-            new (self) PyManager(num_blocks, block_size, prefix_caching, async_depth,
-                                 {.groups = std::move(groups)});
+             int32_t async_depth, std::string_view eviction, int32_t event_capacity,
+             int32_t num_host_blocks, std::vector<LayerGroup> groups) {
+            new (self) PyManager(
+                num_blocks, block_size, prefix_caching, async_depth,
+                {eviction_of(eviction), event_capacity, num_host_blocks, std::move(groups)});
           },
           nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("prefix_caching") = true,
-          nb::arg("async_depth") = 0, nb::kw_only(), nb::arg("groups") = nb::list(),
+          nb::arg("async_depth") = 0, nb::kw_only(), nb::arg("eviction") = "lru",
+          nb::arg("event_capacity") = 0, nb::arg("num_host_blocks") = 0,
+          nb::arg("groups") = nb::list(),
           nb::sig("def __init__(self, num_blocks: int, block_size: int, "
-                  "prefix_caching: bool = True, async_depth: int = 0, *, "
+                  "prefix_caching: bool = True, async_depth: int = 0, *, eviction: str = 'lru', "
+                  "event_capacity: int = 0, num_host_blocks: int = 0, "
                   "groups: collections.abc.Sequence[LayerGroup] = ()) -> None"))
       .def_prop_ro(
           "groups",
@@ -476,13 +470,6 @@ void bind_step_methods(nb::class_<PyManager>& manager) {
           "Blocks freed or copied from meanwhile rejoin the pool. Raises ValueError for a\n"
           "ticket that was retired or never given.\n\n"
           "Example::\n\n    manager.retire(batch.ticket)")
-      .def("stats", &stats, nb::sig("def stats(self) -> dict[str, int]"),
-           "Counts of blocks and tokens now, and of prefix hits and evictions since the start.\n\n"
-           "Keys: num_blocks, block_size, free_blocks, used_blocks, cached_blocks,\n"
-           "high_water_blocks, deferred_refs, used_tokens, waste_tokens, prefix_query_tokens,\n"
-           "prefix_hit_tokens, evicted_blocks, pinned_blocks (held by pin), fenced_blocks (that\n"
-           "wait for retire alone), num_bytes (of the bookkeeping: 64 a block of 16 tokens).\n\n"
-           "Example::\n\n    manager.stats()[\"waste_tokens\"]")
       .def("group_stats", &group_stats, nb::sig("def group_stats(self) -> list[dict[str, int]]"),
            "Blocks of each layer group: used_blocks, that sequences hold, and cached_blocks, that\n"
            "nobody holds.\n\n"
@@ -509,6 +496,7 @@ void bind_kv_cache(nb::module_& m) {
   nb::class_<PyManager> manager = bind_manager(m);
   bind_sequence_methods(manager);
   bind_step_methods(manager);
+  bind_kv_tiers(m, manager);
   bind_scheduler(m);
 }
 

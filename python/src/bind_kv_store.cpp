@@ -6,9 +6,8 @@
 
 #include <system_error>
 
+#include "kv_store.h"
 #include "quire/error.h"
-#include "quire/kv_store.h"
-#include "tensor.h"
 
 namespace quire::python {
 namespace {
@@ -55,13 +54,6 @@ struct PyTicket {
   }
 };
 
-struct PyStore {
-  std::unique_ptr<KVStore> store;
-  ~PyStore() {
-    nb::gil_scoped_release unlocked;
-    store.reset();
-  }
-};
 struct PyHostStore : PyStore {};
 struct PyFileStore : PyStore {};
 
@@ -166,6 +158,9 @@ void bind_store(nb::module_& m) {
           "drain", [](PyStore& s) { s.store->drain(); }, nb::call_guard<nb::gil_scoped_release>(),
           "Waits until every request taken so far has completed.\n\n"
           "Example::\n\n    store.drain()")
+      .def_prop_ro(
+          "tier", [](const PyStore& s) { return tier_name(s.store->tier()); },
+          "\"host\" or \"file\".")
       .def_prop_ro(
           "block_bytes", [](const PyStore& s) { return s.store->block_bytes(); },
           "Bytes of a payload.")

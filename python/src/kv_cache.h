@@ -55,6 +55,8 @@ struct PyManager {
             const KVCacheOptions& options)
       : manager(num_blocks, block_size, prefix_caching, async_depth, options),
         views(manager.num_groups()) {}
+  explicit PyManager(std::string_view snapshot)
+      : manager(KVCacheManager::restore(snapshot)), views(manager.num_groups()) {}
 };
 
 // quire.Sequence. Freed by the manager, not by Python's reference count.
@@ -77,5 +79,6 @@ struct PyStepBatch {
 
 void bind_layer_groups(nb::module_& m);
 void bind_scheduler(nb::module_& m);
+void bind_kv_tiers(nb::module_& m, nb::class_<PyManager>& manager);
 
 }  // namespace quire::python

@@ -121,7 +121,7 @@ def main() -> None:
     report("  and every block evicts a cached one", allocate_and_free(samples, True), "15")
     report("fork into 64 children, 512 blocks", fork(samples), "2 in C++ (bench_kv_cache)")
     stats = quire.KVCacheManager(100_000, SIZE).stats()
-    print(f"bytes a block, its 16 cached tokens included: {stats['num_bytes'] / 100_000:.2f} (64)")
+    print(f"bytes a block, its 16 cached tokens included: {stats.num_bytes / 100_000:.2f} (64)")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 A trace has a line per request with `hash_ids`, the ids of its prefix blocks; equal ids, equal
 prefixes. A request hits the longest cached prefix, then all of its blocks are cached. Only a
 block without cached children, that the request itself does not use, may be given up. The table
-shows the share of all blocks that hit, in percent, without limit and with each capacity.
+shows the share of all blocks that hit, in percent, without limit and with each capacity; of the
+manager itself and of models of policies.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
+import quire
 from eviction_policies import (
     LFU,
     LRU,
@@ -87,6 +90,22 @@ def num_hits(policy: Policy, requests: list[list[int]]) -> int:
     return hits
 
 
+def manager_hits(eviction: str, num_blocks: int, requests: list[list[int]]) -> int:
+    """The same with the manager itself: a block of one token for each block of the trace."""
+    manager = quire.KVCacheManager(num_blocks, 1, eviction=eviction)
+    names: dict[int, int] = {}
+    hits = 0
+    for blocks in requests:
+        tokens = [names.setdefault(block, len(names)) for block in blocks]
+        seq = manager.create(np.array([*tokens, 0], np.int32))  # the last one is never computed
+        hits += seq.num_cached_tokens
+        if manager.step([seq], [len(tokens) - seq.num_cached_tokens]) is None:
+            raise SystemExit("a request is longer than the capacity")
+        manager.commit([seq])
+        manager.free([seq])
+    return hits
+
+
 def study(path: Path, capacities: list[int]) -> None:
     requests = read_trace(path)
     total = sum(map(len, requests))
@@ -100,6 +119,12 @@ def study(path: Path, capacities: list[int]) -> None:
     print(f"{'policy':18s}" + "".join(f"{n:>9d}" for n in capacities))
     rows = {name: (lambda n, kind=kind: kind(n)) for name, kind in POLICIES.items()}
     rows["Belady (bound)"] = lambda n: Belady(n, requests)
+    for name in ("lru", "reuse_lru"):
+        rates = [
+            f"{100 * manager_hits(name, n, requests) / total:9.2f}" if n >= longest else "        -"
+            for n in capacities
+        ]
+        print(f"manager, {name:9s}" + "".join(rates), flush=True)
     for name, make in rows.items():
         rates = [
             f"{100 * num_hits(make(n), requests) / total:9.2f}" if n >= longest else "        -"

@@ -47,12 +47,23 @@ class Traffic {
 
   int64_t num_refused() const { return num_refused_; }
 
+  // Goes on with the sequences of another.
+  template <class Other>
+  void adopt(const Other& other) {
+    live_ = other.live();
+    last_freed_ = other.last_freed();
+    retired_ = other.retired();
+  }
+  const std::vector<quire::SequenceId>& live() const { return live_; }
+  quire::SequenceId last_freed() const { return last_freed_; }
+  int64_t retired() const { return retired_; }
+
  private:
   uint32_t below(uint32_t bound) { return source_.next() % bound; }
   quire::SequenceId any() { return live_[below(static_cast<uint32_t>(live_.size()))]; }
 
   void choose() {
-    const uint32_t action = below(16);
+    const uint32_t action = below(17);
     if (live_.empty() || action == 0) return create();
     if (action < 6) return step_and_commit(true);
     if (action < 8) return step_and_commit(false);
@@ -61,6 +72,7 @@ class Traffic {
     if (action < 13) return free_some();
     if (action < 14) return retire();
     if (action < 15) return create();
+    if (action < 16) return swap();
     misuse();
   }
 
@@ -145,6 +157,18 @@ class Traffic {
     const int64_t ticket = retired_ + 1 + below(static_cast<uint32_t>(running));
     manager_.retire(ticket);
     retired_ = ticket;
+  }
+
+  // Some sequence leaves for host memory, or one that has left comes back.
+  void swap() {
+    if constexpr (requires { manager_.swap_out(live_[0]); }) {
+      if (view_.stats().num_host_blocks == 0) return;
+      const quire::SequenceId seq = any();
+      if (view_.is_swapped_out(seq))
+        manager_.swap_in(seq);
+      else
+        manager_.swap_out(seq);
+    }
   }
 
   void misuse() {

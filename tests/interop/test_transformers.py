@@ -137,9 +137,9 @@ def test_beams_share_their_blocks(models):
     cache = QuireCache(ours, max_tokens=1024, block_size=4)
     torch.testing.assert_close(generate(ours, padded(), num_beams=3, past_key_values=cache), wanted)
     alone = 3 * sum(-(-(n + 11) // 4) for n in LENGTHS)
-    assert 0 < cache.manager.stats()["used_blocks"] < alone
+    assert 0 < cache.manager.stats().used_blocks < alone
     cache.reset()
-    assert cache.manager.stats()["used_blocks"] == 0
+    assert cache.manager.stats().used_blocks == 0
 
 
 def test_crop_forgets_the_last_tokens(models):

@@ -46,6 +46,7 @@ class Reference:
         self.issued = self.retired = 0
         self.deferred: list[tuple[int, Block]] = []
         self.sequences: list[Sequence] = []
+        self.victims: list[Key] | None = None  # None: the least recently used; else those given
 
     def used_blocks(self) -> list[Block]:
         held = [block for seq in self.sequences for block in seq.blocks]
@@ -74,8 +75,8 @@ class Reference:
         if self.free_blocks:
             self.free_blocks -= 1
         else:
-            key, _ = self.idle.popitem(last=False)
-            del self.cache[key]
+            key = next(iter(self.idle)) if self.victims is None else self.victims.pop(0)
+            del self.idle[key], self.cache[key]
             assert not self.children(key), "a parent was evicted before its child"
         return Block()
 

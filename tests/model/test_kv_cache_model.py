@@ -7,13 +7,16 @@ back as its tokens, after any mix of sharing, copying, eviction and rollback.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+
 import numpy as np
 import pytest
 import quire
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from reference import Reference
+from reference import Key, Reference
 
 # Leading tokens of one of two texts, then maybe another word: prefixes are often shared.
 TOKENS = st.builds(
@@ -26,6 +29,18 @@ SALTS = st.sampled_from([None, None, None, "", "a"])
 PICK = st.integers(0, 10**6)
 
 
+@functools.cache
+def key_of(key: Key, block_size: int) -> bytes:
+    """The chain key of a cached block, by the written rule."""
+    salt, tokens = key
+    root = b"quire.chain_key.v1\n" + (b"" if salt is None else b"salt=" + salt.encode())
+    digest = hashlib.sha256(root).digest()
+    for begin in range(0, len(tokens), block_size):
+        part = np.array(tokens[begin : begin + block_size], "<i4").tobytes()
+        digest = hashlib.sha256(digest + part).digest()
+    return digest
+
+
 class ManagerMachine(RuleBasedStateMachine):
     """Pairs of (handle, reference sequence) that live side by side."""
 
@@ -34,9 +49,16 @@ class ManagerMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 4),
         caching=st.sampled_from([True, True, False]),
         depth=st.sampled_from([0, 0, 0, 1, 2]),
+        eviction=st.sampled_from(["lru", "reuse_lru"]),
     )
-    def start(self, num_blocks: int, block_size: int, caching: bool, depth: int) -> None:
-        self.manager = quire.KVCacheManager(num_blocks, block_size, caching, depth)
+    def start(
+        self, num_blocks: int, block_size: int, caching: bool, depth: int, eviction: str
+    ) -> None:
+        self.manager = quire.KVCacheManager(
+            num_blocks, block_size, caching, depth, eviction=eviction, event_capacity=1000
+        )
+        self.eviction = eviction
+        self.cached: dict[int, tuple[bytes, bytes]] = {}  # by replaying events: key and parent
         self.reference = Reference(num_blocks, block_size, caching, depth)
         self.kv = np.full((num_blocks, block_size), -1, np.int64)
         self.mirror: dict[int, int] = {}
@@ -112,7 +134,11 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def take_step(self, pairs: list, seqs: list | np.ndarray, counts) -> quire.StepBatch | None:
         before = {id(ref): self.blocks_of(seq) for seq, ref in pairs}
+        names = {key_of(key, self.reference.size): key for key in self.reference.cache}
         batch = self.manager.step(seqs, counts)
+        evicted = [names[key] for key in self.replay_events()]
+        if self.eviction == "reuse_lru":  # the reference checks that these could go
+            self.reference.victims = evicted
         copies = self.reference.step([ref for _, ref in pairs], list(counts))
         assert (batch is None) == (copies is None)
         if batch is None:
@@ -241,6 +267,9 @@ class ManagerMachine(RuleBasedStateMachine):
         assert manager.num_cached_blocks == len(reference.idle)
         assert manager.num_free_blocks == reference.free_blocks
         assert manager.num_used_tokens == reference.used_tokens()
+        self.replay_events()
+        keys = {key_of(key, reference.size) for key in reference.cache}
+        assert {key for key, _ in self.cached.values()} == keys
         for seq, ref in self.live:
             assert seq.num_computed_tokens == ref.computed
             assert seq.token_ids.tolist() == ref.tokens
@@ -248,6 +277,21 @@ class ManagerMachine(RuleBasedStateMachine):
             assert len(blocks) == len(ref.blocks)
             kept = self.kv[blocks].reshape(-1)[: ref.computed]
             assert kept.tolist() == ref.tokens[: ref.computed]
+
+    def replay_events(self) -> list[bytes]:
+        """Follows what is cached; returns the keys that were evicted, in order."""
+        evicted = []
+        for event in self.manager.take_events():
+            if event.kind == "stored":
+                assert event.block not in self.cached
+                self.cached[event.block] = (event.key, event.parent)
+            else:
+                assert event.kind == "evicted"
+                evicted.append(event.key)
+                assert self.cached.pop(event.block) == (event.key, event.parent)
+                assert event.key not in {parent for _, parent in self.cached.values()}
+        assert self.manager.stats().lost_events == 0
+        return evicted
 
     def teardown(self) -> None:
         if not hasattr(self, "manager"):

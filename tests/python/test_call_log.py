@@ -66,7 +66,7 @@ def test_async_and_reading_through(tmp_path):
     seq = manager.create(np.arange(10, dtype=np.int32))
     batch = manager.step([seq], [10])
     manager.free([seq])
-    assert manager.stats()["deferred_refs"] == 3 and manager.num_used_blocks == 3
+    assert manager.stats().deferred_refs == 3 and manager.num_used_blocks == 3
     manager.retire(batch.ticket)
     assert manager.num_used_blocks == 0 and manager.match([0, 1, 2, 3]) == 0
     assert quire.replay_calls(path) == (4, None)

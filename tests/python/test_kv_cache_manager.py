@@ -88,7 +88,7 @@ def test_prefix_hits_and_match(manager):
     assert (seq.num_tokens, seq.num_cached_tokens, seq.num_computed_tokens) == (9, 8, 8)
     assert seq.block_table.tolist() == [0, 1]
     stats = manager.stats()
-    assert stats["prefix_query_tokens"] == 19 and stats["prefix_hit_tokens"] == 8
+    assert stats.prefix_query_tokens == 19 and stats.prefix_hit_tokens == 8
 
 
 def test_out_of_blocks_is_none_and_changes_nothing(manager):
@@ -103,12 +103,12 @@ def test_counts_add_up(manager):
     a = manager.create(tokens(10))
     compute(manager, a)
     assert (manager.num_used_blocks, manager.num_used_tokens) == (3, 10)
-    assert manager.stats()["waste_tokens"] == 2
+    assert manager.stats().waste_tokens == 2
     manager.free([a])
     assert (manager.num_free_blocks, manager.num_used_blocks) == (13, 0)
     assert manager.num_cached_blocks == 3  # the partial one too
     assert manager.num_used_tokens == 0 and manager.num_blocks == 16 and manager.block_size == 4
-    assert manager.stats()["high_water_blocks"] == 3
+    assert manager.stats().high_water_blocks == 3
 
 
 def test_fork_copies_on_the_first_write_of_either_side(manager):
@@ -150,7 +150,7 @@ def test_steps_in_flight():
     seq = manager.create(tokens(8))
     batch = manager.step([seq], [8])
     manager.free([seq])
-    assert manager.num_used_blocks == 2 and manager.stats()["deferred_refs"] == 2
+    assert manager.num_used_blocks == 2 and manager.stats().deferred_refs == 2
     manager.retire(batch.ticket)
     assert manager.num_used_blocks == 0
     with pytest.raises(ValueError, match="retire: ticket"):

@@ -154,11 +154,11 @@ def test_vllm_blocks_of_steps_in_flight_come_back_with_their_step():
     one = manager.step([first], [32])
     two = manager.step([second], [32])
     manager.free([first, second])
-    assert manager.num_free_blocks == 4 and manager.stats()["fenced_blocks"] == 4
+    assert manager.num_free_blocks == 4 and manager.stats().fenced_blocks == 4
     manager.retire(one.ticket)
     assert manager.num_free_blocks == 4  # freed while the second step ran too
     manager.retire(two.ticket)
-    assert manager.num_free_blocks == 8 and manager.stats()["fenced_blocks"] == 0
+    assert manager.num_free_blocks == 8 and manager.stats().fenced_blocks == 0
 
 
 def test_vllm_a_copied_block_lives_until_its_copy_has_run():
@@ -250,7 +250,7 @@ def test_trtllm_an_expired_parent_goes_after_its_children(manager):
 def test_trtllm_pinned_blocks_stay(manager):
     (system,) = cache_four(manager, [{}])
     assert manager.pin(system) == 32 and manager.pin(system) == 32
-    assert manager.stats()["pinned_blocks"] == 2
+    assert manager.stats().pinned_blocks == 2
     evict(manager, 0)
     seq = manager.create(np.array([9], np.int32))
     assert manager.step([seq], [1], lookahead=8 * SIZE) is None
@@ -258,7 +258,7 @@ def test_trtllm_pinned_blocks_stay(manager):
     assert manager.match(np.append(system, np.int32(0))) == 32
     manager.free([seq])
     assert manager.unpin(system) == manager.unpin(system) == 32 and manager.unpin(system) == 0
-    assert manager.num_used_blocks == 0 and manager.stats()["pinned_blocks"] == 0
+    assert manager.num_used_blocks == 0 and manager.stats().pinned_blocks == 0
     evict(manager, 2)
     assert manager.match(system) == 0
 
@@ -267,7 +267,7 @@ def test_trtllm_pinning_a_sequence_keeps_what_it_computed(manager):
     seq = start(manager, tokens(40))
     assert manager.pin(seq) == 32
     finish(manager, seq)
-    assert manager.stats()["pinned_blocks"] == 2 and manager.num_used_tokens == 32
+    assert manager.stats().pinned_blocks == 2 and manager.num_used_tokens == 32
     assert manager.unpin(tokens(40)) == 32
     assert manager.num_used_blocks == 0
 
@@ -276,7 +276,7 @@ def test_trtllm_statistics_per_request(manager):
     for _ in range(3):
         finish(manager, start(manager, tokens(31)))
     stats = manager.stats()
-    assert stats["prefix_query_tokens"] == 93 and stats["prefix_hit_tokens"] == 60
+    assert stats.prefix_query_tokens == 93 and stats.prefix_hit_tokens == 60
 
 
 def test_trtllm_partial_reuse_gives_all_but_the_last_token(manager):
@@ -336,7 +336,7 @@ def test_sglang_free_and_evictable_and_protected_make_the_pool(manager):
         if i % 2:
             finish(manager, seqs.pop(0))
         stats = manager.stats()
-        assert stats["free_blocks"] + stats["used_blocks"] + stats["cached_blocks"] == 10
+        assert stats.free_blocks + stats.used_blocks + stats.cached_blocks == 10
 
 
 # ---- MLC and TVM: fork and rollback

@@ -25,11 +25,11 @@ def test_every_count_of_a_manager():
     manager.step([seq], [10])
     manager.commit([seq])
     stats = manager.stats()
-    metrics = parsed(quire.prometheus(stats))
-    assert len(metrics) == len(stats)
+    metrics = parsed(stats.prometheus())
+    assert len(metrics) == len(stats._asdict())
     assert metrics["quire_kv_used_blocks"][::3] == ("gauge", 3)
     assert metrics["quire_kv_prefix_query_tokens_total"][::3] == ("counter", 10)
-    for name, value in stats.items():
+    for name, value in stats._asdict().items():
         kind, text, labels, got = (
             metrics.get(f"quire_kv_{name}") or metrics[f"quire_kv_{name}_total"]
         )

@@ -77,6 +77,7 @@ class BlockAllocator {
 
   // Of Eviction::kReuseLru, else null: whoever knows the contents says what they are, and what hit.
   ReuseClasses* reuse() { return reuse_ ? &*reuse_ : nullptr; }
+  const ReuseClasses* reuse() const { return reuse_ ? &*reuse_ : nullptr; }
   // Asks for the memory of a block whose state is about to change.
   void prefetch(int32_t block) const { __builtin_prefetch(&entries_[block], 1); }
 
@@ -98,6 +99,11 @@ class BlockAllocator {
     return static_cast<int64_t>(entries_.size() * sizeof(Entry)) +
            (reuse_ ? reuse_->num_bytes() : 0);
   }
+
+  // Everything, as integers, and back: for snapshots. load() throws InvalidArgument for what
+  // validate() does not see; the classes of reuse are apart.
+  std::vector<int64_t> save() const;
+  void load(std::span<const int64_t> numbers);
 
   // Walks everything; throws InvariantError.
   void validate() const;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "quire/cache_tier.h"
 #include "quire/chain_key.h"
 
 namespace quire {
@@ -16,10 +17,8 @@ enum class CacheEventKind : uint8_t {
   kStored,   // the block's contents can be found in the cache from now on
   kRemoved,  // they were given up on purpose
   kEvicted,  // they were given up for room
-  kSwapped,  // they moved to `tier`
+  kSwapped,  // they left for room, and the store `tier` has been offered them or has them already
 };
-
-enum class CacheTier : uint8_t { kDevice, kHost, kFile };
 
 struct CacheEvent {
   int64_t sequence = 0;  // 1, 2, 3, ... without a gap, over all events

@@ -9,7 +9,7 @@
 // parent, so that a victim has no cached child, as under LRU.
 //
 // Prompts are often used once, and those used twice often many times: on traces of conversations
-// this hits 1 to 2 % of all blocks more than LRU does (tests/bench/bench_eviction.py).
+// this hits about 1 % of all blocks more than LRU does (tests/bench/bench_eviction.py).
 //
 // BlockAllocator keeps the lists and the order within them; here is what classes need beside.
 #pragma once
@@ -47,6 +47,10 @@ class ReuseClasses {
 
   int32_t reuse_class(int32_t block) const { return static_cast<int32_t>(stamps_[block].reuse); }
   uint64_t id(int32_t block) const { return ids_[block]; }
+  // Everything, as integers, and back: for snapshots. load() throws InvalidArgument.
+  std::vector<int64_t> save() const;
+  void load(std::span<const int64_t> numbers);
+
   int64_t num_bytes() const {
     return static_cast<int64_t>(stamps_.size() * sizeof(Stamp) + ids_.size() * sizeof ids_[0] +
                                 memory_.size() * sizeof memory_[0]);

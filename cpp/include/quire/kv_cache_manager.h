@@ -16,6 +16,11 @@
 // others hold (after fork() or truncate()). Its first write there goes to a copy:
 // StepBatch::copies.
 //
+// What is evicted can go to stores, and what stores hold be fetched; a sequence can wait in host
+// memory. The manager moves no bytes: it says which, in take_offloads(), fetch(), swap_out(),
+// swap_in(). The copies come in the order of the calls, each before any KV of a later step is
+// written.
+//
 // Steps of the same sequences with one new token each are the common case and cost least: only
 // sequences that begin or fill a block are looked at (DecodeLoop).
 //
@@ -33,9 +38,10 @@
 // lock().
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <deque>
-#include <limits>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <queue>
@@ -43,6 +49,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "quire/block_allocator.h"
@@ -50,70 +57,17 @@
 #include "quire/block_table.h"
 #include "quire/decode_loop.h"
 #include "quire/event_log.h"
-#include "quire/layer_groups.h"
+#include "quire/kv_cache_types.h"
+#include "quire/kv_store.h"
 #include "quire/prefix_cache.h"
 #include "quire/priority_mutex.h"
 #include "quire/step_batch.h"
 
 namespace quire {
 
-// A safe handle: one that was freed, or comes from another manager, is refused.
-struct SequenceId {
-  static constexpr int kIndexBits = 24;  // below a serial number
-
-  int64_t value = 0;  // unique in the process; 0: no sequence
-
-  size_t index() const { return static_cast<size_t>(value & ((int64_t{1} << kIndexBits) - 1)); }
-  bool operator==(const SequenceId&) const = default;
-};
-
-// A prefix that create() would find. It may end inside a block, whose leading tokens are copied.
-// The idle ones of its whole blocks are in nobody's use: they count as available until someone
-// takes the prefix.
-struct PrefixMatch {
-  int64_t num_tokens = 0;
-  int32_t num_idle_blocks = 0;
-  int32_t num_blocks = 0;  // whole ones, of all groups
-};
-
-// How long the blocks of a sequence are worth keeping once nobody uses them. Lower priorities are
-// evicted first, and of one priority the least recently used. `ttl` seconds after a block was
-// given up it counts as of the lowest priority of all. Of several sequences that held a block, the
-// highest priority counts, with its ttl.
-struct Retention {
-  static constexpr int32_t kMaxPriority = 100;
-  int32_t priority = 0;  // 0 ... kMaxPriority
-  double ttl = std::numeric_limits<double>::infinity();
-};
-
-// Block counts add up: free + used + cached == num_blocks. The token counts and fenced_blocks are
-// gathered while other threads go on: they may miss what those change meanwhile.
-struct KVCacheStats {
-  int32_t num_blocks, block_size;
-  int32_t free_blocks, used_blocks, cached_blocks;
-  int32_t high_water_blocks;    // most blocks ever used at once
-  int64_t deferred_refs;        // references that wait for retire(); their blocks count as used
-  int64_t used_tokens;          // computed tokens of live sequences and pins, in shared blocks once
-  int64_t waste_tokens;         // room in used blocks beyond those
-  int64_t prefix_query_tokens;  // asked of the prefix cache by create(),
-  int64_t prefix_hit_tokens;    // and found in it
-  int64_t evicted_blocks;       // cached blocks whose contents were given up
-  int32_t pinned_blocks;        // of the used ones, those that pin() holds
-  int32_t fenced_blocks;        // of the used ones, those that wait for retire() alone
-  int64_t lost_events;          // that nobody took in time
-};
-
-struct KVCacheOptions {
-  Eviction eviction = Eviction::kLru;
-  int32_t event_capacity = 0;      // events kept for take_events(); 0: none are made
-  std::vector<LayerGroup> groups;  // the first is full attention; none: that one alone
-};
-
-// Blocks of one layer group.
-struct LayerGroupStats {
-  int32_t used_blocks = 0;    // that sequences hold, each counted once
-  int32_t cached_blocks = 0;  // that nobody holds, kept for their contents
-};
+namespace snapshot {
+class Reader;
+}
 
 class KVCacheManager {
  public:
@@ -121,6 +75,12 @@ class KVCacheManager {
   KVCacheManager(int32_t num_blocks, int32_t block_size, bool prefix_caching = true,
                  int32_t async_depth = 0, const KVCacheOptions& options = {});
   KVCacheManager(const KVCacheManager&) = delete;
+
+  // Everything but attached stores and events, as JSON. The manager that restore() makes of it
+  // goes on with the same ids of sequences and blocks; its first events name what is cached.
+  // Refused while a fetch() is under way; restore() throws InvalidArgument for what is no snapshot.
+  std::string snapshot() const;
+  static KVCacheManager restore(std::string_view snapshot);
   ~KVCacheManager();
 
   // While the caller keeps what this returns, other threads' calls wait. Keep it shortly.
@@ -167,6 +127,30 @@ class KVCacheManager {
   int64_t unpin(std::span<const int32_t> token_ids, Salt salt = {});
   int64_t unpin(SequenceId seq);
 
+  // Where to look for prefixes that the pool does not hold, the nearest store first, and where to
+  // evicted blocks may go. One store a tier; it must outlive the manager.
+  void attach_store(const KVStore& store);
+
+  // Blocks that the latest step(), fetch() or swap_in() evicted, whole ones that some store lacks:
+  // their contents are lost unless they are put there before any KV is written. Each comes once.
+  std::vector<KVTransfer> take_offloads();
+
+  // Gives the sequence blocks for what stores hold of its tokens behind the computed ones, all but
+  // the last. Null when out of blocks: then nothing has changed. The transfers, in order, are to be
+  // got from the store of their tier; fetched() says how many of the first came, 0 or more: those
+  // are computed now, the other blocks are given back. Until then the sequence can do nothing.
+  std::optional<std::vector<KVTransfer>> fetch(SequenceId seq);
+  void fetched(SequenceId seq, int32_t num_blocks);
+
+  // Preemption that loses nothing. The computed blocks of the sequence move to host memory:
+  // [n, 2] pairs of block and host block to copy. It holds none of the pool until swap_in(), whose
+  // pairs go the other way; leading blocks that the prefix cache still has need no copy. Null when
+  // there is no room: then nothing has changed. detach() and free() give host blocks up.
+  using BlockPairs = std::vector<std::array<int32_t, 2>>;
+  std::optional<BlockPairs> swap_out(SequenceId seq);
+  std::optional<BlockPairs> swap_in(SequenceId seq);
+  bool is_swapped_out(SequenceId seq) const;
+
   // For schedulers. A sequence may be known without holding blocks: open() makes one so, attach()
   // takes the cached prefix (create() is both), detach() gives all blocks back and keeps the
   // tokens.
@@ -209,6 +193,7 @@ class KVCacheManager {
   bool caches_states() const;  // of state groups, where a step ends with a block
   int64_t num_deferred_refs() const;
   int32_t num_sequences() const;
+  std::vector<SequenceId> sequences() const;
   int64_t num_bytes() const;  // of all arrays whose size depends on num_blocks
   KVCacheStats stats() const;
   std::vector<LayerGroupStats> group_stats() const;  // one a group
@@ -229,6 +214,7 @@ class KVCacheManager {
     BlockTable table;
     int32_t num_behind = 0;  // leading entries that were given back
   };
+  enum class Away : uint8_t { kNo, kFetching, kSwapped };
   // What a decode step reads comes first, in two cache lines.
   struct alignas(64) Sequence {
     SequenceId id;     // no sequence: an unused entry
@@ -238,6 +224,7 @@ class KVCacheManager {
     std::vector<int32_t> tokens;  // behind the trunk's
     BlockTable table{1};
     bool was_attached = false;
+    Away away = Away::kNo;
     Retention retention;
     int64_t num_computed = 0;
     int64_t num_planned = 0;  // beyond num_computed
@@ -265,6 +252,10 @@ class KVCacheManager {
     int64_t ticket;
     int32_t block;
   };
+  struct Swapped {
+    int64_t num_computed;
+    std::vector<int32_t> slots;  // host blocks
+  };
   struct Expiry {
     double ttl;            // seconds
     int64_t deadline = 0;  // of the steady clock in ns; 0: the block is in use
@@ -275,11 +266,23 @@ class KVCacheManager {
     bool operator>(const Timer& other) const { return deadline > other.deadline; }
   };
 
-  struct Reader {  // a match() that has given way
+  struct YieldedMatch {  // a match() that has given way
     int32_t block;
     bool is_lost;  // the block was evicted meanwhile
-    Reader* next;
+    YieldedMatch* next;
   };
+  struct Snapshot;  // kv_snapshot.cpp
+  explicit KVCacheManager(const Snapshot& snapshot);
+  void save_sequences(Snapshot& snapshot) const;
+  void load_sequences(const Snapshot& snapshot);
+  std::vector<std::unique_ptr<Trunk>> load_trunks(const Snapshot& snapshot) const;
+  int64_t load_sequence(Sequence& seq, snapshot::Reader& reader,
+                        const std::vector<std::unique_ptr<Trunk>>& trunks);
+  void load_unused(const Snapshot& snapshot);
+  void load_swapped(const Snapshot& snapshot);
+  static void reserve_serials(int64_t last);
+  void save_retention(Snapshot& snapshot) const;
+  void load_retention(const Snapshot& snapshot);
 
   bool is_live(SequenceId id) const;
   const Sequence& get(SequenceId id) const;
@@ -374,13 +377,21 @@ class KVCacheManager {
   void watch_stored(int32_t block);
   void watch_hit(int32_t block);
   void watch_evicted(int32_t block);
-  void push_event(CacheEventKind kind, int32_t block);
+  void push_event(CacheEventKind kind, int32_t block, CacheTier tier = CacheTier::kDevice);
   uint64_t root_id(int32_t root) const;
+
+  bool is_in_all_stores(const ChainKey& key) const;
+  const KVStore* store_with(const ChainKey& key) const;
+  std::vector<KVTransfer> find_in_stores(const Sequence& seq, int32_t first_block) const;
+  void check_here(const char* function, const Sequence& seq) const;
+  void check_one_group(const char* function) const;
+  void drop_slots(Sequence& seq);
   void validate_sequence(const Sequence& seq) const;
+  void validate_away() const;
   std::vector<int32_t> count_references() const;
 
   mutable PriorityMutex mutex_;  // of everything below, but for what the constructor sets for good
-  mutable Reader* readers_ = nullptr;
+  mutable YieldedMatch* yielded_ = nullptr;
   BlockAllocator allocator_;
   std::optional<PrefixCache> cache_;
   std::optional<CompanionCache> companions_;  // of more groups than one
@@ -402,9 +413,15 @@ class KVCacheManager {
   int64_t prefix_hit_tokens_ = 0;
   int64_t evicted_blocks_ = 0;
 
-  bool is_watched_ = false;  // one of the next two, or Eviction::kReuseLru
+  bool is_watched_ = false;  // events or stores, or Eviction::kReuseLru
   std::optional<EventLog> events_;
-  std::optional<BlockKeys> keys_;  // where events want them
+  mutable std::optional<BlockKeys> keys_;  // where events or stores want them
+  std::vector<const KVStore*> stores_;     // the nearest first
+  std::vector<KVTransfer> offloads_;
+  std::unordered_map<int32_t, std::vector<KVTransfer>> fetches_;  // by index of the sequence
+  std::array<int64_t, 3> fetched_tokens_{};                       // by tier
+  std::optional<BlockAllocator> host_;
+  std::unordered_map<int32_t, Swapped> swapped_;  // by index of the sequence
 
   // While the loop runs, its sequences' tokens and counts lag behind: settle() brings them up.
   DecodeLoop loop_;

@@ -20,6 +20,7 @@
 #include <span>
 #include <string>
 
+#include "quire/cache_tier.h"
 #include "quire/chain_key.h"
 
 namespace quire {
@@ -88,6 +89,7 @@ class KVStore {
   virtual void drain() = 0;
 
   virtual size_t block_bytes() const = 0;
+  virtual CacheTier tier() const { return CacheTier::kHost; }
   virtual KVStoreStats stats() const = 0;
 };
 
@@ -110,10 +112,10 @@ struct FileStoreConfig {
 
 // One file a block, checked by CRC32C when read; what is torn or rotten is deleted and counted. A
 // file gets its name only when all of it is on the disk, so that a process killed at any moment
-// loses at most what it had not completed. (When the power fails, the newest names may go too.)
-// Reopening lists the directory and reads no block; blocks keep their age, not their last use.
-// Throws InvalidArgument for a directory of another block_bytes or identity, or one that another
-// store has open, and std::system_error where the directory can't be used.
+// loses at most what it had not completed; nor does a failing power, where the disk keeps what it
+// has synced. Reopening lists the directory and reads no block; blocks keep their age, not their
+// last use. Throws InvalidArgument for a directory of another block_bytes or identity, or one that
+// another store has open, and std::system_error where the directory can't be used.
 std::unique_ptr<KVStore> open_file_store(const FileStoreConfig& config);
 
 }  // namespace quire

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -84,6 +85,18 @@ class PrefixCache {
 
   int32_t size() const { return size_; }
   int64_t num_bytes() const;  // of the arrays whose size depends on num_blocks
+
+  // A root that open_root() made, of the unsalted tree or another.
+  bool is_open(int32_t root) const {
+    return root == -1 || (root < 0 && root >= -static_cast<int64_t>(roots_.size()) &&
+                          root_of(root).salt.has_value());
+  }
+  std::vector<int32_t> parents_first() const;  // all cached blocks
+
+  // Everything but who holds which root, as integers, and back into a new cache: for snapshots.
+  // load() throws InvalidArgument.
+  std::vector<int64_t> save() const;
+  void load(std::span<const int64_t> numbers);
 
   // Walks everything; throws InvariantError.
   void validate() const;

@@ -72,6 +72,7 @@ class StepBatch {
     bool has_slots = true;   // false: rows of at most max_blocks blocks, and no slot_mapping
   };
 
+  int32_t num_rows_reserved() const { return static_cast<int32_t>(row_serials_.size()); }
   bool may_hold(const Size& size) const;  // less than 2^31 entries, which `changes` numbers
 
   // Filled by KVCacheManager: begin(), then each row in order, then each copy.

@@ -14,8 +14,7 @@
 #include <system_error>
 
 #include "kv_store/block_file.h"
-#include "kv_store/index.h"
-#include "kv_store/worker.h"
+#include "kv_store/indexed_store.h"
 #include "quire/error.h"
 
 namespace quire {
@@ -37,12 +36,12 @@ std::string read_text(const std::string& path) {
   return text.str();
 }
 
-class FileStore final : public KVStore {
+class FileStore final : public IndexedStore {
  public:
   explicit FileStore(const FileStoreConfig& config)
-      : block_bytes_(static_cast<size_t>(config.block_bytes)),
-        index_(store_capacity("FileStore", config.capacity_bytes, config.block_bytes)),
+      : IndexedStore("FileStore", config.capacity_bytes, config.block_bytes),
         folder_(make_folder(config.path)),
+        folder_file_(folder_, O_RDONLY | O_DIRECTORY),
         lock_file_(folder_ + "lock", O_RDWR | O_CREAT),
         worker_(config.max_pending,
                 {.get = [this](const StoreRequest& request) { return run_get(request); },
@@ -55,49 +54,15 @@ class FileStore final : public KVStore {
     list_folder();
   }
 
-  std::shared_ptr<KVTicket> put(const ChainKey& key, std::span<const std::byte> payload,
-                                OnDone on_done) override {
-    QUIRE_CHECK_ARG(payload.size() == block_bytes_, "put: payload: expected ", block_bytes_,
-                    " bytes, got ", payload.size());
-    return worker_.put({key, payload, {}, std::move(on_done)});
-  }
-
-  std::shared_ptr<KVTicket> get(const ChainKey& key, std::span<std::byte> out,
-                                OnDone on_done) override {
-    QUIRE_CHECK_ARG(out.size() == block_bytes_, "get: out: expected ", block_bytes_, " bytes, got ",
-                    out.size());
-    return worker_.get({key, {}, out, std::move(on_done)});
-  }
-
-  bool contains(const ChainKey& key) const override {
-    const std::lock_guard lock(mutex_);
-    return index_.find(key) != StoreIndex::kNone;
-  }
-
-  bool erase(const ChainKey& key) override {
-    const std::lock_guard lock(mutex_);
-    const int32_t slot = index_.find(key);
-    if (slot == StoreIndex::kNone) return false;
-    erase_slot(slot);
-    return true;
-  }
-
-  void drain() override { worker_.drain(); }
-  size_t block_bytes() const override { return block_bytes_; }
-
-  KVStoreStats stats() const override {
-    KVStoreStats stats{};
-    {
-      const std::lock_guard lock(mutex_);
-      stats = stats_;
-      stats.num_blocks = index_.size();
-    }
-    stats.capacity_blocks = index_.capacity();
-    worker_.add_stats(stats);
-    return stats;
-  }
+  CacheTier tier() const override { return CacheTier::kFile; }
 
  private:
+  StoreWorker& worker() override { return worker_; }
+  const StoreWorker& worker() const override { return worker_; }
+
+  // So that they outlive a power failure. Not every file system can; then that alone is lost.
+  void sync_names() const { ::fsync(folder_file_.fd()); }
+
   static std::string make_folder(const std::string& path) {
     std::filesystem::create_directories(path);
     return path + "/";
@@ -109,6 +74,7 @@ class FileStore final : public KVStore {
     if (!std::filesystem::exists(path)) {
       write_synced(folder_ + kTemporary, std::as_bytes(std::span(expected)));
       std::filesystem::rename(folder_ + kTemporary, path);
+      sync_names();
     }
     const std::string found = read_text(path);
     QUIRE_CHECK_ARG(found == expected, "FileStore: path: expected a directory with\n", expected,
@@ -141,17 +107,9 @@ class FileStore final : public KVStore {
     index_.fill(slot, name.key);
   }
 
-  void erase_slot(int32_t slot) {
+  void erase_slot(int32_t slot) override {
     ::unlink(path_of(slot).c_str());
     index_.erase(slot);
-  }
-
-  int32_t take_slot() {
-    int32_t slot = index_.take();
-    if (slot != StoreIndex::kNone) return slot;
-    erase_slot(index_.victim());
-    ++stats_.evicted;
-    return index_.take();
   }
 
   std::string temporary(size_t i) const { return folder_ + kTemporary + std::to_string(i); }
@@ -200,6 +158,7 @@ class FileStore final : public KVStore {
       outcomes[write.request] =
           finish(write, requests[write.request].key) ? KVOutcome::kDone : KVOutcome::kFailed;
     for (size_t i = 0; i < requests.size(); ++i) outcomes[i] = outcomes[first_of(requests, i)];
+    if (!writes.empty()) sync_names();  // before anybody is told of them
   }
 
   // Gives a written file its name, and the index its slot; false: it failed and left no trace.
@@ -252,15 +211,12 @@ class FileStore final : public KVStore {
     return KVOutcome::kMissing;
   }
 
-  const size_t block_bytes_;
-  mutable std::mutex mutex_;  // of index_, ages_ and stats_
-  StoreIndex index_;
-  std::vector<uint64_t> ages_;  // by slot
-  KVStoreStats stats_{};
-  uint64_t next_age_ = 0;     // the writing thread's
-  const std::string folder_;  // with a slash at the end
-  const File lock_file_;      // closed, and so unlocked, when the process ends in any way
-  StoreWorker worker_;        // last: its threads use all of the above
+  std::vector<uint64_t> ages_;  // by slot; under mutex_
+  uint64_t next_age_ = 0;       // the writing thread's
+  const std::string folder_;    // with a slash at the end
+  const File folder_file_;      // the directory itself
+  const File lock_file_;        // closed, and so unlocked, when the process ends in any way
+  StoreWorker worker_;          // last: its threads use all of the above
 };
 
 }  // namespace
