@@ -8,8 +8,14 @@
 
 namespace quire {
 
+namespace {
+
+constexpr int64_t kSampledWeight = 2;  // of a sampled token, beside 1 for computing it
+
+}  // namespace
+
 Scheduler::Scheduler(KVCacheManager& manager, const SchedulerConfig& config)
-    : manager_(manager), config_(config) {
+    : manager_(manager), config_(config), queue_(config.max_overtakes) {
   QUIRE_CHECK_ARG(config.max_tokens_per_step >= 1,
                   "Scheduler: max_tokens_per_step: expected 1 or more, got ",
                   config.max_tokens_per_step);
@@ -17,6 +23,10 @@ Scheduler::Scheduler(KVCacheManager& manager, const SchedulerConfig& config)
                   config.max_seqs);
   QUIRE_CHECK_ARG(config.watermark >= 0 && config.watermark < 1,
                   "Scheduler: watermark: expected a share in [0, 1), got ", config.watermark);
+  QUIRE_CHECK_ARG(config.prefix_window >= 1, "Scheduler: prefix_window: expected 1 or more, got ",
+                  config.prefix_window);
+  QUIRE_CHECK_ARG(config.max_overtakes >= 0, "Scheduler: max_overtakes: expected 0 or more, got ",
+                  config.max_overtakes);
   num_watermark_blocks_ = static_cast<int32_t>(config.watermark * manager.allocator().num_blocks());
 }
 
@@ -26,7 +36,8 @@ Scheduler::~Scheduler() {
     if (request.state != State::kEnded) manager_.free({&request.seq, 1});
 }
 
-int32_t Scheduler::add(std::span<const int32_t> token_ids, int32_t max_new_tokens, Salt salt) {
+int32_t Scheduler::add(std::span<const int32_t> token_ids, int32_t max_new_tokens, Salt salt,
+                       const RequestOptions& options) {
   const auto lock = manager_.lock();
   QUIRE_CHECK_ARG(max_new_tokens >= 1, "add: max_new_tokens: expected 1 or more, got ",
                   max_new_tokens);
@@ -44,169 +55,13 @@ int32_t Scheduler::add(std::span<const int32_t> token_ids, int32_t max_new_token
   }
   const int32_t slot = unused_slots_.back();
   unused_slots_.pop_back();
-  requests_[slot] = {State::kWaiting, next_id_, max_new_tokens, seq};
+  Request& request = requests_[slot];
+  request = {State::kWaiting, false, next_id_, max_new_tokens, seq};
+  request.num_tokens = static_cast<int64_t>(token_ids.size());
   slots_[next_id_] = slot;
-  waiting_.push_back(slot);
+  queue_.add(slot, options.tenant, options.priority);
+  if (head_ >= 0 && (config_.prefix_window > 1 || queue_.next(1)[0] != head_)) forget_head();
   return next_id_++;
-}
-
-// ---- schedule()
-
-const ScheduledBatch* Scheduler::schedule() {
-  const auto lock = manager_.lock();
-  QUIRE_CHECK_ARG(!is_scheduled_, "schedule: expected commit() of the batch before");
-  QUIRE_CHECK_ARG(manager_.may_step(), "schedule: expected retire() of the oldest step before");
-  plan_running();
-  if (!make_room()) admit();
-  if (rows_.empty()) return nullptr;
-  write_batch();
-  is_scheduled_ = true;
-  return &batch_;
-}
-
-// The next tokens of a running request, within the budget. A state is cached where a step ends with
-// a block, so prompts are then computed up to such a place first.
-Scheduler::Row Scheduler::plan_row(int32_t slot, int32_t budget) const {
-  const SequenceId seq = requests_[slot].seq;
-  const int64_t num_computed = manager_.num_computed_tokens(seq);
-  const int64_t num_left = manager_.num_tokens(seq) - num_computed;
-  int32_t num_new = static_cast<int32_t>(std::min<int64_t>(num_left, budget));
-  const int32_t beyond =
-      static_cast<int32_t>((num_computed + num_new) % manager_.allocator().block_size());
-  if (manager_.caches_states() && num_new > beyond) num_new -= beyond;
-  return {slot, num_new, manager_.num_missing_blocks(seq, num_computed + num_new),
-          num_new == num_left};
-}
-
-void Scheduler::plan_running() {
-  rows_.clear();
-  budget_ = config_.max_tokens_per_step;
-  num_missing_ = num_promised_ = 0;
-  for (int32_t slot : running_) {
-    const Row row = plan_row(slot, budget_);
-    const SequenceId seq = requests_[slot].seq;
-    num_promised_ += row.samples ? row.num_missing
-                                 : manager_.num_missing_blocks(seq, manager_.num_tokens(seq),
-                                                               config_.max_tokens_per_step);
-    if (row.num_new == 0) continue;  // the budget is spent
-    rows_.push_back(row);
-    budget_ -= row.num_new;
-    num_missing_ += row.num_missing;
-  }
-}
-
-// Makes the rows fit the free blocks; returns whether that took something from a request.
-bool Scheduler::make_room() {
-  bool had_to = false;
-  while (num_missing_ > manager_.allocator().num_available() && !rows_.empty()) {
-    had_to = true;
-    // Blocks that come back with retire() are worth a pause, not another preemption.
-    const bool pause =
-        num_missing_ <= manager_.allocator().num_available() + manager_.num_deferred_refs();
-    const int32_t latest = running_.back();
-    if (pause || rows_.back().slot == latest) {
-      num_missing_ -= rows_.back().num_missing;
-      budget_ += rows_.back().num_new;
-      rows_.pop_back();
-    }
-    if (!pause) preempt_latest();
-  }
-  return had_to;
-}
-
-void Scheduler::preempt_latest() {
-  const int32_t slot = running_.back();
-  running_.pop_back();
-  manager_.detach(requests_[slot].seq);
-  requests_[slot].state = State::kWaiting;
-  waiting_.push_front(slot);
-  head_needs_ = 0;
-  leader_ = -1;
-  ++num_preemptions_;
-  ++num_preempted_;
-}
-
-void Scheduler::admit() {
-  const BlockAllocator& pool = manager_.allocator();
-  while (!waiting_.empty() && budget_ > 0 && num_running() < config_.max_seqs) {
-    if (waits_for_prefix()) return;
-    const int64_t num_unpromised = pool.num_available() - num_promised_;
-    if (!running_.empty() && num_unpromised < head_needs_) return;
-    const int32_t slot = waiting_.front();
-    Request& request = requests_[slot];
-    const PrefixMatch match = manager_.match(request.seq);
-    const int64_t num_missing =
-        manager_.num_missing_blocks(request.seq, manager_.num_tokens(request.seq),
-                                    config_.max_tokens_per_step) -
-        match.num_blocks;
-    head_needs_ =
-        num_missing + match.num_idle_blocks + (running_.empty() ? 0 : num_watermark_blocks_);
-    if (num_unpromised < head_needs_) return;
-    head_needs_ = 0;
-    waiting_.pop_front();
-    manager_.attach(request.seq);
-    request.state = State::kRunning;
-    running_.push_back(slot);
-    rows_.push_back(plan_row(slot, budget_));
-    budget_ -= rows_.back().num_new;
-    num_promised_ += num_missing;
-  }
-}
-
-// Whether a running request is about to compute more of the head's prefix than is cached. Then
-// the head is better off one step later: it shares those blocks instead of computing them too.
-bool Scheduler::waits_for_prefix() {
-  if (!manager_.prefix_caching()) return false;
-  if (leader_ >= 0) {
-    const auto found = slots_.find(leader_);
-    if (found != slots_.end() && requests_[found->second].state == State::kRunning &&
-        manager_.num_computed_tokens(requests_[found->second].seq) < leader_tokens_)
-      return true;
-    leader_ = -1;
-    head_needs_ = 0;
-  }
-  const SequenceId head = requests_[waiting_.front()].seq;
-  const int32_t block_size = manager_.allocator().block_size();
-  const int64_t most = (manager_.num_tokens(head) - 1) / block_size * block_size;
-  int64_t longest = 0;
-  for (int32_t slot : running_) {
-    const SequenceId seq = requests_[slot].seq;
-    const int64_t num_computed = manager_.num_computed_tokens(seq);
-    if (manager_.num_tokens(seq) - num_computed <= 1) continue;  // not in prefill
-    const int64_t shared = std::min(most, manager_.shareable_tokens(head, seq));
-    if (shared <= std::max(longest, num_computed)) continue;
-    longest = shared;
-    leader_ = requests_[slot].id;
-  }
-  if (longest > 0 && longest > manager_.match(head).num_tokens) {
-    leader_tokens_ = longest;
-    return true;
-  }
-  leader_ = -1;
-  return false;
-}
-
-void Scheduler::write_batch() {
-  seqs_.clear();
-  batch_.request_ids.resize(rows_.size());
-  batch_.num_new_tokens.resize(rows_.size());
-  batch_.sampling.resize(rows_.size());
-  batch_.sampling.resize(0);
-  batch_.token_ids.resize(config_.max_tokens_per_step - budget_);
-  int32_t* token_ids = batch_.token_ids.data();
-  for (size_t i = 0; i < rows_.size(); ++i) {
-    const Row& row = rows_[i];
-    const Request& request = requests_[row.slot];
-    seqs_.push_back(request.seq);
-    batch_.request_ids[i] = request.id;
-    batch_.num_new_tokens[i] = row.num_new;
-    if (row.samples) batch_.sampling.push_back(static_cast<int32_t>(i));
-    const auto pending = manager_.pending_tokens(request.seq).first(row.num_new);
-    token_ids = std::copy(pending.begin(), pending.end(), token_ids);
-  }
-  batch_.step = manager_.step(seqs_, {batch_.num_new_tokens.data(), batch_.num_new_tokens.size()});
-  batch_.num_preempted = std::exchange(num_preempted_, 0);
-  QUIRE_INVARIANT(batch_.step != nullptr, "schedule: planned more blocks than there are");
 }
 
 // ---- commit() and finish()
@@ -218,9 +73,20 @@ std::span<const int32_t> Scheduler::commit(std::span<const int32_t> sampled) {
                   "commit: sampled: expected one token a sampling row, ", batch_.sampling.size(),
                   ", got ", sampled.size());
   is_scheduled_ = false;
+  finished_.clear();
+  if (num_to_go_on_ > 0) {
+    manager_.commit(seqs_, sampled);
+    next_tokens_.assign(sampled.begin(), sampled.end());
+    ++num_lagging_;
+    if (num_lagging_ == num_to_go_on_) {
+      catch_up();
+      end_finished();
+    }
+    return finished_;
+  }
   seqs_.clear();
   counts_.clear();
-  sampled_.clear();
+  next_tokens_.clear();
   size_t next_sampled = 0;
   for (const Row& row : rows_) {
     const size_t i = next_sampled;
@@ -228,26 +94,62 @@ std::span<const int32_t> Scheduler::commit(std::span<const int32_t> sampled) {
     if (row.slot < 0) continue;
     seqs_.push_back(requests_[row.slot].seq);
     counts_.push_back(row.samples);
-    if (row.samples) sampled_.push_back(sampled[i]);
+    if (row.samples) next_tokens_.push_back(sampled[i]);
   }
-  manager_.commit(seqs_, sampled_, counts_);
-  finished_.clear();
+  manager_.commit(seqs_, next_tokens_, counts_);
   for (const Row& row : rows_) {
-    if (row.slot < 0 || !row.samples) continue;
+    if (row.slot < 0) continue;
     Request& request = requests_[row.slot];
-    if (--request.num_left > 0) continue;
-    finished_.push_back(request.id);
-    end(row.slot);
+    request.is_fresh = false;
+    request.num_computed += row.num_new;
+    request.num_tokens += row.samples;
+    request.num_left -= row.samples;
+    queue_.charge(row.slot, row.num_new + kSampledWeight * row.samples);
   }
-  if (!finished_.empty()) remove_ended();
+  end_finished();
+  if (finished_.empty()) begin_going_on();
   return finished_;
 }
 
-// Forgets a request; the caller takes it out of running_ or waiting_.
+void Scheduler::end_finished() {
+  for (const Row& row : rows_) {
+    if (row.slot < 0 || requests_[row.slot].num_left > 0) continue;
+    finished_.push_back(requests_[row.slot].id);
+    end(row.slot);
+  }
+  if (!finished_.empty()) remove_ended();
+}
+
+// After a commit of all running requests, each of which now has one token to compute.
+void Scheduler::begin_going_on() {
+  if (rows_.size() != running_.size() || next_tokens_.size() != rows_.size()) return;
+  num_to_go_on_ = INT32_MAX;
+  for (Row& row : rows_) {
+    row.num_new = 1;
+    num_to_go_on_ = std::min(num_to_go_on_, requests_[row.slot].num_left);
+  }
+}
+
+// Counts up the commits that requests lag behind; the rows don't go on as they are.
+void Scheduler::catch_up() {
+  const int32_t count = std::exchange(num_lagging_, 0);
+  num_to_go_on_ = 0;
+  if (count == 0) return;
+  for (const Row& row : rows_) {
+    Request& request = requests_[row.slot];
+    request.num_computed += count;
+    request.num_tokens += count;
+    request.num_left -= count;
+    queue_.charge(row.slot, (1 + kSampledWeight) * count);
+  }
+}
+
+// Forgets a request; the caller takes it out of running_.
 void Scheduler::end(int32_t slot) {
   Request& request = requests_[slot];
   manager_.free({&request.seq, 1});
   slots_.erase(request.id);
+  queue_.remove(slot);
   request.state = State::kEnded;
   unused_slots_.push_back(slot);
 }
@@ -264,15 +166,10 @@ void Scheduler::finish(int32_t request_id) {
   if (found == slots_.end()) return;
   const int32_t slot = found->second;
   if (requests_[slot].state == State::kWaiting) {
-    const auto position = std::find(waiting_.begin(), waiting_.end(), slot);
-    if (position == waiting_.begin()) {
-      head_needs_ = 0;
-      leader_ = -1;
-    }
-    waiting_.erase(position);
-    end(slot);
-    return;
+    if (slot == head_) forget_head();
+    return end(slot);
   }
+  catch_up();
   for (Row& row : rows_)
     if (is_scheduled_ && row.slot == slot) row.slot = -1;
   end(slot);
@@ -286,7 +183,7 @@ int32_t Scheduler::num_running() const {
 
 int32_t Scheduler::num_waiting() const {
   const auto lock = manager_.lock();
-  return static_cast<int32_t>(waiting_.size());
+  return queue_.size();
 }
 
 int64_t Scheduler::num_preemptions() const {
@@ -296,23 +193,32 @@ int64_t Scheduler::num_preemptions() const {
 
 bool Scheduler::has_work() const {
   const auto lock = manager_.lock();
-  return !running_.empty() || !waiting_.empty();
+  return !running_.empty() || !queue_.empty();
 }
 
 void Scheduler::validate() const {
   const auto lock = manager_.lock();
   manager_.validate();
-  const auto check = [&](int32_t slot, State state) {
+  size_t num_running = 0;
+  for (const auto& [id, slot] : slots_) {
     const Request& request = requests_[slot];
-    QUIRE_INVARIANT(request.state == state, "request ", request.id, ": in the wrong queue");
-    QUIRE_INVARIANT(slots_.at(request.id) == slot, "request ", request.id, ": lost");
-    QUIRE_INVARIANT(request.num_left > 0, "request ", request.id, ": should have ended");
-    QUIRE_INVARIANT(state == State::kRunning || manager_.block_table(request.seq).empty(),
-                    "request ", request.id, ": waits with blocks");
-  };
-  for (int32_t slot : running_) check(slot, State::kRunning);
-  for (int32_t slot : waiting_) check(slot, State::kWaiting);
-  QUIRE_INVARIANT(running_.size() + waiting_.size() == slots_.size(), "a request is in no queue");
+    const bool runs = request.state == State::kRunning;
+    const int32_t lag = runs ? num_lagging_ : 0;
+    QUIRE_INVARIANT(request.id == id && request.state != State::kEnded, "request ", id, ": lost");
+    QUIRE_INVARIANT(request.num_left > lag, "request ", id, ": should have ended");
+    QUIRE_INVARIANT(request.num_tokens + lag == manager_.num_tokens(request.seq) &&
+                        request.num_computed + lag == manager_.num_computed_tokens(request.seq),
+                    "request ", id, ": its tokens are counted wrongly");
+    QUIRE_INVARIANT(runs || manager_.block_table(request.seq).empty(), "request ", id,
+                    ": waits with blocks");
+    num_running += runs;
+  }
+  for (int32_t slot : running_)
+    QUIRE_INVARIANT(requests_[slot].state == State::kRunning, "request ", requests_[slot].id,
+                    ": in the wrong queue");
+  QUIRE_INVARIANT(num_running == running_.size() &&
+                      slots_.size() == num_running + static_cast<size_t>(queue_.size()),
+                  "a request is in no queue");
   QUIRE_INVARIANT(requests_.size() == slots_.size() + unused_slots_.size(), "a slot is lost");
 }
 

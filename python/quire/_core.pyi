@@ -631,11 +631,14 @@ class ScheduledBatch(StepBatch):
 
 class Scheduler:
     """
-    Continuous batching over a KVCacheManager, first come, first served.
+    Continuous batching over a KVCacheManager.
 
     At most max_tokens_per_step tokens and max_seqs requests a step; long prompts are computed
     in chunks. Admission leaves the share `watermark` of the blocks free. When blocks run out,
-    the latest request waits again and is computed anew; it keeps its generated tokens.
+    the last request (of the lowest priority, the latest) waits again and is computed anew;
+    it keeps its generated tokens. Of `prefix_window` waiting requests of equal rank the one
+    with the longest cached prefix comes first; who was overtaken max_overtakes times is due
+    whatever its rank. Equal calls lead to equal decisions: see explain().
 
     Any number of threads may call every method: one schedules and commits, others add.
 
@@ -649,11 +652,14 @@ class Scheduler:
             scheduler.commit(model(batch))     # int32, a token for each of batch.sampling
     """
 
-    def __init__(self, manager: KVCacheManager, *, max_tokens_per_step: int = 2048, max_seqs: int = 256, watermark: float = 0.01) -> None: ...
+    def __init__(self, manager: KVCacheManager, *, max_tokens_per_step: int = 2048, max_seqs: int = 256, watermark: float = 0.01, prefix_window: int = 1, max_overtakes: int = 256) -> None: ...
 
-    def add(self, token_ids: numpy.typing.ArrayLike, max_new_tokens: int, salt: str | None = None) -> int:
+    def add(self, token_ids: numpy.typing.ArrayLike, max_new_tokens: int, salt: str | None = None, *, priority: int = 0, tenant: str = '') -> int:
         """
         Queues a request of these prompt tokens, int32 [n]; returns its id: 0, 1, 2, ...
+
+        Higher priorities come first; of one priority the tenant whose requests had the fewest
+        tokens computed and sampled (these count twice more), then whoever came first.
 
         Raises ValueError if prompt and max_new_tokens can never fit the pool.
 
@@ -713,6 +719,18 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a request is running or waiting."""
+
+    def explain(self) -> str:
+        """
+        What the latest schedule() decided, and why no further request was admitted.
+
+        A line each: who was preempted, admitted, computed in chunks, and what the next one
+        waits for.
+
+        Example::
+
+            print(scheduler.explain())
+        """
 
     def validate(self) -> None:
         """

@@ -3,6 +3,7 @@
 #include "quire/scheduler.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 
 #include "kv_cache.h"
@@ -100,6 +101,12 @@ void bind_state(nb::class_<PyScheduler>& scheduler) {
           "has_work", [](const PyScheduler& self) { return self.scheduler.has_work(); },
           "Whether a request is running or waiting.")
       .def(
+          "explain", [](const PyScheduler& self) { return self.scheduler.explain(); },
+          "What the latest schedule() decided, and why no further request was admitted.\n\n"
+          "A line each: who was preempted, admitted, computed in chunks, and what the next one\n"
+          "waits for.\n\n"
+          "Example::\n\n    print(scheduler.explain())")
+      .def(
           "validate", [](const PyScheduler& self) { self.scheduler.validate(); },
           "Checks the queues and the manager; raises RuntimeError for a broken invariant.\n\n"
           "Example::\n\n    scheduler.validate()");
@@ -111,10 +118,13 @@ void bind_scheduler(nb::module_& m) {
   bind_scheduled_batch(m);
   nb::class_<PyScheduler> scheduler(
       m, "Scheduler",
-      "Continuous batching over a KVCacheManager, first come, first served.\n\n"
+      "Continuous batching over a KVCacheManager.\n\n"
       "At most max_tokens_per_step tokens and max_seqs requests a step; long prompts are computed\n"
       "in chunks. Admission leaves the share `watermark` of the blocks free. When blocks run out,\n"
-      "the latest request waits again and is computed anew; it keeps its generated tokens.\n\n"
+      "the last request (of the lowest priority, the latest) waits again and is computed anew;\n"
+      "it keeps its generated tokens. Of `prefix_window` waiting requests of equal rank the one\n"
+      "with the longest cached prefix comes first; who was overtaken max_overtakes times is due\n"
+      "whatever its rank. Equal calls lead to equal decisions: see explain().\n\n"
       "Any number of threads may call every method: one schedules and commits, others add.\n\n"
       "Raises ValueError for counts below 1 or a watermark outside [0, 1).\n\n"
       "Example::\n\n"
@@ -126,21 +136,28 @@ void bind_scheduler(nb::module_& m) {
       .def(
           "__init__",
           [](PyScheduler* self, nb::handle_t<PyManager> manager, int32_t max_tokens_per_step,
-             int32_t max_seqs, double watermark) {
-            new (self) PyScheduler(manager, {max_tokens_per_step, max_seqs, watermark});
+             int32_t max_seqs, double watermark, int32_t prefix_window, int32_t max_overtakes) {
+            new (self) PyScheduler(
+                manager, {max_tokens_per_step, max_seqs, watermark, prefix_window, max_overtakes});
           },
           nb::arg("manager"), nb::kw_only(), nb::arg("max_tokens_per_step") = 2048,
-          nb::arg("max_seqs") = 256, nb::arg("watermark") = 0.01)
+          nb::arg("max_seqs") = 256, nb::arg("watermark") = 0.01, nb::arg("prefix_window") = 1,
+          nb::arg("max_overtakes") = 256)
       .def(
           "add",
-          [](PyScheduler& self, nb::handle token_ids, int32_t max_new_tokens, Salt salt) {
+          [](PyScheduler& self, nb::handle token_ids, int32_t max_new_tokens, Salt salt,
+             int32_t priority, std::string_view tenant) {
             const Int32Arg tokens(token_ids, "add: token_ids");
-            return self.scheduler.add({tokens.data(), tokens.size()}, max_new_tokens, salt);
+            return self.scheduler.add({tokens.data(), tokens.size()}, max_new_tokens, salt,
+                                      {priority, tenant});
           },
           nb::arg("token_ids"), nb::arg("max_new_tokens"), nb::arg("salt") = nb::none(),
+          nb::kw_only(), nb::arg("priority") = 0, nb::arg("tenant") = "",
           nb::sig("def add(self, token_ids: numpy.typing.ArrayLike, max_new_tokens: int, "
-                  "salt: str | None = None) -> int"),
+                  "salt: str | None = None, *, priority: int = 0, tenant: str = '') -> int"),
           "Queues a request of these prompt tokens, int32 [n]; returns its id: 0, 1, 2, ...\n\n"
+          "Higher priorities come first; of one priority the tenant whose requests had the fewest\n"
+          "tokens computed and sampled (these count twice more), then whoever came first.\n\n"
           "Raises ValueError if prompt and max_new_tokens can never fit the pool.\n\n"
           "Example::\n\n    request_id = scheduler.add(prompt, max_new_tokens=100)")
       .def("schedule", &schedule,

@@ -95,6 +95,19 @@ def test_a_batch_ends_with_the_next_step():
         _ = old.token_ids
 
 
+def test_priorities_tenants_and_what_explain_says():
+    scheduler = scheduler_of(max_seqs=1, prefix_window=2, max_overtakes=10)
+    for i, (priority, tenant) in enumerate([(0, "a"), (0, "a"), (0, "b"), (1, "a")]):
+        scheduler.add(tokens(5, 100 * i), 2, priority=priority, tenant=tenant)
+    finished = []
+    while (batch := scheduler.schedule()) is not None:
+        if not finished:
+            assert "max_seqs run" in scheduler.explain()
+        finished += scheduler.commit(np.zeros(len(batch.sampling), np.int32))
+    assert finished == [3, 2, 0, 1]  # the priority, then the tenant that was served less
+    assert scheduler.explain().endswith("no request waits\n")
+
+
 def test_wrong_arguments():
     scheduler = scheduler_of(4, 4)
     with pytest.raises(ValueError, match="add: token_ids: .* fit 4 blocks of 4, got 14 \\+ 3"):
@@ -109,7 +122,13 @@ def test_wrong_arguments():
         scheduler.schedule()
     with pytest.raises(ValueError, match="commit: sampled: expected one token a sampling row, 1"):
         scheduler.commit([1, 2])
-    for config in ({"max_tokens_per_step": 0}, {"max_seqs": 0}, {"watermark": 1.5}):
+    for config in (
+        {"max_tokens_per_step": 0},
+        {"max_seqs": 0},
+        {"watermark": 1.5},
+        {"prefix_window": 0},
+        {"max_overtakes": -1},
+    ):
         with pytest.raises(ValueError, match=next(iter(config))):
             scheduler_of(**config)
 

@@ -317,6 +317,8 @@ QuireStatus quire_kv_cache_manager_commit(QuireKVCacheManager* manager, const Qu
                                           const int32_t* num_sampled);
 QuireStatus quire_kv_cache_manager_fork(QuireKVCacheManager* manager, QuireSequenceId seq,
                                         QuireSequenceId* child);
+QuireStatus quire_kv_cache_manager_fork_many(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                             QuireSequenceId* children, size_t num_children);
 QuireStatus quire_kv_cache_manager_truncate(QuireKVCacheManager* manager, QuireSequenceId seq,
                                             int64_t num_tokens);
 QuireStatus quire_kv_cache_manager_retire(QuireKVCacheManager* manager, int64_t ticket);
@@ -327,13 +329,85 @@ QuireStatus quire_kv_cache_manager_pin(QuireKVCacheManager* manager, const Quire
                                        int64_t* num_tokens);
 QuireStatus quire_kv_cache_manager_unpin(QuireKVCacheManager* manager, const QuirePrompt* prompt,
                                          int64_t* num_tokens);
+/* The same, of a sequence's computed tokens. */
+QuireStatus quire_kv_cache_manager_pin_sequence(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                                int64_t* num_tokens);
+QuireStatus quire_kv_cache_manager_unpin_sequence(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                                  int64_t* num_tokens);
 QuireStatus quire_kv_cache_manager_sequence(const QuireKVCacheManager* manager, QuireSequenceId seq,
                                             QuireSequenceInfo* info);
 QuireStatus quire_kv_cache_manager_block_table(const QuireKVCacheManager* manager,
                                                QuireSequenceId seq, int32_t* buffer, size_t* size);
+QuireStatus quire_kv_cache_manager_token_ids(const QuireKVCacheManager* manager,
+                                             QuireSequenceId seq, int32_t* buffer, size_t* size);
 QuireStatus quire_kv_cache_manager_stats(const QuireKVCacheManager* manager,
                                          QuireKVCacheStats* stats);
 QuireStatus quire_kv_cache_manager_validate(const QuireKVCacheManager* manager);
+
+/* ---- Continuous batching (scheduler.h) */
+
+typedef struct QuireScheduler QuireScheduler; /* to be deleted before its manager */
+
+typedef struct QuireSchedulerConfig {
+  size_t struct_size;
+  int32_t max_tokens_per_step;
+  int32_t max_seqs;
+  double watermark;
+  int32_t prefix_window;
+  int32_t max_overtakes;
+} QuireSchedulerConfig;
+#define QUIRE_SCHEDULER_CONFIG_INIT {sizeof(QuireSchedulerConfig), 2048, 256, 0.01, 1, 256}
+
+typedef struct QuireRequest {
+  size_t struct_size;
+  const int32_t* token_ids;
+  size_t num_tokens;
+  const char* salt; /* as in QuirePrompt */
+  size_t salt_size;
+  const char* tenant; /* NULL: "" */
+  size_t tenant_size;
+  int32_t max_new_tokens;
+  int32_t priority; /* higher ones come first */
+} QuireRequest;
+#define QUIRE_REQUEST_INIT {sizeof(QuireRequest), NULL, 0, NULL, 0, NULL, 0, 0, 0}
+
+/* Valid until the next schedule(). */
+typedef struct QuireScheduledBatch {
+  size_t struct_size;
+  const int32_t* request_ids;    /* [num_rows] */
+  const int32_t* num_new_tokens; /* [num_rows] */
+  const int32_t* token_ids;      /* [num_token_ids]: to compute, row after row */
+  const int32_t* sampling;       /* [num_sampling]: rows that compute their last known token */
+  int64_t num_rows, num_token_ids, num_sampling;
+  int64_t num_preempted; /* since the batch before */
+} QuireScheduledBatch;
+#define QUIRE_SCHEDULED_BATCH_INIT {sizeof(QuireScheduledBatch), NULL, NULL, NULL, NULL, 0, 0, 0, 0}
+
+typedef struct QuireSchedulerInfo {
+  size_t struct_size;
+  int32_t num_running, num_waiting; /* both 0: no work left */
+  int64_t num_preemptions;
+} QuireSchedulerInfo;
+#define QUIRE_SCHEDULER_INFO_INIT {sizeof(QuireSchedulerInfo), 0, 0, 0}
+
+QuireStatus quire_scheduler_new(QuireKVCacheManager* manager, const QuireSchedulerConfig* config,
+                                QuireScheduler** scheduler);
+void quire_scheduler_delete(QuireScheduler* scheduler);
+QuireStatus quire_scheduler_add(QuireScheduler* scheduler, const QuireRequest* request,
+                                int32_t* request_id);
+/* num_rows 0: nothing to do or, if requests are left, all blocks wait for retire(). */
+QuireStatus quire_scheduler_schedule(QuireScheduler* scheduler, QuireScheduledBatch* batch,
+                                     QuireStepBatch* step);
+/* One token for each of the batch's `sampling`. finished: ids of the requests that have ended,
+ * valid until the next commit. */
+QuireStatus quire_scheduler_commit(QuireScheduler* scheduler, const int32_t* sampled,
+                                   size_t num_sampled, const int32_t** finished,
+                                   size_t* num_finished);
+QuireStatus quire_scheduler_finish(QuireScheduler* scheduler, int32_t request_id); /* early */
+QuireStatus quire_scheduler_info(const QuireScheduler* scheduler, QuireSchedulerInfo* info);
+/* What the latest schedule() decided and why, in lines. */
+QuireStatus quire_scheduler_explain(const QuireScheduler* scheduler, char* buffer, size_t* size);
+QuireStatus quire_scheduler_validate(const QuireScheduler* scheduler);
 
 #ifdef __cplusplus
 }

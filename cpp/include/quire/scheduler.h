@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scheduler: continuous batching over a KVCacheManager, first come, first served.
+// Scheduler: continuous batching over a KVCacheManager.
 //
 //   while (scheduler.has_work())
 //     if (const ScheduledBatch* batch = scheduler.schedule()) {
@@ -7,24 +7,30 @@
 //       scheduler.commit(sampled);            // a token for each entry of batch->sampling
 //     }
 //
-// Running requests come before waiting ones and keep their order of admission. A request is
-// admitted when all of its known tokens fit beside what the running ones still have to compute;
-// long prompts are then computed in chunks. When a running request needs a block and none is
-// left, the latest admitted one gives its blocks back and waits at the front of the queue; later
-// its tokens, the generated ones too, are computed again. The earliest is never preempted for
-// another, so all requests finish.
+// Running requests come before waiting ones: higher priorities first, then in order of admission.
+// Which waiting request comes next is told in request_queue.h: without priorities and tenants, the
+// first that came. It is admitted when all of its known tokens fit beside what the running ones
+// still have to compute; long prompts are then computed in chunks. When a running request needs a
+// block and none is left, the last of the running ones gives its blocks back and waits before its
+// equals; later its tokens, the generated ones too, are computed again. The first is never
+// preempted for another, so all requests finish. The same calls lead to the same decisions.
+//
+// Steps in which every running request decodes on cost least: what they change is counted up
+// later, and the manager is called as its DecodeLoop wants it.
 //
 // Any number of threads may call every function; they share the manager's lock. What schedule()
 // and commit() hand out is for the thread that calls these two; the others add, finish and ask.
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <span>
+#include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
 
 #include "quire/kv_cache_manager.h"
+#include "quire/request_queue.h"
 #include "quire/step_batch.h"
 
 namespace quire {
@@ -33,6 +39,14 @@ struct SchedulerConfig {
   int32_t max_tokens_per_step = 2048;
   int32_t max_seqs = 256;   // running at once
   double watermark = 0.01;  // share of the blocks that admission leaves free
+  // Of this many waiting requests of equal rank the one with the longest cached prefix comes first.
+  int32_t prefix_window = 1;
+  int32_t max_overtakes = 256;  // then a request is due, whatever its rank
+};
+
+struct RequestOptions {
+  int32_t priority = 0;  // higher ones first
+  std::string_view tenant = {};
 };
 
 // One step. Valid until the next schedule().
@@ -53,7 +67,8 @@ class Scheduler {
   ~Scheduler();
 
   // Returns the request's id: 0, 1, 2, ...
-  int32_t add(std::span<const int32_t> token_ids, int32_t max_new_tokens, Salt salt = {});
+  int32_t add(std::span<const int32_t> token_ids, int32_t max_new_tokens, Salt salt = {},
+              const RequestOptions& options = {});
 
   // Null: nothing to do or, with an asynchronous manager, all blocks wait for retire().
   const ScheduledBatch* schedule();
@@ -69,6 +84,10 @@ class Scheduler {
   int32_t num_waiting() const;
   int64_t num_preemptions() const;
   bool has_work() const;
+
+  // What the latest schedule() decided, and why no further request was admitted: a line each.
+  std::string explain() const;
+
   const ScheduledBatch& batch() const { return batch_; }  // the latest
   const KVCacheManager& manager() const { return manager_; }
 
@@ -79,9 +98,12 @@ class Scheduler {
   enum class State : uint8_t { kEnded, kWaiting, kRunning };
   struct Request {
     State state = State::kEnded;
+    bool is_fresh = false;  // no step since its admission: its last block may be shared
     int32_t id = -1;
     int32_t num_left = 0;  // tokens to generate
     SequenceId seq;
+    int64_t num_tokens = 0;  // known
+    int64_t num_computed = 0;
   };
   struct Row {
     int32_t slot;  // of the request; -1: it was finished after schedule()
@@ -89,14 +111,41 @@ class Scheduler {
     int32_t num_missing;  // blocks
     bool samples;
   };
+  struct Decision {
+    enum Kind : uint8_t { kPreempted, kAdmitted, kChunked } kind;
+    int32_t id;
+    int64_t num_tokens;  // to compute again; computed now; left after a chunk
+    int64_t num_cached;
+  };
+  enum class Blocked : uint8_t {
+    kNobodyWaits,
+    kMadeRoom,
+    kMaxSeqs,
+    kBudget,
+    kPrefix,
+    kBlocks,
+    kUnknown
+  };
 
+  int32_t missing_blocks(const Request& request, int64_t end) const;
   Row plan_row(int32_t slot, int32_t budget) const;
   void plan_running();
   bool make_room();
-  void preempt_latest();
+  void preempt_last();
   void admit();
-  bool waits_for_prefix();
+  Blocked admit_next();
+  int32_t choose_next();
+  bool waits_for_prefix(const Request& head);
+  void start_running(int32_t slot);
+  void forget_head();
   void write_batch();
+
+  Blocked known_block() const;
+  const ScheduledBatch* go_on();
+  void begin_going_on();
+  void catch_up();
+
+  void end_finished();
   void end(int32_t slot);
   void remove_ended();
 
@@ -107,8 +156,8 @@ class Scheduler {
   std::vector<int32_t> unused_slots_;
   std::unordered_map<int32_t, int32_t> slots_;  // by request id
   int32_t next_id_ = 0;
-  std::vector<int32_t> running_;  // slots in order of admission
-  std::deque<int32_t> waiting_;
+  std::vector<int32_t> running_;  // slots by priority, then in order of admission
+  RequestQueue queue_;
   int64_t num_preemptions_ = 0;
 
   // The step in the making.
@@ -119,8 +168,16 @@ class Scheduler {
   int64_t num_missing_ = 0;    // blocks that the rows need now
   int64_t num_promised_ = 0;   // blocks that running requests need for all their known tokens
   ScheduledBatch batch_;
+  std::vector<Decision> decisions_;
+  Blocked blocked_ = Blocked::kNobodyWaits;  // why admission ended
 
-  // Why the head of the queue waits, so that its prompt is not searched for again each step.
+  // While all rows decode on: requests' counts lag behind, until catch_up().
+  int32_t num_lagging_ = 0;   // commits
+  int32_t num_to_go_on_ = 0;  // commits until a request ends; 0: the rows don't decode on
+  std::vector<int32_t> next_tokens_;
+
+  // Why the next request waits, so that its prompt is not searched for again each step.
+  int32_t head_ = -1;          // its slot; -1: not known
   int32_t leader_ = -1;        // a running request that computes a prefix of the head,
   int64_t leader_tokens_ = 0;  // this long
   int64_t head_needs_ = 0;     // blocks, when last looked at; 0: not looked at
@@ -128,7 +185,6 @@ class Scheduler {
   // Scratch of one call.
   std::vector<SequenceId> seqs_;
   std::vector<int32_t> counts_;
-  std::vector<int32_t> sampled_;
   std::vector<int32_t> finished_;
 };
 

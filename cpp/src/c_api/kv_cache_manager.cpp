@@ -1,14 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C interface of KVCacheManager.
-#include "quire/kv_cache_manager.h"
-
 #include <vector>
 
-#include "c_api/convert.h"
-
-struct QuireKVCacheManager {
-  quire::KVCacheManager manager;
-};
+#include "c_api/handles.h"
 
 namespace quire::c {
 namespace {
@@ -38,6 +32,24 @@ Prompt as_prompt(const char* argument, const QuirePrompt* prompt) {
   return result;
 }
 
+QuireKVCacheStats as_c(const KVCacheStats& stats) {
+  return {sizeof(QuireKVCacheStats), stats.num_blocks,          stats.block_size,
+          stats.free_blocks,         stats.used_blocks,         stats.cached_blocks,
+          stats.high_water_blocks,   stats.deferred_refs,       stats.used_tokens,
+          stats.waste_tokens,        stats.prefix_query_tokens, stats.prefix_hit_tokens,
+          stats.evicted_blocks,      stats.pinned_blocks,       stats.fenced_blocks};
+}
+
+// How many tokens `sampled` holds; negative counts are the manager's to refuse.
+size_t count_sampled(const int32_t* num_sampled, size_t num_seqs) {
+  if (!num_sampled) return num_seqs;
+  size_t total = 0;
+  for (size_t i = 0; i < num_seqs; ++i) total += std::max(num_sampled[i], 0);
+  return total;
+}
+
+}  // namespace
+
 QuireStepBatch as_c(const StepBatch& batch) {
   QuireStepBatch c = QUIRE_STEP_BATCH_INIT;
   c.ticket = batch.ticket();
@@ -57,23 +69,6 @@ QuireStepBatch as_c(const StepBatch& batch) {
   return c;
 }
 
-QuireKVCacheStats as_c(const KVCacheStats& stats) {
-  return {sizeof(QuireKVCacheStats), stats.num_blocks,          stats.block_size,
-          stats.free_blocks,         stats.used_blocks,         stats.cached_blocks,
-          stats.high_water_blocks,   stats.deferred_refs,       stats.used_tokens,
-          stats.waste_tokens,        stats.prefix_query_tokens, stats.prefix_hit_tokens,
-          stats.evicted_blocks,      stats.pinned_blocks,       stats.fenced_blocks};
-}
-
-// How many tokens `sampled` holds; negative counts are the manager's to refuse.
-size_t count_sampled(const int32_t* num_sampled, size_t num_seqs) {
-  if (!num_sampled) return num_seqs;
-  size_t total = 0;
-  for (size_t i = 0; i < num_seqs; ++i) total += std::max(num_sampled[i], 0);
-  return total;
-}
-
-}  // namespace
 }  // namespace quire::c
 
 using namespace quire::c;
@@ -148,6 +143,45 @@ QuireStatus quire_kv_cache_manager_fork(QuireKVCacheManager* manager, QuireSeque
     auto& self = deref("quire_kv_cache_manager_fork: manager", manager).manager;
     QuireSequenceId& out = deref("quire_kv_cache_manager_fork: child", child);
     out = {self.fork(as_id(seq)).value};
+  });
+}
+
+QuireStatus quire_kv_cache_manager_fork_many(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                             QuireSequenceId* children, size_t num_children) {
+  return guard([&] {
+    auto& self = deref("quire_kv_cache_manager_fork_many: manager", manager).manager;
+    const auto out = as_span("quire_kv_cache_manager_fork_many: children", children, num_children);
+    std::vector<quire::SequenceId> ids(num_children);
+    self.fork(as_id(seq), ids);
+    std::transform(ids.begin(), ids.end(), out.begin(),
+                   [](quire::SequenceId id) { return QuireSequenceId{id.value}; });
+  });
+}
+
+QuireStatus quire_kv_cache_manager_pin_sequence(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                                int64_t* num_tokens) {
+  return guard([&] {
+    auto& self = deref("quire_kv_cache_manager_pin_sequence: manager", manager).manager;
+    int64_t& out = deref("quire_kv_cache_manager_pin_sequence: num_tokens", num_tokens);
+    out = self.pin(as_id(seq));
+  });
+}
+
+QuireStatus quire_kv_cache_manager_unpin_sequence(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                                  int64_t* num_tokens) {
+  return guard([&] {
+    auto& self = deref("quire_kv_cache_manager_unpin_sequence: manager", manager).manager;
+    int64_t& out = deref("quire_kv_cache_manager_unpin_sequence: num_tokens", num_tokens);
+    out = self.unpin(as_id(seq));
+  });
+}
+
+QuireStatus quire_kv_cache_manager_token_ids(const QuireKVCacheManager* manager,
+                                             QuireSequenceId seq, int32_t* buffer, size_t* size) {
+  return guard([&] {
+    const auto& self = deref("quire_kv_cache_manager_token_ids: manager", manager).manager;
+    const std::vector<int32_t> ids = self.tokens(as_id(seq));
+    write_array<int32_t>("quire_kv_cache_manager_token_ids: size", ids, buffer, size);
   });
 }
 

@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+// schedule(): which tokens of which requests the next step computes.
+#include <algorithm>
+#include <utility>
+
+#include "quire/error.h"
+#include "quire/scheduler.h"
+
+namespace quire {
+
+const ScheduledBatch* Scheduler::schedule() {
+  const auto lock = manager_.lock();
+  QUIRE_CHECK_ARG(!is_scheduled_, "schedule: expected commit() of the batch before");
+  QUIRE_CHECK_ARG(manager_.may_step(), "schedule: expected retire() of the oldest step before");
+  decisions_.clear();
+  if (num_to_go_on_ > 0 && known_block() != Blocked::kUnknown && go_on()) return &batch_;
+  catch_up();
+  plan_running();
+  if (make_room())
+    blocked_ = Blocked::kMadeRoom;
+  else
+    admit();
+  if (rows_.empty()) return nullptr;
+  write_batch();
+  is_scheduled_ = true;
+  return &batch_;
+}
+
+// ---- All rows decode on
+
+// Why nobody can be admitted beside rows of one token each, as far as can be told at once.
+Scheduler::Blocked Scheduler::known_block() const {
+  if (queue_.empty()) return Blocked::kNobodyWaits;
+  if (static_cast<int32_t>(running_.size()) >= config_.max_seqs) return Blocked::kMaxSeqs;
+  if (static_cast<int32_t>(rows_.size()) >= config_.max_tokens_per_step) return Blocked::kBudget;
+  const bool is_short = head_ >= 0 && manager_.allocator().num_available() < head_needs_;
+  return is_short ? Blocked::kBlocks : Blocked::kUnknown;
+}
+
+// Null: out of blocks.
+const ScheduledBatch* Scheduler::go_on() {
+  if (num_lagging_ == 0) counts_.assign(rows_.size(), 1);
+  const StepBatch* step = manager_.step(seqs_, counts_);
+  if (!step) return nullptr;
+  batch_.step = step;
+  blocked_ = known_block();
+  batch_.num_preempted = std::exchange(num_preempted_, 0);
+  if (num_lagging_ == 0) std::fill(batch_.num_new_tokens.begin(), batch_.num_new_tokens.end(), 1);
+  batch_.token_ids.resize(next_tokens_.size());
+  std::copy(next_tokens_.begin(), next_tokens_.end(), batch_.token_ids.begin());
+  budget_ = config_.max_tokens_per_step - static_cast<int32_t>(rows_.size());
+  is_scheduled_ = true;
+  return &batch_;
+}
+
+// ---- Running requests
+
+// New blocks that a running request needs to reach its token `end`.
+int32_t Scheduler::missing_blocks(const Request& request, int64_t end) const {
+  if (request.is_fresh || manager_.num_groups() > 1)
+    return manager_.num_missing_blocks(request.seq, end, config_.max_tokens_per_step);
+  const int64_t block_size = manager_.allocator().block_size();
+  const int64_t held = (request.num_computed + block_size - 1) / block_size;
+  return static_cast<int32_t>((end + block_size - 1) / block_size - held);
+}
+
+// The next tokens of a running request, within the budget. A state is cached where a step ends with
+// a block, so prompts are then computed up to such a place first.
+Scheduler::Row Scheduler::plan_row(int32_t slot, int32_t budget) const {
+  const Request& request = requests_[slot];
+  const int64_t num_left = request.num_tokens - request.num_computed;
+  int32_t num_new = static_cast<int32_t>(std::min<int64_t>(num_left, budget));
+  const int32_t beyond =
+      static_cast<int32_t>((request.num_computed + num_new) % manager_.allocator().block_size());
+  if (manager_.caches_states() && num_new > beyond) num_new -= beyond;
+  return {slot, num_new, missing_blocks(request, request.num_computed + num_new),
+          num_new == num_left};
+}
+
+void Scheduler::plan_running() {
+  rows_.clear();
+  budget_ = config_.max_tokens_per_step;
+  num_missing_ = num_promised_ = 0;
+  for (int32_t slot : running_) {
+    const Row row = plan_row(slot, budget_);
+    const Request& request = requests_[slot];
+    num_promised_ += row.samples ? row.num_missing : missing_blocks(request, request.num_tokens);
+    if (row.num_new == 0) continue;  // the budget is spent
+    rows_.push_back(row);
+    budget_ -= row.num_new;
+    num_missing_ += row.num_missing;
+  }
+}
+
+// Makes the rows fit the free blocks; returns whether that took something from a request.
+bool Scheduler::make_room() {
+  bool had_to = false;
+  while (num_missing_ > manager_.allocator().num_available() && !rows_.empty()) {
+    had_to = true;
+    // Blocks that come back with retire() are worth a pause, not another preemption.
+    const bool pause =
+        num_missing_ <= manager_.allocator().num_available() + manager_.num_deferred_refs();
+    if (pause || rows_.back().slot == running_.back()) {
+      num_missing_ -= rows_.back().num_missing;
+      budget_ += rows_.back().num_new;
+      rows_.pop_back();
+    }
+    if (!pause) preempt_last();
+  }
+  return had_to;
+}
+
+void Scheduler::preempt_last() {
+  const int32_t slot = running_.back();
+  running_.pop_back();
+  Request& request = requests_[slot];
+  decisions_.push_back({Decision::kPreempted, request.id, request.num_computed, 0});
+  manager_.detach(request.seq);
+  request.state = State::kWaiting;
+  request.num_computed = 0;
+  queue_.push_front(slot);
+  forget_head();
+  ++num_preemptions_;
+  ++num_preempted_;
+}
+
+// ---- Admission
+
+void Scheduler::forget_head() {
+  head_ = leader_ = -1;
+  head_needs_ = 0;
+}
+
+// The request that comes next; where several may, the one with the longest cached prefix.
+int32_t Scheduler::choose_next() {
+  const std::span<const int32_t> candidates = queue_.next(config_.prefix_window);
+  int32_t best = candidates[0];
+  int64_t longest = -1;
+  for (size_t i = 0; i < candidates.size() && candidates.size() > 1; ++i) {
+    const int64_t length = manager_.match(requests_[candidates[i]].seq).num_tokens;
+    if (length <= longest) continue;
+    longest = length;
+    best = candidates[i];
+  }
+  return best;
+}
+
+void Scheduler::admit() {
+  for (;;) {
+    const size_t num_admitted = decisions_.size();
+    blocked_ = admit_next();
+    if (decisions_.size() == num_admitted) return;
+  }
+}
+
+// Admits the next request, or tells why not.
+Scheduler::Blocked Scheduler::admit_next() {
+  if (queue_.empty()) return Blocked::kNobodyWaits;
+  if (budget_ == 0) return Blocked::kBudget;
+  if (static_cast<int32_t>(running_.size()) >= config_.max_seqs) return Blocked::kMaxSeqs;
+  if (const int32_t next = head_ >= 0 ? head_ : choose_next(); next != head_) {
+    forget_head();
+    head_ = next;
+  }
+  Request& request = requests_[head_];
+  if (waits_for_prefix(request)) return Blocked::kPrefix;
+  const BlockAllocator& pool = manager_.allocator();
+  const int64_t num_unpromised = pool.num_available() - num_promised_;
+  if (!running_.empty() && num_unpromised < head_needs_) return Blocked::kBlocks;
+  const PrefixMatch match = manager_.match(request.seq);
+  const int64_t num_missing = manager_.num_missing_blocks(request.seq, request.num_tokens,
+                                                          config_.max_tokens_per_step) -
+                              match.num_blocks;
+  head_needs_ =
+      num_missing + match.num_idle_blocks + (running_.empty() ? 0 : num_watermark_blocks_);
+  if (num_unpromised < head_needs_) return Blocked::kBlocks;
+  num_promised_ += num_missing;
+  start_running(head_);
+  return Blocked::kNobodyWaits;
+}
+
+void Scheduler::start_running(int32_t slot) {
+  Request& request = requests_[slot];
+  queue_.pop(slot);
+  forget_head();
+  manager_.attach(request.seq);
+  request.state = State::kRunning;
+  request.is_fresh = true;
+  request.num_computed = manager_.num_computed_tokens(request.seq);
+  const auto ranks_lower = [&](int32_t other) {
+    return queue_.priority(other) < queue_.priority(slot);
+  };
+  auto position = running_.end();
+  while (position != running_.begin() && ranks_lower(*(position - 1))) --position;
+  running_.insert(position, slot);
+  const Row row = plan_row(slot, budget_);
+  decisions_.push_back({Decision::kAdmitted, request.id, row.num_new, request.num_computed});
+  budget_ -= row.num_new;
+  rows_.push_back(row);
+}
+
+// Whether a running request is about to compute more of the head's prefix than is cached. Then
+// the head is better off one step later: it shares those blocks instead of computing them too.
+bool Scheduler::waits_for_prefix(const Request& head) {
+  if (!manager_.prefix_caching()) return false;
+  if (leader_ >= 0) {
+    const auto found = slots_.find(leader_);
+    if (found != slots_.end() && requests_[found->second].state == State::kRunning &&
+        requests_[found->second].num_computed < leader_tokens_)
+      return true;
+    leader_ = -1;
+    head_needs_ = 0;
+  }
+  const int32_t block_size = manager_.allocator().block_size();
+  const int64_t most = (head.num_tokens - 1) / block_size * block_size;
+  int64_t longest = 0;
+  for (int32_t slot : running_) {
+    const Request& other = requests_[slot];
+    if (other.num_tokens - other.num_computed <= 1) continue;  // not in prefill
+    const int64_t shared = std::min(most, manager_.shareable_tokens(head.seq, other.seq));
+    if (shared <= std::max(longest, other.num_computed)) continue;
+    longest = shared;
+    leader_ = other.id;
+  }
+  if (longest > 0 && longest > manager_.match(head.seq).num_tokens) {
+    leader_tokens_ = longest;
+    return true;
+  }
+  leader_ = -1;
+  return false;
+}
+
+void Scheduler::write_batch() {
+  seqs_.clear();
+  batch_.request_ids.resize(rows_.size());
+  batch_.num_new_tokens.resize(rows_.size());
+  batch_.sampling.resize(rows_.size());
+  batch_.sampling.resize(0);
+  batch_.token_ids.resize(config_.max_tokens_per_step - budget_);
+  int32_t* token_ids = batch_.token_ids.data();
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const Row& row = rows_[i];
+    const Request& request = requests_[row.slot];
+    seqs_.push_back(request.seq);
+    batch_.request_ids[i] = request.id;
+    batch_.num_new_tokens[i] = row.num_new;
+    if (row.samples)
+      batch_.sampling.push_back(static_cast<int32_t>(i));
+    else
+      decisions_.push_back({Decision::kChunked, request.id,
+                            request.num_tokens - request.num_computed - row.num_new, 0});
+    const auto pending = manager_.pending_tokens(request.seq).first(row.num_new);
+    token_ids = std::copy(pending.begin(), pending.end(), token_ids);
+  }
+  batch_.step = manager_.step(seqs_, {batch_.num_new_tokens.data(), batch_.num_new_tokens.size()});
+  batch_.num_preempted = std::exchange(num_preempted_, 0);
+  QUIRE_INVARIANT(batch_.step != nullptr, "schedule: planned more blocks than there are");
+}
+
+// ---- explain()
+
+std::string Scheduler::explain() const {
+  const auto lock = manager_.lock();
+  const BlockAllocator& pool = manager_.allocator();
+  std::string text = concat(
+      "running ", running_.size(), " of at most ", config_.max_seqs, ", waiting ", queue_.size(),
+      "; step of ", rows_.size(), " rows, ", config_.max_tokens_per_step - budget_, " of ",
+      config_.max_tokens_per_step, " tokens; blocks: ", pool.num_available(), " of ",
+      pool.num_blocks(), " free or cached, watermark ", num_watermark_blocks_, "\n");
+  for (const Decision& decision : decisions_) {
+    text += concat("request ", decision.id, ": ");
+    if (decision.kind == Decision::kPreempted)
+      text += concat("preempted, no block is left; ", decision.num_tokens,
+                     " tokens lose theirs and are computed again where no longer cached\n");
+    else if (decision.kind == Decision::kAdmitted)
+      text += concat("admitted, ", decision.num_cached, " tokens cached, ", decision.num_tokens,
+                     " computed in this step\n");
+    else
+      text += concat("chunked, ", decision.num_tokens, " tokens left for later steps\n");
+  }
+  switch (blocked_) {
+    case Blocked::kNobodyWaits:
+      return text + "no request waits\n";
+    case Blocked::kMadeRoom:
+      return text + "none admitted: running requests were short of blocks\n";
+    case Blocked::kMaxSeqs:
+      return text + "no more admitted: max_seqs run\n";
+    case Blocked::kBudget:
+      return text + "no more admitted: max_tokens_per_step is spent\n";
+    default:
+      break;
+  }
+  text += concat("request ", head_ >= 0 ? requests_[head_].id : -1, " comes next: ");
+  if (blocked_ == Blocked::kPrefix)
+    return text + concat("waits for request ", leader_, ", which computes ", leader_tokens_,
+                         " tokens of its prefix\n");
+  return text + concat("needs ", head_needs_, " blocks, watermark included, beside ", num_promised_,
+                       " promised to running requests\n");
+}
+
+}  // namespace quire
