@@ -35,11 +35,13 @@
 
 #define QUIRE_PREFILL_E4M3(type, head_dim, rows, keys, mode)                            \
   QUIRE_ATTENTION(prefill_e4m3_##type##_##head_dim##_##rows##_##keys##_##mode, prefill, \
+                  AttentionArgs,                                                        \
                   PrefillTraits<quire::device::type, head_dim, rows, keys,              \
                                 quire::device::Mode::mode, quire::device::Float8E4M3>)
 
 #define QUIRE_DECODE_E4M3(type, head_dim, warps, stages, mode)                           \
   QUIRE_ATTENTION(decode_e4m3_##type##_##head_dim##_##warps##_##stages##_##mode, decode, \
+                  AttentionArgs,                                                         \
                   DecodeTraits<quire::device::type, head_dim, warps, stages,             \
                                quire::device::Mode::mode, quire::device::Float8E4M3>)
 

@@ -168,9 +168,9 @@ Scheduler::Blocked Scheduler::admit_next() {
   const int64_t num_unpromised = pool.num_available() - num_promised_;
   if (!running_.empty() && num_unpromised < head_needs_) return Blocked::kBlocks;
   const PrefixMatch match = manager_.match(request.seq);
-  const int64_t num_missing = manager_.num_missing_blocks(request.seq, request.num_tokens,
-                                                          config_.max_tokens_per_step) -
-                              match.num_blocks;
+  const int64_t num_missing =
+      manager_.num_missing_blocks(request.seq, request.num_tokens, config_.max_tokens_per_step) -
+      match.num_blocks;
   head_needs_ =
       num_missing + match.num_idle_blocks + (running_.empty() ? 0 : num_watermark_blocks_);
   if (num_unpromised < head_needs_) return Blocked::kBlocks;
