@@ -134,11 +134,8 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def take_step(self, pairs: list, seqs: list | np.ndarray, counts) -> quire.StepBatch | None:
         before = {id(ref): self.blocks_of(seq) for seq, ref in pairs}
-        names = {key_of(key, self.reference.size): key for key in self.reference.cache}
         batch = self.manager.step(seqs, counts)
-        evicted = [names[key] for key in self.replay_events()]
-        if self.eviction == "reuse_lru":  # the reference checks that these could go
-            self.reference.victims = evicted
+        self.follow_evictions()
         copies = self.reference.step([ref for _, ref in pairs], list(counts))
         assert (batch is None) == (copies is None)
         if batch is None:
@@ -277,6 +274,13 @@ class ManagerMachine(RuleBasedStateMachine):
             assert len(blocks) == len(ref.blocks)
             kept = self.kv[blocks].reshape(-1)[: ref.computed]
             assert kept.tolist() == ref.tokens[: ref.computed]
+
+    def follow_evictions(self) -> None:
+        """Tells the reference what a step has evicted; it checks that this could go."""
+        names = {key_of(key, self.reference.size): key for key in self.reference.cache}
+        evicted = [names[key] for key in self.replay_events()]
+        if self.eviction == "reuse_lru":
+            self.reference.victims = evicted
 
     def replay_events(self) -> list[bytes]:
         """Follows what is cached; returns the keys that were evicted, in order."""

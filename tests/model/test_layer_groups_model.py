@@ -50,7 +50,6 @@ class GroupMachine(ManagerMachine):
         self.manager = quire.KVCacheManager(
             num_blocks, block_size, caching, depth, groups=[layer_group(*g) for g in self.groups]
         )
-        self.eviction = "lru"
         self.reference = GroupReference(num_blocks, block_size, caching, depth, self.groups)
         self.kv = np.full((num_blocks, block_size), -1, np.int64)
         self.mirrors: list[dict[int, int]] = [{} for _ in self.groups]
@@ -62,8 +61,8 @@ class GroupMachine(ManagerMachine):
         # A state that has seen the tokens of a step must not see them again.
         super().step_pairs(data, pairs, counts, commits or self.has_state)
 
-    def replay_events(self) -> list[bytes]:
-        return []  # none are asked for
+    def follow_evictions(self) -> None:
+        pass  # the oldest go first, and no events are asked for
 
     def apply_changes(self, batch: quire.StepBatch) -> None:
         for i, group in enumerate(batch.groups):
