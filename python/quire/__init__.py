@@ -2,6 +2,7 @@
 """quire: a framework-neutral runtime for attention over paged KV caches."""
 
 from ._backward import attention_backward
+from ._cache_ops import Rope, append_kv, apply_rope, copy_blocks, swap_blocks
 from ._call_log import RecordedKVCacheManager
 from ._core import (
     Attention,
@@ -30,16 +31,7 @@ from ._core import (
 from ._embed import get_cmake_dir, get_include
 from ._kv_cache import KVCache
 from ._kv_tiers import KVTiers
-from ._ops import (
-    Rope,
-    append_kv,
-    apply_rope,
-    attention,
-    copy_blocks,
-    merge_states,
-    paged_attention,
-    swap_blocks,
-)
+from ._ops import attention, merge_states, paged_attention
 from ._prometheus import prometheus
 from ._stats import KVCacheStats
 
