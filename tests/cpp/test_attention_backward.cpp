@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients of attention: a directional derivative, the same bits on any number of threads (chunks
 // of keys take turns at dq: the thread sanitizer watches), and refusals.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "quire/attention_backward.h"
 
 #include <doctest/doctest.h>

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // validate, plan and dispatch: pure functions, so every machine's decisions are tested here.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

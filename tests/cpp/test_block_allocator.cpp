@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // The pool: order of allocation, revival out of the middle of a list, levels.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

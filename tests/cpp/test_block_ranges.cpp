@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scatter lists of blocks: the bytes that they name, merged and cut, in C++ and in C.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "quire/block_ranges.h"
 
 #include <doctest/doctest.h>

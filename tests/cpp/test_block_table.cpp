@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Block tables, and the rows of a batch that remember them.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

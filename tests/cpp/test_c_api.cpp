@@ -2,7 +2,6 @@
 // The C interface: errors come as codes with words and change nothing, NULL is refused, sizes are
 // asked first, structs of older and newer headers are understood. That its results are right is
 // shown by cpp/examples/embed_c.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cmath>

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C interface of the KV runtime beyond one sequence's life: forks, pins, tokens, the scheduler.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <numeric>

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // A recorded run replays call by call; what differs, is cut short or is no log is told apart.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <random>

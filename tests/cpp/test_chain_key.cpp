@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chain keys: published vectors of SHA-256, both implementations, and the chain itself.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <random>

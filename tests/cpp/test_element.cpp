@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Conversions of 16-bit elements, over every value: a half is a float, and a float becomes the
 // nearest of the two halves around it, the even one of two that are equally near.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "cpu/element.h"
 
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 
 using quire::cpu::BFloat16;

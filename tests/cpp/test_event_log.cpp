@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ring of events: order, numbers without gaps but for the lost ones, and counts of those.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <random>

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Both policies against plain models, as the pool's lists run them, and the memory of classes.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

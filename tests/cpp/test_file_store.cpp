@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Files that are torn, rotten, foreign or half written; a full disk; a process that is killed.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <sys/resource.h>

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What follows the prefix cache: whoever replays the events knows which blocks are cached, and
 // under either policy no block is evicted before its children.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <map>

@@ -2,7 +2,6 @@
 // The manager, driven through a toy engine whose KV of a token is the token itself: whatever a
 // sequence's slots hold must read back as its tokens. Scenarios of prefix caching, fork, rollback,
 // isolation, leaks and steps in flight.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // One manager, many threads: run under the thread sanitizer this shows that nothing races; the
 // checks show that calls don't come between each other.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stores behind the pool and sequences in host memory, with a toy engine whose KV of a token is the
 // token itself: whatever leaves and comes back must read as it did, and nothing leaks.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

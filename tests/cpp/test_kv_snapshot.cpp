@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A manager and the one that its snapshot becomes answer the same calls alike, to the block id.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <map>
 #include <random>
 #include <set>
 #include <string>

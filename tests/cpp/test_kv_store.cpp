@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What every store promises, checked on each of them: contents, recency, the bounded queue,
 // callbacks that throw, use from several threads.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <atomic>

@@ -5,7 +5,6 @@
 #include <numeric>
 #include <vector>
 
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include "quire/error.h"

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tree of cached blocks: exact match, namespaces, leaves before parents.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

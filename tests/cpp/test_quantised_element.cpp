@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Elements of quantised caches: every code, and every boundary between two.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

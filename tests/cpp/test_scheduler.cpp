@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // The scheduler, driven to the end: budget, chunks, admission, preemption, shared prompts.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <map>

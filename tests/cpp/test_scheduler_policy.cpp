@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Who comes next: priorities, tenants, prefixes, the bound on overtaking; what explain() says; and
 // what preemption costs.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

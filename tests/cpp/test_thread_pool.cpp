@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // The thread pool: each index once, exceptions, concurrent and nested callers, resizing, fork.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <sys/wait.h>
 #include <unistd.h>

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // append_kv, copy_blocks and merge_states: what they write, and that they write nothing else.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cmath>

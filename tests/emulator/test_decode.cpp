@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decode kernel over tile shapes, types and modes.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include "emulator/attention_suite.h"

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // The emulator must see every class of mistake that it claims to see, and must not cry wolf.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <string>

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The prefill kernel of compute capability 9.0a, and how it brings keys: by boxes of every height,
 // and by gathering.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include "emulator/attention_suite.h"

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The host side of the primitives: layouts of fragments as the PTX manual gives them, rounding,
 // and bank conflicts.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cmath>

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The primitives of compute capability 9.0a on the emulator: what they do, and that what is wrong
 // with their use is seen.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <random>
