@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/tile.h"
 #include "quire/attention.h"
 #include "quire/error.h"
 
@@ -79,10 +80,12 @@ void check_reach(const AttentionDesc& desc, const AttentionPlan& plan, const Att
     } else if (s.seq_len > 0) {
       const int64_t last = s.kv_row + (s.seq_len - 1) / desc.block_size;
       require(s.kv_row >= 0 && last < static_cast<int64_t>(plan.block_ids.size()));
+      for (int64_t i = s.kv_row + first_visible_block(desc, s); i <= last; ++i) {
+        const int32_t id = plan.block_ids[i];
+        require(id >= 0 && id < t.k.shape[0] && id < t.v.shape[0]);
+      }
     }
   }
-  for (const int32_t id : plan.block_ids)
-    require(id >= 0 && id < t.k.shape[0] && id < t.v.shape[0]);
   for (const TensorView* tensor : {&t.q, &t.k, &t.v, &t.out})
     require(tensor->is_empty() || (tensor->data && tensor->device == Device{}));
 }
