@@ -6,6 +6,7 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <string>
 
 #include "quire/error.h"
 #include "quire/kv_cache_manager.h"
@@ -78,6 +79,28 @@ TEST_CASE("a pin that two continuations share is held by either") {
   manager.validate();
   CHECK(manager.unpin(other) == 12);
   CHECK(manager.stats().pinned_blocks == 0);
+}
+
+TEST_CASE("a snapshot in which a block is pinned oftener than its prefix is refused") {
+  KVCacheManager manager(4, kBlock);
+  cache(manager, range(16));
+  for (int n = 0; n < 7; ++n) CHECK(manager.pin(range(16)) == 16);
+  const std::string saved = manager.snapshot();
+  int num_counts = 0, num_refused = 0;
+  size_t at = saved.find("\"pins\"");
+  const size_t end = saved.find(']', at);
+  for (at = saved.find('7', at); at < end; at = saved.find('7', at + 1)) {
+    std::string broken = saved;
+    broken[at] = '6';
+    ++num_counts;
+    try {
+      KVCacheManager::restore(broken);
+    } catch (const InvalidArgument&) {
+      ++num_refused;
+    }
+  }
+  CHECK(num_counts == 4);
+  CHECK(num_refused == 3);  // the last block may be: one pin ended before it
 }
 
 TEST_CASE("in any order, with one group or two, the pins are those of a list") {
