@@ -258,7 +258,12 @@ int64_t KVCacheManager::pin(int32_t root, std::span<const int32_t> tokens) {
 
 int64_t KVCacheManager::unpin(int32_t root, std::span<const int32_t> tokens) {
   path_.resize(static_cast<size_t>(find_path(root, tokens) / block_size_));
-  while (!path_.empty() && !pins_.contains(path_.back())) path_.pop_back();
+  std::unordered_map<int32_t, int64_t> num_ending;  // pins that reach a block and no child of it
+  for (const auto& [block, count] : pins_) {
+    num_ending[block] += count;
+    if (const int32_t parent = cache_->parent(block); parent >= 0) num_ending[parent] -= count;
+  }
+  while (!path_.empty() && num_ending[path_.back()] <= 0) path_.pop_back();
   const int64_t num_unpinned = static_cast<int64_t>(path_.size()) * block_size_;
   if (companions_) pin_companions(false);
   for (; !path_.empty(); path_.pop_back()) {  // the last first, so that leaves are evicted first

@@ -266,6 +266,13 @@ void KVCacheManager::load_retention(const Snapshot& in) {
     const int32_t block = reader.next_int32(0, last_block);
     pins_[block] = reader.next_int32(1);
   }
+  std::unordered_map<int32_t, int64_t> num_beyond;  // of a block's pins those that reach a child
+  for (const auto& [block, count] : pins_)
+    if (const int32_t parent = cache_ ? cache_->parent(block) : -1; parent >= 0)
+      num_beyond[parent] += count;
+  for (const auto& [block, count] : num_beyond)
+    QUIRE_INVARIANT(pins_.contains(block) && count <= pins_[block], "block ", block, ": ", count,
+                    " pins of its children, and fewer of its own");
   for (snapshot::Reader reader(in, "expiries"); !reader.is_at_end();) {
     const int32_t block = reader.next_int32(0, last_block);
     Expiry& expiry = expiries_[block];

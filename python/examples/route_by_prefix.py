@@ -10,7 +10,6 @@ without its model: what a prompt finds in the prefix cache is what a real one wo
 
 import argparse
 import os
-from collections import OrderedDict
 from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # one machine, one user
@@ -33,8 +32,8 @@ class Replica:
 
     def __init__(self, num_blocks: int) -> None:
         """A cache of `num_blocks` blocks."""
-        self.manager = quire.KVCacheManager(num_blocks, BLOCK)
-        self.held: OrderedDict[bytes, None] = OrderedDict()  # the least recently used first
+        # A request stores and evicts each block once at most: no event is lost.
+        self.manager = quire.KVCacheManager(num_blocks, BLOCK, event_capacity=2 * num_blocks)
 
     def serve(self, prompt: np.ndarray) -> tuple[int, list[bytes], list[bytes]]:
         """Returns how many tokens were cached, and the keys of blocks stored and removed."""
@@ -44,17 +43,13 @@ class Replica:
             raise ValueError(f"a prompt of {len(prompt)} tokens does not fit")
         self.manager.commit([seq])
         self.manager.free([seq])
-        return num_cached, *self.events(prompt)
+        return num_cached, *self.events()
 
-    def events(self, prompt: np.ndarray) -> tuple[list[bytes], list[bytes]]:
-        """What the prompt brought into the cache, and what had to leave for it."""
-        keys = [key.tobytes() for key in quire.chain_keys(prompt, BLOCK)]
-        stored = [key for key in keys if key not in self.held]
-        for key in reversed(keys):  # the end of a prefix goes before its beginning
-            self.held[key] = None
-            self.held.move_to_end(key)
-        excess = len(self.held) - self.manager.num_blocks
-        return stored, [self.held.popitem(last=False)[0] for _ in range(excess)]
+    def events(self) -> tuple[list[bytes], list[bytes]]:
+        """The keys of what entered the cache since the last call, and of what left it."""
+        latest = {event.key: event.kind for event in self.manager.take_events()}
+        stored = [key for key, kind in latest.items() if kind == "stored"]
+        return stored, [key for key, kind in latest.items() if kind == "evicted"]
 
 
 class RandomRouter:

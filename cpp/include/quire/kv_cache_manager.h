@@ -121,7 +121,7 @@ class KVCacheManager {
   PrefixMatch match(std::span<const int32_t> token_ids, Salt salt = {}) const;
 
   // The cached whole blocks of a prefix, or of a sequence's computed tokens, are not evicted until
-  // they are unpinned as often. Both return how many tokens that are.
+  // unpin(), which takes the longest pin() within its tokens back. Both return how many those are.
   int64_t pin(std::span<const int32_t> token_ids, Salt salt = {});
   int64_t pin(SequenceId seq);
   int64_t unpin(std::span<const int32_t> token_ids, Salt salt = {});

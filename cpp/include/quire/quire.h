@@ -324,7 +324,7 @@ QuireStatus quire_kv_cache_manager_truncate(QuireKVCacheManager* manager, QuireS
 QuireStatus quire_kv_cache_manager_retire(QuireKVCacheManager* manager, int64_t ticket);
 QuireStatus quire_kv_cache_manager_match(const QuireKVCacheManager* manager,
                                          const QuirePrompt* prompt, int64_t* num_tokens);
-/* The cached whole blocks of a prompt are not evicted until they are unpinned as often. */
+/* The cached whole blocks of a prompt stay until unpin, which takes the longest pin in it back. */
 QuireStatus quire_kv_cache_manager_pin(QuireKVCacheManager* manager, const QuirePrompt* prompt,
                                        int64_t* num_tokens);
 QuireStatus quire_kv_cache_manager_unpin(QuireKVCacheManager* manager, const QuirePrompt* prompt,
