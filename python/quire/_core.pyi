@@ -6,6 +6,8 @@ from typing import Any, Literal, overload
 import numpy
 import numpy.typing
 
+import quire._stats
+
 
 def cpu_isa() -> str:
     """
@@ -369,9 +371,10 @@ class KVCacheManager:
     The sequences of an engine and the blocks that hold their KV.
 
     `prefix_caching` shares the blocks of equal prefixes; `async_depth` is how many
-    steps may run while the host plans on (see retire).
-
-    `groups`: what the model's layers read, the first full attention; see LayerGroup.
+    steps may run while the host plans on (see retire). `eviction`: "lru", or
+    "reuse_lru", which keeps longer what was hit before. `event_capacity`: events kept
+    for take_events(). `num_host_blocks`: for swap_out(). `groups`: what the model's
+    layers read, the first full attention; see LayerGroup.
 
     Any number of threads may call every method. match() and stats() release the GIL
     and give way to the others after every few blocks, so that they don't hold up whoever
@@ -392,7 +395,7 @@ class KVCacheManager:
         manager.commit([seq], sampled)     # int32 [1]
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True, async_depth: int = 0, *, groups: _Sequence[LayerGroup] = ()) -> None: ...
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True, async_depth: int = 0, *, eviction: str = 'lru', event_capacity: int = 0, num_host_blocks: int = 0, groups: _Sequence[LayerGroup] = ()) -> None: ...
 
     @property
     def groups(self) -> list[LayerGroup]:
@@ -564,20 +567,6 @@ class KVCacheManager:
             manager.retire(batch.ticket)
         """
 
-    def stats(self) -> dict[str, int]:
-        """
-        Counts of blocks and tokens now, and of prefix hits and evictions since the start.
-
-        Keys: num_blocks, block_size, free_blocks, used_blocks, cached_blocks,
-        high_water_blocks, deferred_refs, used_tokens, waste_tokens, prefix_query_tokens,
-        prefix_hit_tokens, evicted_blocks, pinned_blocks (held by pin), fenced_blocks (that
-        wait for retire alone), num_bytes (of the bookkeeping: 64 a block of 16 tokens).
-
-        Example::
-
-            manager.stats()["waste_tokens"]
-        """
-
     def group_stats(self) -> list[dict[str, int]]:
         """
         Blocks of each layer group: used_blocks, that sequences hold, and cached_blocks, that
@@ -596,6 +585,199 @@ class KVCacheManager:
 
             manager.validate()
         """
+
+    def stats(self) -> quire._stats.KVCacheStats:
+        """
+        Counts of blocks and tokens now, and of hits and evictions since the start.
+
+        Example::
+
+            manager.stats().waste_tokens
+        """
+
+    def take_events(self) -> list[CacheEvent]:
+        """
+        What happened to cached blocks since the last call, the oldest first.
+
+        At most event_capacity are kept: of more the oldest are lost, which leaves a gap in
+        CacheEvent.sequence and adds to stats().lost_events. Without a gap, the blocks stored
+        and not evicted or swapped since are those that prefixes can be found in; of a sequence
+        that ends inside a block, that one too.
+
+        Example::
+
+            for event in manager.take_events():
+                router.apply(event)
+        """
+
+    def snapshot(self) -> str:
+        """
+        The whole state as JSON, but for attached stores and events.
+
+        Raises ValueError while a fetch is under way.
+
+        Example::
+
+            path.write_text(manager.snapshot())
+        """
+
+    @staticmethod
+    def restore(snapshot: str) -> KVCacheManager:
+        """
+        A manager that goes on where the one of the snapshot was, with the same block ids.
+
+        Its sequences are in sequences(). Where it keeps events, the first ones name what is
+        cached. Raises ValueError for what is no consistent snapshot.
+
+        Example::
+
+            manager = quire.KVCacheManager.restore(path.read_text())
+        """
+
+    def sequences(self) -> list[Sequence]:
+        """
+        All sequences that were not freed, in no order.
+
+        Example::
+
+            manager.free(manager.sequences())
+        """
+
+    def attach_store(self, store: KVStore) -> None:
+        """
+        Where fetch() looks and evicted blocks may go; the nearest first, one a tier.
+
+        KVTiers attaches its stores itself. Raises ValueError without prefix caching, or for a
+        second store of a tier.
+
+        Example::
+
+            manager.attach_store(store)
+        """
+
+    def take_offloads(self) -> list[KVTransfer]:
+        """
+        Whole blocks that the latest step(), fetch() or swap_in() evicted, and a store lacks.
+
+        Their contents are lost unless they are put there before any KV is written. Each comes
+        once.
+
+        Example::
+
+            for transfer in manager.take_offloads():
+                ...
+        """
+
+    def fetch(self, seq: Sequence) -> list[KVTransfer] | None:
+        """
+        Gives a sequence blocks for what stores hold of its tokens behind the computed ones.
+
+        The transfers, in order, are to be got from the store of their tier; then fetched()
+        says how many came, and until then the sequence can do nothing. None when out of
+        blocks: then nothing has changed. Raises ValueError after a step without commit.
+
+        Example::
+
+            loads = manager.fetch(seq)
+        """
+
+    def fetched(self, seq: Sequence, num_blocks: int) -> None:
+        """
+        The first num_blocks blocks of a fetch() hold their KV; the others are given back.
+
+        Example::
+
+            manager.fetched(seq, len(loads))
+        """
+
+    def swap_out(self, seq: Sequence) -> numpy.typing.NDArray[numpy.int32] | None:
+        """
+        Moves a sequence to host memory: (block, host block) to copy, int32 [n, 2].
+
+        It holds no block of the pool until swap_in(). None when there are too few host
+        blocks: then nothing has changed.
+
+        Example::
+
+            quire.swap_blocks(cache, host_cache, manager.swap_out(seq))
+        """
+
+    def swap_in(self, seq: Sequence) -> numpy.typing.NDArray[numpy.int32] | None:
+        """
+        Brings a sequence back: (host block, block) to copy, int32 [n, 2], all or nothing.
+
+        What the prefix cache still has needs no copy. None when out of blocks.
+
+        Example::
+
+            quire.swap_blocks(host_cache, cache, manager.swap_in(seq))
+        """
+
+    def is_swapped_out(self, seq: Sequence) -> bool:
+        """
+        Whether a sequence waits in host memory.
+
+        Example::
+
+            manager.is_swapped_out(seq)
+        """
+
+class CacheEvent:
+    """
+    What happened to a cached block; see KVCacheManager.take_events().
+
+    Example::
+
+        event.kind, event.key.hex()
+    """
+
+    @property
+    def sequence(self) -> int:
+        """1, 2, 3, ...; a gap: events were lost."""
+
+    @property
+    def kind(self) -> str:
+        """
+        "stored" (can be found from now on), "evicted" (given up for room) or "swapped"
+        (so, too, and the store `tier` has been offered it or has it).
+        """
+
+    @property
+    def tier(self) -> str:
+        """"device", or of a swapped block "host" or "file"."""
+
+    @property
+    def block(self) -> int:
+        """Its id in the pool."""
+
+    @property
+    def key(self) -> bytes:
+        """The chain key, 32 bytes; of whole blocks as chain_keys() has it."""
+
+    @property
+    def parent(self) -> bytes:
+        """The key of the block before, or the root key of the salt."""
+
+class KVTransfer:
+    """
+    A block to copy to stores or from one; see take_offloads() and fetch().
+
+    Example::
+
+        store.get(transfer.key, out)
+    """
+
+    @property
+    def block(self) -> int:
+        """Its id in the pool."""
+
+    @property
+    def tier(self) -> str:
+        """Of the store: "host" or "file"."""
+
+    @property
+    def key(self) -> bytes:
+        """The chain key, 32 bytes."""
 
 class ScheduledBatch(StepBatch):
     """
@@ -626,8 +808,56 @@ class ScheduledBatch(StepBatch):
         """
 
     @property
+    def swap_out(self) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        Blocks of preempted requests to copy to host memory before the step, int32 [n, 2]:
+        (block, host block).
+
+        These come first, then swap_in, then copies; KVTiers.swap() makes both.
+        """
+
+    @property
+    def swap_in(self) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        Blocks of requests that come back to copy before the step, int32 [n, 2]:
+        (host block, block).
+        """
+
+    @property
     def num_preempted(self) -> int:
         """Requests that lost their blocks since the batch before."""
+
+class PreemptionCosts:
+    """
+    What a Scheduler weighs when it takes a request's blocks: to compute its tokens again, or
+    to move its blocks to host memory and back.
+
+    seconds_per_token of prefill without attention, seconds_per_token_pair of attention (a
+    query and a key), bytes_per_second between device and host one way (0: never move),
+    seconds_per_swap once each way, bytes_per_block of all layers.
+
+    Example::
+
+        costs = quire.PreemptionCosts(seconds_per_token=1e-4, bytes_per_second=5e10,
+                                      bytes_per_block=cache.block_bytes)
+    """
+
+    def __init__(self, *, seconds_per_token: float = 0.0, seconds_per_token_pair: float = 0.0, bytes_per_second: float = 0.0, seconds_per_swap: float = 0.0, bytes_per_block: int = 0) -> None: ...
+
+    @property
+    def seconds_per_token(self) -> float: ...
+
+    @property
+    def seconds_per_token_pair(self) -> float: ...
+
+    @property
+    def bytes_per_second(self) -> float: ...
+
+    @property
+    def seconds_per_swap(self) -> float: ...
+
+    @property
+    def bytes_per_block(self) -> int: ...
 
 class Scheduler:
     """
@@ -640,9 +870,13 @@ class Scheduler:
     with the longest cached prefix comes first; who was overtaken max_overtakes times is due
     whatever its rank. Equal calls lead to equal decisions: see explain().
 
+    With `preemption` costs and a manager of num_host_blocks and one layer group, a request
+    whose blocks are cheaper moved than computed again waits in host memory: each batch says
+    what to copy before its step, swap_out and swap_in (KVTiers.swap).
+
     Any number of threads may call every method: one schedules and commits, others add.
 
-    Raises ValueError for counts below 1 or a watermark outside [0, 1).
+    Raises ValueError for counts below 1, a watermark outside [0, 1) or negative costs.
 
     Example::
 
@@ -652,7 +886,7 @@ class Scheduler:
             scheduler.commit(model(batch))     # int32, a token for each of batch.sampling
     """
 
-    def __init__(self, manager: KVCacheManager, *, max_tokens_per_step: int = 2048, max_seqs: int = 256, watermark: float = 0.01, prefix_window: int = 1, max_overtakes: int = 256) -> None: ...
+    def __init__(self, manager: KVCacheManager, *, max_tokens_per_step: int = 2048, max_seqs: int = 256, watermark: float = 0.01, prefix_window: int = 1, max_overtakes: int = 256, preemption: PreemptionCosts | None = None) -> None: ...
 
     def add(self, token_ids: numpy.typing.ArrayLike, max_new_tokens: int, salt: str | None = None, *, priority: int = 0, tenant: str = '') -> int:
         """
@@ -887,6 +1121,10 @@ class KVStore:
 
             store.drain()
         """
+
+    @property
+    def tier(self) -> str:
+        """"host" or "file"."""
 
     @property
     def block_bytes(self) -> int:
