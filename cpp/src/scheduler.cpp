@@ -27,7 +27,14 @@ Scheduler::Scheduler(KVCacheManager& manager, const SchedulerConfig& config)
                   config.prefix_window);
   QUIRE_CHECK_ARG(config.max_overtakes >= 0, "Scheduler: max_overtakes: expected 0 or more, got ",
                   config.max_overtakes);
+  const PreemptionCosts& costs = config.preemption;
+  QUIRE_CHECK_ARG(costs.seconds_per_token >= 0 && costs.seconds_per_token_pair >= 0 &&
+                      costs.bytes_per_second >= 0 && costs.seconds_per_swap >= 0 &&
+                      costs.bytes_per_block >= 0,
+                  "Scheduler: preemption: expected costs of 0 or more");
   num_watermark_blocks_ = static_cast<int32_t>(config.watermark * manager.allocator().num_blocks());
+  may_swap_ = costs.bytes_per_second > 0 && manager.num_groups() == 1 &&
+              manager.stats().num_host_blocks > 0;
 }
 
 Scheduler::~Scheduler() {
@@ -167,6 +174,7 @@ void Scheduler::finish(int32_t request_id) {
   const int32_t slot = found->second;
   if (requests_[slot].state == State::kWaiting) {
     if (slot == head_) forget_head();
+    std::erase_if(swap_outs_, [&](const SwapOut& swap) { return swap.id == request_id; });
     return end(slot);
   }
   catch_up();
@@ -211,6 +219,8 @@ void Scheduler::validate() const {
                     "request ", id, ": its tokens are counted wrongly");
     QUIRE_INVARIANT(runs || manager_.block_table(request.seq).empty(), "request ", id,
                     ": waits with blocks");
+    QUIRE_INVARIANT((request.num_swapped > 0) == manager_.is_swapped_out(request.seq), "request ",
+                    id, ": in the wrong memory");
     num_running += runs;
   }
   for (int32_t slot : running_)

@@ -45,6 +45,8 @@ const ScheduledBatch* Scheduler::go_on() {
   batch_.step = step;
   blocked_ = known_block();
   batch_.num_preempted = std::exchange(num_preempted_, 0);
+  batch_.swap_out.resize(0);  // who is preempted or admitted ends the going on
+  batch_.swap_in.resize(0);
   if (num_lagging_ == 0) std::fill(batch_.num_new_tokens.begin(), batch_.num_new_tokens.end(), 1);
   batch_.token_ids.resize(next_tokens_.size());
   std::copy(next_tokens_.begin(), next_tokens_.end(), batch_.token_ids.begin());
@@ -114,14 +116,71 @@ void Scheduler::preempt_last() {
   const int32_t slot = running_.back();
   running_.pop_back();
   Request& request = requests_[slot];
-  decisions_.push_back({Decision::kPreempted, request.id, request.num_computed, 0});
-  manager_.detach(request.seq);
+  if (!prefers_swap(request) || !swap_out(request)) {
+    decisions_.push_back({Decision::kPreempted, request.id, request.num_computed, 0});
+    manager_.detach(request.seq);
+  }
   request.state = State::kWaiting;
   request.num_computed = 0;
   queue_.push_front(slot);
   forget_head();
   ++num_preemptions_;
   ++num_preempted_;
+}
+
+// ---- Swapping
+
+// Leading blocks that others hold too will be cached when the request comes back.
+bool Scheduler::prefers_swap(const Request& request) const {
+  if (!may_swap_) return false;
+  const std::vector<int32_t> blocks = manager_.block_table(request.seq);
+  const BlockAllocator& pool = manager_.allocator();
+  const auto is_own = [&](int32_t block) { return pool.refcount(block) == 1; };
+  const int64_t num_shared = std::find_if(blocks.begin(), blocks.end(), is_own) - blocks.begin();
+  const int64_t num_kept = std::min(num_shared * pool.block_size(), request.num_computed);
+  const int32_t num_own = static_cast<int32_t>(static_cast<int64_t>(blocks.size()) - num_shared);
+  return estimate_preemption(request.num_computed, num_kept, num_own, config_.preemption).cheaper ==
+         Preemption::kSwap;
+}
+
+// False: no room in host memory.
+bool Scheduler::swap_out(Request& request) {
+  auto pairs = manager_.swap_out(request.seq);
+  if (!pairs) return false;
+  request.num_swapped = request.num_computed;
+  decisions_.push_back({Decision::kSwappedOut, request.id, request.num_computed, 0});
+  swap_outs_.push_back({request.id, std::move(*pairs)});
+  return true;
+}
+
+// Gives a request that is admitted what there is of its KV: from host memory (true), or from the
+// cache where that has as many tokens.
+bool Scheduler::come_back(Request& request, int64_t num_cached) {
+  const int64_t num_swapped = std::exchange(request.num_swapped, 0);
+  if (num_swapped > num_cached) {
+    const auto pairs = manager_.swap_in(request.seq);
+    QUIRE_INVARIANT(pairs, "schedule: admitted a request that does not fit");
+    num_promised_ -= static_cast<int64_t>(pairs->size());
+    swap_ins_.insert(swap_ins_.end(), pairs->begin(), pairs->end());
+    return true;
+  }
+  if (num_swapped > 0) manager_.detach(request.seq);
+  manager_.attach(request.seq);
+  return false;
+}
+
+void Scheduler::write_swaps() {
+  size_t num_out = 0;
+  for (const SwapOut& swap : swap_outs_) num_out += swap.pairs.size();
+  batch_.swap_out.resize(2 * num_out);
+  batch_.swap_in.resize(2 * swap_ins_.size());
+  int32_t* next = batch_.swap_out.data();
+  for (const SwapOut& swap : swap_outs_)
+    for (const auto& pair : swap.pairs) next = std::copy(pair.begin(), pair.end(), next);
+  next = batch_.swap_in.data();
+  for (const auto& pair : swap_ins_) next = std::copy(pair.begin(), pair.end(), next);
+  swap_outs_.clear();
+  swap_ins_.clear();
 }
 
 // ---- Admission
@@ -137,7 +196,8 @@ int32_t Scheduler::choose_next() {
   int32_t best = candidates[0];
   int64_t longest = -1;
   for (size_t i = 0; i < candidates.size() && candidates.size() > 1; ++i) {
-    const int64_t length = manager_.match(requests_[candidates[i]].seq).num_tokens;
+    const Request& request = requests_[candidates[i]];
+    const int64_t length = std::max(request.num_swapped, manager_.match(request.seq).num_tokens);
     if (length <= longest) continue;
     longest = length;
     best = candidates[i];
@@ -175,15 +235,15 @@ Scheduler::Blocked Scheduler::admit_next() {
       num_missing + match.num_idle_blocks + (running_.empty() ? 0 : num_watermark_blocks_);
   if (num_unpromised < head_needs_) return Blocked::kBlocks;
   num_promised_ += num_missing;
-  start_running(head_);
+  start_running(head_, match.num_tokens);
   return Blocked::kNobodyWaits;
 }
 
-void Scheduler::start_running(int32_t slot) {
+void Scheduler::start_running(int32_t slot, int64_t num_cached) {
   Request& request = requests_[slot];
   queue_.pop(slot);
   forget_head();
-  manager_.attach(request.seq);
+  const bool is_swapped_in = come_back(request, num_cached);
   request.state = State::kRunning;
   request.is_fresh = true;
   request.num_computed = manager_.num_computed_tokens(request.seq);
@@ -194,7 +254,8 @@ void Scheduler::start_running(int32_t slot) {
   while (position != running_.begin() && ranks_lower(*(position - 1))) --position;
   running_.insert(position, slot);
   const Row row = plan_row(slot, budget_);
-  decisions_.push_back({Decision::kAdmitted, request.id, row.num_new, request.num_computed});
+  decisions_.push_back({is_swapped_in ? Decision::kSwappedIn : Decision::kAdmitted, request.id,
+                        row.num_new, request.num_computed});
   budget_ -= row.num_new;
   rows_.push_back(row);
 }
@@ -202,7 +263,7 @@ void Scheduler::start_running(int32_t slot) {
 // Whether a running request is about to compute more of the head's prefix than is cached. Then
 // the head is better off one step later: it shares those blocks instead of computing them too.
 bool Scheduler::waits_for_prefix(const Request& head) {
-  if (!manager_.prefix_caching()) return false;
+  if (!manager_.prefix_caching() || head.num_swapped > 0) return false;
   if (leader_ >= 0) {
     const auto found = slots_.find(leader_);
     if (found != slots_.end() && requests_[found->second].state == State::kRunning &&
@@ -232,6 +293,7 @@ bool Scheduler::waits_for_prefix(const Request& head) {
 
 void Scheduler::write_batch() {
   seqs_.clear();
+  write_swaps();
   batch_.request_ids.resize(rows_.size());
   batch_.num_new_tokens.resize(rows_.size());
   batch_.sampling.resize(rows_.size());
@@ -272,6 +334,12 @@ std::string Scheduler::explain() const {
     if (decision.kind == Decision::kPreempted)
       text += concat("preempted, no block is left; ", decision.num_tokens,
                      " tokens lose theirs and are computed again where no longer cached\n");
+    else if (decision.kind == Decision::kSwappedOut)
+      text += concat("preempted, no block is left; ", decision.num_tokens,
+                     " tokens move to host memory\n");
+    else if (decision.kind == Decision::kSwappedIn)
+      text += concat("admitted, ", decision.num_cached, " tokens back from host memory, ",
+                     decision.num_tokens, " computed in this step\n");
     else if (decision.kind == Decision::kAdmitted)
       text += concat("admitted, ", decision.num_cached, " tokens cached, ", decision.num_tokens,
                      " computed in this step\n");

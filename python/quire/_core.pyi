@@ -808,8 +808,56 @@ class ScheduledBatch(StepBatch):
         """
 
     @property
+    def swap_out(self) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        Blocks of preempted requests to copy to host memory before the step, int32 [n, 2]:
+        (block, host block).
+
+        These come first, then swap_in, then copies; KVTiers.swap() makes both.
+        """
+
+    @property
+    def swap_in(self) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        Blocks of requests that come back to copy before the step, int32 [n, 2]:
+        (host block, block).
+        """
+
+    @property
     def num_preempted(self) -> int:
         """Requests that lost their blocks since the batch before."""
+
+class PreemptionCosts:
+    """
+    What a Scheduler weighs when it takes a request's blocks: to compute its tokens again, or
+    to move its blocks to host memory and back.
+
+    seconds_per_token of prefill without attention, seconds_per_token_pair of attention (a
+    query and a key), bytes_per_second between device and host one way (0: never move),
+    seconds_per_swap once each way, bytes_per_block of all layers.
+
+    Example::
+
+        costs = quire.PreemptionCosts(seconds_per_token=1e-4, bytes_per_second=5e10,
+                                      bytes_per_block=cache.block_bytes)
+    """
+
+    def __init__(self, *, seconds_per_token: float = 0.0, seconds_per_token_pair: float = 0.0, bytes_per_second: float = 0.0, seconds_per_swap: float = 0.0, bytes_per_block: int = 0) -> None: ...
+
+    @property
+    def seconds_per_token(self) -> float: ...
+
+    @property
+    def seconds_per_token_pair(self) -> float: ...
+
+    @property
+    def bytes_per_second(self) -> float: ...
+
+    @property
+    def seconds_per_swap(self) -> float: ...
+
+    @property
+    def bytes_per_block(self) -> int: ...
 
 class Scheduler:
     """
@@ -822,9 +870,13 @@ class Scheduler:
     with the longest cached prefix comes first; who was overtaken max_overtakes times is due
     whatever its rank. Equal calls lead to equal decisions: see explain().
 
+    With `preemption` costs and a manager of num_host_blocks and one layer group, a request
+    whose blocks are cheaper moved than computed again waits in host memory: each batch says
+    what to copy before its step, swap_out and swap_in (KVTiers.swap).
+
     Any number of threads may call every method: one schedules and commits, others add.
 
-    Raises ValueError for counts below 1 or a watermark outside [0, 1).
+    Raises ValueError for counts below 1, a watermark outside [0, 1) or negative costs.
 
     Example::
 
@@ -834,7 +886,7 @@ class Scheduler:
             scheduler.commit(model(batch))     # int32, a token for each of batch.sampling
     """
 
-    def __init__(self, manager: KVCacheManager, *, max_tokens_per_step: int = 2048, max_seqs: int = 256, watermark: float = 0.01, prefix_window: int = 1, max_overtakes: int = 256) -> None: ...
+    def __init__(self, manager: KVCacheManager, *, max_tokens_per_step: int = 2048, max_seqs: int = 256, watermark: float = 0.01, prefix_window: int = 1, max_overtakes: int = 256, preemption: PreemptionCosts | None = None) -> None: ...
 
     def add(self, token_ids: numpy.typing.ArrayLike, max_new_tokens: int, salt: str | None = None, *, priority: int = 0, tenant: str = '') -> int:
         """

@@ -13,7 +13,14 @@ from ._kv_cache import KVCache
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from ._core import KVCacheManager, KVStore, KVTicket, KVTransfer, Sequence
+    from ._core import (
+        KVCacheManager,
+        KVStore,
+        KVTicket,
+        KVTransfer,
+        ScheduledBatch,
+        Sequence,
+    )
 
 
 class KVTiers:
@@ -149,6 +156,22 @@ class KVTiers:
         if self._host is not None:
             self._cache.copy_from(self._host, pairs)
         return True
+
+    def swap(self, batch: ScheduledBatch) -> None:
+        """Makes the copies to and from host memory that a Scheduler's batch asks for.
+
+        Puts what the step evicts into the stores first, like `offload`. Call it before
+        `batch.copies` are made and any KV is written.
+
+        Example::
+
+            batch = scheduler.schedule()
+            tiers.swap(batch)            # then batch.copies, then the model
+        """
+        self.offload()
+        if self._host is not None:
+            self._host.copy_from(self._cache, batch.swap_out)
+            self._cache.copy_from(self._host, batch.swap_in)
 
     def drain(self) -> None:
         """Waits until the stores have what they were given.

@@ -16,7 +16,7 @@ struct PyScheduler {
   nb::object manager_object;  // keeps the manager alive; outlives the scheduler below
   PyManager* manager;
   Scheduler scheduler;
-  StepView request_ids, num_new_tokens, token_ids, sampling;
+  StepView request_ids, num_new_tokens, token_ids, sampling, swap_out, swap_in;
 
   PyScheduler(nb::handle_t<PyManager> object, const SchedulerConfig& config)
       : manager_object(nb::borrow(object)),
@@ -57,6 +57,13 @@ nb::object scheduled_array(const PyScheduledBatch& batch) {
   return (batch.scheduler->*View).get(array, array.size());
 }
 
+// A property that shows pairs of blocks, [n, 2].
+template <auto Array, auto View>
+nb::object scheduled_pairs(const PyScheduledBatch& batch) {
+  const auto& array = batch.scheduled().*Array;
+  return (batch.scheduler->*View).get(array, array.size() / 2, 2, 2);
+}
+
 void bind_scheduled_batch(nb::module_& m) {
   nb::class_<PyScheduledBatch, PyStepBatch>(
       m, "ScheduledBatch",
@@ -80,6 +87,17 @@ void bind_scheduled_batch(nb::module_& m) {
           "sampling", &scheduled_array<&ScheduledBatch::sampling, &PyScheduler::sampling>,
           nb::for_getter(nb::sig("def sampling(self) -> numpy.typing.NDArray[numpy.int32]")),
           "The rows that compute their last known token and so sample the next, int32 [m].")
+      .def_prop_ro(
+          "swap_out", &scheduled_pairs<&ScheduledBatch::swap_out, &PyScheduler::swap_out>,
+          nb::for_getter(nb::sig("def swap_out(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "Blocks of preempted requests to copy to host memory before the step, int32 [n, 2]:\n"
+          "(block, host block).\n\n"
+          "These come first, then swap_in, then copies; KVTiers.swap() makes both.")
+      .def_prop_ro(
+          "swap_in", &scheduled_pairs<&ScheduledBatch::swap_in, &PyScheduler::swap_in>,
+          nb::for_getter(nb::sig("def swap_in(self) -> numpy.typing.NDArray[numpy.int32]")),
+          "Blocks of requests that come back to copy before the step, int32 [n, 2]:\n"
+          "(host block, block).")
       .def_prop_ro(
           "num_preempted", [](const PyScheduledBatch& b) { return b.scheduled().num_preempted; },
           "Requests that lost their blocks since the batch before.");
@@ -112,10 +130,39 @@ void bind_state(nb::class_<PyScheduler>& scheduler) {
           "Example::\n\n    scheduler.validate()");
 }
 
+void bind_preemption_costs(nb::module_& m) {
+  nb::class_<PreemptionCosts>(
+      m, "PreemptionCosts",
+      "What a Scheduler weighs when it takes a request's blocks: to compute its tokens again, or\n"
+      "to move its blocks to host memory and back.\n\n"
+      "seconds_per_token of prefill without attention, seconds_per_token_pair of attention (a\n"
+      "query and a key), bytes_per_second between device and host one way (0: never move),\n"
+      "seconds_per_swap once each way, bytes_per_block of all layers.\n\n"
+      "Example::\n\n"
+      "    costs = quire.PreemptionCosts(seconds_per_token=1e-4, bytes_per_second=5e10,\n"
+      "                                  bytes_per_block=cache.block_bytes)")
+      .def(
+          "__init__",
+          [](PreemptionCosts* self, double seconds_per_token, double seconds_per_token_pair,
+             double bytes_per_second, double seconds_per_swap, int64_t bytes_per_block) {
+            new (self) PreemptionCosts{seconds_per_token, seconds_per_token_pair, bytes_per_second,
+                                       seconds_per_swap, bytes_per_block};
+          },
+          nb::kw_only(), nb::arg("seconds_per_token") = 0.0,
+          nb::arg("seconds_per_token_pair") = 0.0, nb::arg("bytes_per_second") = 0.0,
+          nb::arg("seconds_per_swap") = 0.0, nb::arg("bytes_per_block") = 0)
+      .def_ro("seconds_per_token", &PreemptionCosts::seconds_per_token)
+      .def_ro("seconds_per_token_pair", &PreemptionCosts::seconds_per_token_pair)
+      .def_ro("bytes_per_second", &PreemptionCosts::bytes_per_second)
+      .def_ro("seconds_per_swap", &PreemptionCosts::seconds_per_swap)
+      .def_ro("bytes_per_block", &PreemptionCosts::bytes_per_block);
+}
+
 }  // namespace
 
 void bind_scheduler(nb::module_& m) {
   bind_scheduled_batch(m);
+  bind_preemption_costs(m);
   nb::class_<PyScheduler> scheduler(
       m, "Scheduler",
       "Continuous batching over a KVCacheManager.\n\n"
@@ -125,8 +172,11 @@ void bind_scheduler(nb::module_& m) {
       "it keeps its generated tokens. Of `prefix_window` waiting requests of equal rank the one\n"
       "with the longest cached prefix comes first; who was overtaken max_overtakes times is due\n"
       "whatever its rank. Equal calls lead to equal decisions: see explain().\n\n"
+      "With `preemption` costs and a manager of num_host_blocks and one layer group, a request\n"
+      "whose blocks are cheaper moved than computed again waits in host memory: each batch says\n"
+      "what to copy before its step, swap_out and swap_in (KVTiers.swap).\n\n"
       "Any number of threads may call every method: one schedules and commits, others add.\n\n"
-      "Raises ValueError for counts below 1 or a watermark outside [0, 1).\n\n"
+      "Raises ValueError for counts below 1, a watermark outside [0, 1) or negative costs.\n\n"
       "Example::\n\n"
       "    scheduler = quire.Scheduler(manager)\n"
       "    scheduler.add(prompt, max_new_tokens=100)\n"
@@ -136,13 +186,15 @@ void bind_scheduler(nb::module_& m) {
       .def(
           "__init__",
           [](PyScheduler* self, nb::handle_t<PyManager> manager, int32_t max_tokens_per_step,
-             int32_t max_seqs, double watermark, int32_t prefix_window, int32_t max_overtakes) {
-            new (self) PyScheduler(
-                manager, {max_tokens_per_step, max_seqs, watermark, prefix_window, max_overtakes});
+             int32_t max_seqs, double watermark, int32_t prefix_window, int32_t max_overtakes,
+             const std::optional<PreemptionCosts>& preemption) {
+            new (self)
+                PyScheduler(manager, {max_tokens_per_step, max_seqs, watermark, prefix_window,
+                                      max_overtakes, preemption.value_or(PreemptionCosts{})});
           },
           nb::arg("manager"), nb::kw_only(), nb::arg("max_tokens_per_step") = 2048,
           nb::arg("max_seqs") = 256, nb::arg("watermark") = 0.01, nb::arg("prefix_window") = 1,
-          nb::arg("max_overtakes") = 256)
+          nb::arg("max_overtakes") = 256, nb::arg("preemption") = nb::none())
       .def(
           "add",
           [](PyScheduler& self, nb::handle token_ids, int32_t max_new_tokens, Salt salt,

@@ -286,4 +286,7 @@ TEST_CASE("wrong arguments") {
   KVCacheManager manager(8, 4);
   CHECK_THROWS_AS(Scheduler(manager, {.prefix_window = 0}), quire::InvalidArgument);
   CHECK_THROWS_AS(Scheduler(manager, {.max_overtakes = -1}), quire::InvalidArgument);
+  quire::PreemptionCosts costs;
+  costs.seconds_per_swap = -1;
+  CHECK_THROWS_AS(Scheduler(manager, {.preemption = costs}), quire::InvalidArgument);
 }

@@ -12,8 +12,12 @@
 // first that came. It is admitted when all of its known tokens fit beside what the running ones
 // still have to compute; long prompts are then computed in chunks. When a running request needs a
 // block and none is left, the last of the running ones gives its blocks back and waits before its
-// equals; later its tokens, the generated ones too, are computed again. The first is never
-// preempted for another, so all requests finish. The same calls lead to the same decisions.
+// equals; later its tokens, the generated ones too, are computed again. Where the manager has host
+// blocks and config.preemption says that moving is cheaper (preemption.h), its blocks go to host
+// memory instead, and come back all at once when it is its turn: the batches tell what to copy.
+// What the cache has of it by then is taken from there. Of several layer groups all is computed
+// again. The first is never preempted for another, so all requests finish. The same calls lead to
+// the same decisions.
 //
 // Steps in which every running request decodes on cost least: what they change is counted up
 // later, and the manager is called as its DecodeLoop wants it.
@@ -30,6 +34,7 @@
 #include <vector>
 
 #include "quire/kv_cache_manager.h"
+#include "quire/preemption.h"
 #include "quire/request_queue.h"
 #include "quire/step_batch.h"
 
@@ -42,6 +47,7 @@ struct SchedulerConfig {
   // Of this many waiting requests of equal rank the one with the longest cached prefix comes first.
   int32_t prefix_window = 1;
   int32_t max_overtakes = 256;  // then a request is due, whatever its rank
+  PreemptionCosts preemption;   // as they are: nothing is swapped
 };
 
 struct RequestOptions {
@@ -56,6 +62,9 @@ struct ScheduledBatch {
   StepArray<int32_t> token_ids;       // [total new tokens]
   StepArray<int32_t> sampling;        // [m]: rows that compute their last known token
   int32_t num_preempted = 0;          // since the batch before
+  // [n, 2]: blocks to copy before the step, whose own copies come behind these. First swap_out,
+  // (block, host block), then swap_in, (host block, block).
+  StepArray<int32_t> swap_out, swap_in;
   const StepBatch* step = nullptr;
 };
 
@@ -104,6 +113,7 @@ class Scheduler {
     SequenceId seq;
     int64_t num_tokens = 0;  // known
     int64_t num_computed = 0;
+    int64_t num_swapped = 0;  // computed, and in host memory
   };
   struct Row {
     int32_t slot;  // of the request; -1: it was finished after schedule()
@@ -112,10 +122,10 @@ class Scheduler {
     bool samples;
   };
   struct Decision {
-    enum Kind : uint8_t { kPreempted, kAdmitted, kChunked } kind;
+    enum Kind : uint8_t { kPreempted, kSwappedOut, kAdmitted, kSwappedIn, kChunked } kind;
     int32_t id;
-    int64_t num_tokens;  // to compute again; computed now; left after a chunk
-    int64_t num_cached;
+    int64_t num_tokens;  // to compute again; moved; computed now; computed now; left after a chunk
+    int64_t num_cached;  // of who is admitted: computed before
   };
   enum class Blocked : uint8_t {
     kNobodyWaits,
@@ -132,11 +142,15 @@ class Scheduler {
   void plan_running();
   bool make_room();
   void preempt_last();
+  bool prefers_swap(const Request& request) const;
+  bool swap_out(Request& request);
+  bool come_back(Request& request, int64_t num_cached);
+  void write_swaps();
   void admit();
   Blocked admit_next();
   int32_t choose_next();
   bool waits_for_prefix(const Request& head);
-  void start_running(int32_t slot);
+  void start_running(int32_t slot, int64_t num_cached);
   void forget_head();
   void write_batch();
 
@@ -152,6 +166,7 @@ class Scheduler {
   KVCacheManager& manager_;
   SchedulerConfig config_;
   int32_t num_watermark_blocks_;
+  bool may_swap_;
   std::vector<Request> requests_;  // by slot
   std::vector<int32_t> unused_slots_;
   std::unordered_map<int32_t, int32_t> slots_;  // by request id
@@ -167,6 +182,12 @@ class Scheduler {
   int32_t num_preempted_ = 0;  // since the batch before
   int64_t num_missing_ = 0;    // blocks that the rows need now
   int64_t num_promised_ = 0;   // blocks that running requests need for all their known tokens
+  struct SwapOut {
+    int32_t id;
+    KVCacheManager::BlockPairs pairs;
+  };
+  std::vector<SwapOut> swap_outs_;  // since the batch before
+  KVCacheManager::BlockPairs swap_ins_;
   ScheduledBatch batch_;
   std::vector<Decision> decisions_;
   Blocked blocked_ = Blocked::kNobodyWaits;  // why admission ended
