@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Pins are taken back one by one, in any order, and only as they were made.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <map>

@@ -7,7 +7,8 @@
  *   - Every function that can fail returns a QuireStatus; quire_last_error() has the words. A
  *     failed call has changed nothing, its outputs included.
  *   - Arrays and strings are asked for twice: with a NULL buffer *size is set to the elements
- *     needed; else *size says what the buffer holds, and is set to what was written.
+ *     needed; else *size says what the buffer holds, and is set to what was written. Where it says
+ *     "at most", a NULL buffer gives a size that suffices, and nothing is done yet.
  *   - Structs begin with their size, set by their _INIT macro, so that they can grow at the end
  *     (hence none ends in padding): programs built with an older header keep working.
  *   - Handles may be shared by threads. A step's arrays are for the thread that steps.
@@ -24,11 +25,12 @@ extern "C" {
 
 typedef enum QuireStatus {
   QUIRE_OK = 0,
-  QUIRE_OUT_OF_BLOCKS = 1, /* a normal result of step(), no error: free something and try again */
+  QUIRE_OUT_OF_BLOCKS = 1,    /* a normal result, no error: free something and try again */
   QUIRE_INVALID_ARGUMENT = 2, /* "function: argument: expected ..., got ..." */
   QUIRE_UNSUPPORTED = 3,      /* no kernel for this: the message has the reason of each candidate */
   QUIRE_OUT_OF_MEMORY = 4,
-  QUIRE_INTERNAL_ERROR = 5 /* a broken invariant of quire's own */
+  QUIRE_INTERNAL_ERROR = 5, /* a broken invariant of quire's own */
+  QUIRE_SYSTEM_ERROR = 6    /* the system refused, for example a directory that can't be written */
 } QuireStatus;
 
 /* What the latest failed call of this thread says; valid until the next one fails. Never NULL. */
@@ -224,125 +226,9 @@ QuireStatus quire_pair_ranges(const QuireMemoryRange* sources, size_t num_source
                               const QuireMemoryRange* destinations, size_t num_destinations,
                               QuireRangePair* buffer, size_t* size);
 
-/* ---- Sequences and their blocks (kv_cache_manager.h) */
+/* ---- Sequences and their blocks */
 
-typedef struct QuireKVCacheManager QuireKVCacheManager;
-
-/* A handle that is refused once its sequence was freed. */
-typedef struct QuireSequenceId {
-  int64_t value;
-} QuireSequenceId;
-
-/* Sequences of different salts share nothing; a NULL salt is one of its own. */
-typedef struct QuirePrompt {
-  size_t struct_size;
-  const int32_t* token_ids;
-  size_t num_tokens;
-  const char* salt;
-  size_t salt_size;
-  double ttl;       /* seconds that unused blocks keep their priority; below 0: no limit */
-  int32_t priority; /* 0 to 100: cached blocks of lower ones are evicted first */
-  int32_t reserved; /* 0 */
-} QuirePrompt;
-#define QUIRE_PROMPT_INIT {sizeof(QuirePrompt), NULL, 0, NULL, 0, -1, 0, 0}
-
-typedef struct QuireKVCacheConfig {
-  size_t struct_size;
-  int32_t num_blocks;
-  int32_t block_size;
-  int32_t prefix_caching;
-  int32_t async_depth; /* steps that may run while the host plans on; each is to be retired */
-} QuireKVCacheConfig;
-#define QUIRE_KV_CACHE_CONFIG_INIT {sizeof(QuireKVCacheConfig), 0, 16, 1, 0}
-
-/* The arrays of a step, valid until the next one (step_batch.h). */
-typedef struct QuireStepBatch {
-  size_t struct_size;
-  int64_t ticket;
-  int32_t batch_size;
-  int32_t max_blocks;
-  int64_t block_table_stride;
-  const int32_t* block_table;  /* [batch, max_blocks] */
-  const int32_t* seq_lens;     /* [batch] */
-  const int32_t* cu_seqlens_q; /* [batch + 1] */
-  const int64_t* slot_mapping; /* [total_q] */
-  const int32_t* positions;    /* [total_q] */
-  const int32_t* copies;       /* [num_copies, 2]: for copy_blocks, before any KV is written */
-  int64_t total_q;
-  int64_t num_copies;
-  const int32_t* changes; /* [num_changes, 2]: written entries of block_table (index, block id) */
-  int64_t num_changes;
-  int32_t lookahead; /* given: tokens behind the new ones that block_table is to reach */
-  int32_t reserved;  /* 0 */
-} QuireStepBatch;
-#define QUIRE_STEP_BATCH_INIT \
-  {sizeof(QuireStepBatch), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0, NULL, 0, 0, 0}
-
-typedef struct QuireSequenceInfo {
-  size_t struct_size;
-  int64_t num_tokens;          /* known */
-  int64_t num_computed_tokens; /* whose KV is written */
-  int64_t num_cached_tokens;   /* found in the prefix cache by create() */
-} QuireSequenceInfo;
-#define QUIRE_SEQUENCE_INFO_INIT {sizeof(QuireSequenceInfo), 0, 0, 0}
-
-typedef struct QuireKVCacheStats {
-  size_t struct_size;
-  int32_t num_blocks, block_size;
-  int32_t free_blocks, used_blocks, cached_blocks;
-  int32_t high_water_blocks;
-  int64_t deferred_refs;
-  int64_t used_tokens, waste_tokens;
-  int64_t prefix_query_tokens, prefix_hit_tokens;
-  int64_t evicted_blocks;
-  int32_t pinned_blocks, fenced_blocks;
-} QuireKVCacheStats;
-#define QUIRE_KV_CACHE_STATS_INIT \
-  {sizeof(QuireKVCacheStats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
-
-QuireStatus quire_kv_cache_manager_new(const QuireKVCacheConfig* config,
-                                       QuireKVCacheManager** manager);
-void quire_kv_cache_manager_delete(QuireKVCacheManager* manager);
-QuireStatus quire_kv_cache_manager_create(QuireKVCacheManager* manager, const QuirePrompt* prompt,
-                                          QuireSequenceId* seq);
-QuireStatus quire_kv_cache_manager_free(QuireKVCacheManager* manager, const QuireSequenceId* seqs,
-                                        size_t num_seqs);
-/* QUIRE_OUT_OF_BLOCKS: nothing has changed, `batch` included. */
-QuireStatus quire_kv_cache_manager_step(QuireKVCacheManager* manager, const QuireSequenceId* seqs,
-                                        const int32_t* num_new_tokens, size_t num_seqs,
-                                        QuireStepBatch* batch);
-/* sampled NULL: no new tokens; num_sampled NULL: one of each sequence. */
-QuireStatus quire_kv_cache_manager_commit(QuireKVCacheManager* manager, const QuireSequenceId* seqs,
-                                          size_t num_seqs, const int32_t* sampled,
-                                          const int32_t* num_sampled);
-QuireStatus quire_kv_cache_manager_fork(QuireKVCacheManager* manager, QuireSequenceId seq,
-                                        QuireSequenceId* child);
-QuireStatus quire_kv_cache_manager_fork_many(QuireKVCacheManager* manager, QuireSequenceId seq,
-                                             QuireSequenceId* children, size_t num_children);
-QuireStatus quire_kv_cache_manager_truncate(QuireKVCacheManager* manager, QuireSequenceId seq,
-                                            int64_t num_tokens);
-QuireStatus quire_kv_cache_manager_retire(QuireKVCacheManager* manager, int64_t ticket);
-QuireStatus quire_kv_cache_manager_match(const QuireKVCacheManager* manager,
-                                         const QuirePrompt* prompt, int64_t* num_tokens);
-/* The cached whole blocks of a prompt stay until unpin, which takes the longest pin in it back. */
-QuireStatus quire_kv_cache_manager_pin(QuireKVCacheManager* manager, const QuirePrompt* prompt,
-                                       int64_t* num_tokens);
-QuireStatus quire_kv_cache_manager_unpin(QuireKVCacheManager* manager, const QuirePrompt* prompt,
-                                         int64_t* num_tokens);
-/* The same, of a sequence's computed tokens. */
-QuireStatus quire_kv_cache_manager_pin_sequence(QuireKVCacheManager* manager, QuireSequenceId seq,
-                                                int64_t* num_tokens);
-QuireStatus quire_kv_cache_manager_unpin_sequence(QuireKVCacheManager* manager, QuireSequenceId seq,
-                                                  int64_t* num_tokens);
-QuireStatus quire_kv_cache_manager_sequence(const QuireKVCacheManager* manager, QuireSequenceId seq,
-                                            QuireSequenceInfo* info);
-QuireStatus quire_kv_cache_manager_block_table(const QuireKVCacheManager* manager,
-                                               QuireSequenceId seq, int32_t* buffer, size_t* size);
-QuireStatus quire_kv_cache_manager_token_ids(const QuireKVCacheManager* manager,
-                                             QuireSequenceId seq, int32_t* buffer, size_t* size);
-QuireStatus quire_kv_cache_manager_stats(const QuireKVCacheManager* manager,
-                                         QuireKVCacheStats* stats);
-QuireStatus quire_kv_cache_manager_validate(const QuireKVCacheManager* manager);
+#include "quire/quire_kv.h"
 
 /* ---- Continuous batching (scheduler.h) */
 

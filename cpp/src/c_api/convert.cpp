@@ -4,6 +4,7 @@
 
 #include <exception>
 #include <new>
+#include <system_error>
 
 #include "quire/backend.h"
 
@@ -42,6 +43,8 @@ QuireStatus current_exception_status() noexcept {
     return fail(QUIRE_UNSUPPORTED, error.what());
   } catch (const std::bad_alloc&) {
     return fail(QUIRE_OUT_OF_MEMORY, "out of memory");
+  } catch (const std::system_error& error) {
+    return fail(QUIRE_SYSTEM_ERROR, error.what());
   } catch (const std::exception& error) {
     return fail(QUIRE_INTERNAL_ERROR, error.what());
   } catch (...) {

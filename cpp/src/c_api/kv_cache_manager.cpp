@@ -7,8 +7,6 @@
 namespace quire::c {
 namespace {
 
-SequenceId as_id(QuireSequenceId seq) { return {seq.value}; }
-
 // A handle is one number on both sides.
 std::span<const SequenceId> as_ids(const char* argument, const QuireSequenceId* seqs,
                                    size_t num_seqs) {
@@ -17,27 +15,14 @@ std::span<const SequenceId> as_ids(const char* argument, const QuireSequenceId* 
   return {reinterpret_cast<const SequenceId*>(given.data()), given.size()};
 }
 
-struct Prompt {
-  std::span<const int32_t> tokens;
-  Salt salt;
-  Retention retention;
-};
-
-Prompt as_prompt(const char* argument, const QuirePrompt* prompt) {
-  const auto given = read_struct<QuirePrompt>(argument, prompt, QUIRE_PROMPT_INIT);
-  Prompt result{as_span(argument, given.token_ids, given.num_tokens), {}, {}};
-  result.retention.priority = given.priority;
-  if (given.ttl >= 0) result.retention.ttl = given.ttl;
-  if (given.salt) result.salt.emplace(given.salt, given.salt_size);
-  return result;
-}
-
 QuireKVCacheStats as_c(const KVCacheStats& stats) {
   return {sizeof(QuireKVCacheStats), stats.num_blocks,          stats.block_size,
           stats.free_blocks,         stats.used_blocks,         stats.cached_blocks,
           stats.high_water_blocks,   stats.deferred_refs,       stats.used_tokens,
           stats.waste_tokens,        stats.prefix_query_tokens, stats.prefix_hit_tokens,
-          stats.evicted_blocks,      stats.pinned_blocks,       stats.fenced_blocks};
+          stats.evicted_blocks,      stats.pinned_blocks,       stats.fenced_blocks,
+          stats.lost_events,         stats.host_hit_tokens,     stats.file_hit_tokens,
+          stats.num_host_blocks,     stats.swapped_blocks};
 }
 
 // How many tokens `sampled` holds; negative counts are the manager's to refuse.
@@ -48,7 +33,43 @@ size_t count_sampled(const int32_t* num_sampled, size_t num_seqs) {
   return total;
 }
 
+static_assert(QUIRE_LRU == static_cast<int>(Eviction::kLru) &&
+              QUIRE_REUSE_LRU == static_cast<int>(Eviction::kReuseLru));
+static_assert(QUIRE_FULL == static_cast<int>(LayerGroup::Kind::kFull) &&
+              QUIRE_SLIDING_WINDOW == static_cast<int>(LayerGroup::Kind::kSlidingWindow) &&
+              QUIRE_CHUNKED_LOCAL == static_cast<int>(LayerGroup::Kind::kChunkedLocal) &&
+              QUIRE_STATE == static_cast<int>(LayerGroup::Kind::kState));
+
+KVCacheOptions options_of(const QuireKVCacheConfig& config) {
+  const std::string name = "quire_kv_cache_manager_new: config";
+  QUIRE_CHECK_ARG(config.eviction >= QUIRE_LRU && config.eviction <= QUIRE_REUSE_LRU, name,
+                  ".eviction: expected a QuireEviction, got ", config.eviction);
+  QUIRE_CHECK_ARG(config.num_groups >= 0, name, ".num_groups: expected 0 or more, got ",
+                  config.num_groups);
+  KVCacheOptions options;
+  options.eviction = static_cast<Eviction>(config.eviction);
+  options.event_capacity = config.event_capacity;
+  options.num_host_blocks = config.num_host_blocks;
+  for (const QuireLayerGroup& group :
+       as_span((name + ".groups").c_str(), config.groups, config.num_groups)) {
+    QUIRE_CHECK_ARG(group.kind >= QUIRE_FULL && group.kind <= QUIRE_STATE, name, ".groups[",
+                    options.groups.size(), "].kind: expected a QuireLayerGroupKind, got ",
+                    group.kind);
+    options.groups.push_back({static_cast<LayerGroup::Kind>(group.kind), group.size});
+  }
+  return options;
+}
+
 }  // namespace
+
+Prompt as_prompt(const char* argument, const QuirePrompt* prompt) {
+  const auto given = read_struct<QuirePrompt>(argument, prompt, QUIRE_PROMPT_INIT);
+  Prompt result{as_span(argument, given.token_ids, given.num_tokens), {}, {}};
+  result.retention.priority = given.priority;
+  if (given.ttl >= 0) result.retention.ttl = given.ttl;
+  if (given.salt) result.salt.emplace(given.salt, given.salt_size);
+  return result;
+}
 
 QuireStepBatch as_c(const StepBatch& batch) {
   QuireStepBatch c = QUIRE_STEP_BATCH_INIT;
@@ -59,10 +80,12 @@ QuireStepBatch as_c(const StepBatch& batch) {
   c.block_table = batch.block_table().data();
   c.seq_lens = batch.seq_lens().data();
   c.cu_seqlens_q = batch.cu_seqlens_q().data();
-  c.slot_mapping = batch.slot_mapping().data();
+  // A state group has none.
+  if (batch.slot_mapping().size() == batch.positions().size())
+    c.slot_mapping = batch.slot_mapping().data();
   c.positions = batch.positions().data();
   c.copies = batch.copies().data();
-  c.total_q = static_cast<int64_t>(batch.slot_mapping().size());
+  c.total_q = static_cast<int64_t>(batch.positions().size());
   c.num_copies = static_cast<int64_t>(batch.copies().size() / 2);
   c.changes = batch.changes().data();
   c.num_changes = static_cast<int64_t>(batch.changes().size() / 2);
@@ -79,8 +102,8 @@ QuireStatus quire_kv_cache_manager_new(const QuireKVCacheConfig* config,
     QuireKVCacheManager*& out = deref("quire_kv_cache_manager_new: manager", manager);
     const auto given = read_struct<QuireKVCacheConfig>("quire_kv_cache_manager_new: config", config,
                                                        QUIRE_KV_CACHE_CONFIG_INIT);
-    out = new QuireKVCacheManager{
-        {given.num_blocks, given.block_size, given.prefix_caching != 0, given.async_depth}};
+    out = new QuireKVCacheManager{{given.num_blocks, given.block_size, given.prefix_caching != 0,
+                                   given.async_depth, options_of(given)}};
   });
 }
 
