@@ -224,6 +224,132 @@ QuireStatus quire_kv_cache_manager_num_blocks_for(const QuireKVCacheManager* man
                                                   int64_t num_tokens, int64_t max_step,
                                                   int64_t* num_blocks);
 
+/* ---- Stores behind the pool (kv_store.h) */
+
+/* The name of a block's contents and of all before it (chain_key.h). This struct never changes. */
+typedef struct QuireChainKey {
+  uint8_t bytes[32];
+} QuireChainKey;
+
+typedef enum QuireCacheTier {
+  QUIRE_TIER_DEVICE = 0,
+  QUIRE_TIER_HOST = 1,
+  QUIRE_TIER_FILE = 2
+} QuireCacheTier;
+
+typedef enum QuireKVOutcome {
+  QUIRE_KV_PENDING = 0,
+  QUIRE_KV_DONE = 1,
+  QUIRE_KV_MISSING = 2, /* of a get: the buffer may hold anything */
+  QUIRE_KV_FAILED = 3   /* of a put: not stored */
+} QuireKVOutcome;
+
+typedef struct QuireKVStore QuireKVStore;   /* to be deleted after the managers it is attached to */
+typedef struct QuireKVTicket QuireKVTicket; /* a request; deleting it does not undo the request */
+
+/* path NULL: blocks in host memory; else one file a block in this directory. */
+typedef struct QuireKVStoreConfig {
+  size_t struct_size;
+  int64_t capacity_bytes;
+  int64_t block_bytes;
+  const char* path;
+  const char* identity; /* of files: what the bytes mean, ends with 0; NULL: "" */
+  int32_t max_pending;  /* gets, and as many puts, that may wait */
+  int32_t reserved;     /* 0 */
+} QuireKVStoreConfig;
+#define QUIRE_KV_STORE_CONFIG_INIT {sizeof(QuireKVStoreConfig), 0, 0, NULL, NULL, 64, 0}
+
+typedef struct QuireKVStoreStats {
+  size_t struct_size;
+  int64_t num_blocks, capacity_blocks;
+  int64_t num_pending;
+  int64_t stored, hits, misses, evicted, not_taken, failed, dropped;
+} QuireKVStoreStats;
+#define QUIRE_KV_STORE_STATS_INIT {sizeof(QuireKVStoreStats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+
+/* salt NULL: none. */
+QuireStatus quire_root_key(const char* salt, size_t salt_size, QuireChainKey* key);
+/* Of the whole blocks of tokens behind `parent`; a last, partial block has no key. */
+QuireStatus quire_chain_keys(const QuireChainKey* parent, const int32_t* token_ids,
+                             size_t num_tokens, int32_t block_size, QuireChainKey* buffer,
+                             size_t* size);
+
+QuireStatus quire_kv_store_new(const QuireKVStoreConfig* config, QuireKVStore** store);
+void quire_kv_store_delete(QuireKVStore* store); /* completes what was taken */
+/* payload_size: block_bytes. The memory must stay until the request has completed. A ticket that is
+ * NULL afterwards: the queue is full, the request was not taken. */
+QuireStatus quire_kv_store_put(QuireKVStore* store, const QuireChainKey* key, const void* payload,
+                               size_t payload_size, QuireKVTicket** ticket);
+QuireStatus quire_kv_store_get(QuireKVStore* store, const QuireChainKey* key, void* payload,
+                               size_t payload_size, QuireKVTicket** ticket);
+QuireStatus quire_kv_store_contains(const QuireKVStore* store, const QuireChainKey* key,
+                                    int32_t* contains);
+QuireStatus quire_kv_store_erase(QuireKVStore* store, const QuireChainKey* key, int32_t* erased);
+QuireStatus quire_kv_store_drain(QuireKVStore* store); /* waits for every request taken so far */
+QuireStatus quire_kv_store_stats(const QuireKVStore* store, QuireKVStoreStats* stats);
+QuireStatus quire_kv_ticket_outcome(const QuireKVTicket* ticket, int32_t* outcome);
+QuireStatus quire_kv_ticket_wait(const QuireKVTicket* ticket, int32_t* outcome);
+void quire_kv_ticket_delete(QuireKVTicket* ticket);
+
+/* ---- What leaves the pool and comes back: the copies are the caller's, in the order of the calls,
+ * each before any KV of a later step is written */
+
+/* These structs never change. */
+typedef struct QuireKVTransfer {
+  int32_t block;
+  int32_t tier; /* QuireCacheTier of the store */
+  QuireChainKey key;
+} QuireKVTransfer;
+
+typedef struct QuireBlockPair {
+  int32_t source, destination;
+} QuireBlockPair;
+
+typedef enum QuireCacheEventKind {
+  QUIRE_EVENT_STORED = 0,
+  QUIRE_EVENT_REMOVED = 1,
+  QUIRE_EVENT_EVICTED = 2,
+  QUIRE_EVENT_SWAPPED = 3
+} QuireCacheEventKind;
+
+typedef struct QuireCacheEvent { /* event_log.h */
+  int64_t sequence;              /* a gap: events were lost */
+  int32_t kind;                  /* QuireCacheEventKind */
+  int32_t tier;                  /* QuireCacheTier */
+  int32_t block;                 /* or -1 */
+  int32_t reserved;
+  QuireChainKey key, parent;
+} QuireCacheEvent;
+
+QuireStatus quire_kv_cache_manager_attach_store(QuireKVCacheManager* manager,
+                                                const QuireKVStore* store);
+/* What the latest step(), fetch() or swap_in() evicted; valid until the next call of this. */
+QuireStatus quire_kv_cache_manager_take_offloads(QuireKVCacheManager* manager,
+                                                 const QuireKVTransfer** transfers,
+                                                 size_t* num_transfers);
+/* *size: at most. The transfers are to be got from stores, then fetched() says how many came. */
+QuireStatus quire_kv_cache_manager_fetch(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                         QuireKVTransfer* buffer, size_t* size);
+QuireStatus quire_kv_cache_manager_fetched(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                           int32_t num_blocks);
+/* *size: at most. Blocks of the pool and host blocks, in the direction of the copies. */
+QuireStatus quire_kv_cache_manager_swap_out(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                            QuireBlockPair* buffer, size_t* size);
+QuireStatus quire_kv_cache_manager_swap_in(QuireKVCacheManager* manager, QuireSequenceId seq,
+                                           QuireBlockPair* buffer, size_t* size);
+QuireStatus quire_kv_cache_manager_is_swapped_out(const QuireKVCacheManager* manager,
+                                                  QuireSequenceId seq, int32_t* is_swapped_out);
+/* Takes the oldest events that the buffer holds; the others stay. */
+QuireStatus quire_kv_cache_manager_take_events(QuireKVCacheManager* manager,
+                                               QuireCacheEvent* buffer, size_t* size);
+QuireStatus quire_kv_cache_manager_cached_blocks(const QuireKVCacheManager* manager,
+                                                 int32_t* buffer, size_t* size);
+/* JSON without a final 0; all but stores and events. */
+QuireStatus quire_kv_cache_manager_snapshot(const QuireKVCacheManager* manager, char* buffer,
+                                            size_t* size);
+QuireStatus quire_kv_cache_manager_restore(const char* snapshot, size_t size,
+                                           QuireKVCacheManager** manager);
+
 #ifdef __cplusplus
 }
 #endif

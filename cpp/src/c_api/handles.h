@@ -15,6 +15,8 @@ struct QuireKVCacheManager {
 
   // The rest is touched under the manager's lock only.
   std::vector<std::unique_lock<quire::PriorityMutex>> locks{};  // of the thread that holds it
+  std::vector<quire::CacheEvent> events{};  // taken from the manager, not yet by the caller
+  std::vector<QuireKVTransfer> offloads{};  // what the caller took last
 };
 
 namespace quire::c {
