@@ -3,15 +3,40 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections import abc
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from ._core import CallLogWriter, KVCacheManager, Sequence, StepBatch
+from ._core import (
+    CallLogWriter,
+    KVCacheManager,
+    KVStore,
+    KVTransfer,
+    LayerGroup,
+    Sequence,
+    StepBatch,
+)
 
-_Operation = Literal["create", "step", "commit", "fork", "truncate", "free", "retire"]
-_OPERATIONS = ("create", "step", "commit", "fork", "truncate", "free", "retire")
+# In the order of the core's LoggedCall::Operation, Eviction and CacheTier.
+_Operation = Literal[
+    "create",
+    "step",
+    "commit",
+    "fork",
+    "truncate",
+    "free",
+    "retire",
+    "attach_store",
+    "fetch",
+    "fetched",
+    "swap_out",
+    "swap_in",
+]
+_OPERATIONS: tuple[_Operation, ...] = get_args(_Operation)
+_EVICTIONS = ("lru", "reuse_lru")
+_TIERS = ("device", "host", "file")
 _DONE, _OUT_OF_BLOCKS, _REFUSED = range(3)
 
 
@@ -24,8 +49,10 @@ class RecordedKVCacheManager:
     """A KVCacheManager that writes every call that changes it, and its result, to a file.
 
     `path` is written anew; the other arguments and all methods are those of KVCacheManager. Each
-    call is in the file when it returns. `quire.replay_calls` runs the file again. Token ids are
-    in the log as they are.
+    call is in the file when it returns. `quire.replay_calls` runs the file again, without stores:
+    what fetch() found is in the log. Token ids are in the log as they are.
+
+    pin() and unpin() are not recorded: a replay of a manager with pins may differ.
 
     Raises OSError where the file can't be written.
 
@@ -42,10 +69,34 @@ class RecordedKVCacheManager:
         block_size: int,
         prefix_caching: bool = True,
         async_depth: int = 0,
+        *,
+        eviction: str = "lru",
+        event_capacity: int = 0,
+        num_host_blocks: int = 0,
+        groups: abc.Sequence[LayerGroup] = (),
     ) -> None:
         """Make the manager and open the file; see the class."""
-        self._manager = KVCacheManager(num_blocks, block_size, prefix_caching, async_depth)
-        self._log = CallLogWriter(path, num_blocks, block_size, prefix_caching, async_depth)
+        self._manager = KVCacheManager(
+            num_blocks,
+            block_size,
+            prefix_caching,
+            async_depth,
+            eviction=eviction,
+            event_capacity=event_capacity,
+            num_host_blocks=num_host_blocks,
+            groups=groups,
+        )
+        self._log = CallLogWriter(
+            path,
+            num_blocks,
+            block_size,
+            prefix_caching,
+            async_depth,
+            _EVICTIONS.index(eviction),
+            event_capacity,
+            num_host_blocks,
+            list(groups),
+        )
         self._births: dict[Sequence, int] = {}
         self._num_births = 0
 
@@ -81,7 +132,7 @@ class RecordedKVCacheManager:
     def _add(self, seq: Sequence) -> list[npt.NDArray[Any]]:
         self._births[seq] = self._num_births
         self._num_births += 1
-        return [np.array([seq.num_cached_tokens], np.int64), seq.block_table]
+        return [np.array([seq.num_cached_tokens], np.int64), *seq.block_tables]
 
     def create(self, token_ids: npt.ArrayLike, salt: str | None = None) -> Sequence:
         """See KVCacheManager.create."""
@@ -114,6 +165,8 @@ class RecordedKVCacheManager:
             self._write("step", _OUT_OF_BLOCKS, seqs, num_new_tokens)
         else:
             after: list[npt.NDArray[Any]] = [batch.slot_mapping, batch.seq_lens, batch.copies]
+            for group, group_batch in enumerate(batch.groups[1:], 1):
+                after += [group_batch.copies, *(seq.block_tables[group] for seq in seqs)]
             self._write("step", _DONE, seqs, num_new_tokens, after=after)
         return batch
 
@@ -147,7 +200,7 @@ class RecordedKVCacheManager:
 
     def free(self, seqs: list[Sequence]) -> None:
         """See KVCacheManager.free."""
-        tables = [seq.block_table for seq in seqs if seq in self._births]
+        tables = [table for seq in seqs if seq in self._births for table in seq.block_tables]
         try:
             self._manager.free(seqs)
         except ValueError:
@@ -165,3 +218,62 @@ class RecordedKVCacheManager:
             outcome = _DONE
         finally:
             self._write("retire", outcome, [], number=ticket)
+
+    def attach_store(self, store: KVStore) -> None:
+        """See KVCacheManager.attach_store."""
+        outcome = _REFUSED
+        try:
+            self._manager.attach_store(store)
+            outcome = _DONE
+        finally:
+            self._write("attach_store", outcome, [], number=_TIERS.index(store.tier))
+
+    def fetch(self, seq: Sequence) -> list[KVTransfer] | None:
+        """See KVCacheManager.fetch."""
+        try:
+            loads = self._manager.fetch(seq)
+        except ValueError:
+            self._write("fetch", _REFUSED, [seq])
+            raise
+        if loads is None:
+            self._write("fetch", _OUT_OF_BLOCKS, [seq])
+        else:
+            blocks = np.array([load.block for load in loads], np.int32)
+            keys = np.array([np.frombuffer(load.key, np.int32) for load in loads], np.int32)
+            tiers = [_TIERS.index(load.tier) for load in loads]
+            self._write("fetch", _DONE, [seq], tiers, after=[blocks, keys])
+        return loads
+
+    def fetched(self, seq: Sequence, num_blocks: int) -> None:
+        """See KVCacheManager.fetched."""
+        outcome = _REFUSED
+        try:
+            self._manager.fetched(seq, num_blocks)
+            outcome = _DONE
+        finally:
+            self._write("fetched", outcome, [seq], number=num_blocks)
+
+    def swap_out(self, seq: Sequence) -> npt.NDArray[np.int32] | None:
+        """See KVCacheManager.swap_out."""
+        return self._swap("swap_out", self._manager.swap_out, seq)
+
+    def swap_in(self, seq: Sequence) -> npt.NDArray[np.int32] | None:
+        """See KVCacheManager.swap_in."""
+        return self._swap("swap_in", self._manager.swap_in, seq)
+
+    def _swap(
+        self,
+        operation: _Operation,
+        run: abc.Callable[[Sequence], npt.NDArray[np.int32] | None],
+        seq: Sequence,
+    ) -> npt.NDArray[np.int32] | None:
+        try:
+            pairs = run(seq)
+        except ValueError:
+            self._write(operation, _REFUSED, [seq])
+            raise
+        if pairs is None:
+            self._write(operation, _OUT_OF_BLOCKS, [seq])
+        else:
+            self._write(operation, _DONE, [seq], after=[pairs])
+        return pairs

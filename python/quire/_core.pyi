@@ -1174,7 +1174,7 @@ class FileStore(KVStore):
 class CallLogWriter:
     """Used by RecordedKVCacheManager."""
 
-    def __init__(self, path: str, num_blocks: int, block_size: int, prefix_caching: bool, async_depth: int) -> None: ...
+    def __init__(self, path: str, num_blocks: int, block_size: int, prefix_caching: bool, async_depth: int, eviction: int, event_capacity: int, num_host_blocks: int, groups: list[LayerGroup]) -> None: ...
 
     def write(self, operation: int, outcome: int, seqs: list[int], values: list[int], counts: list[int], salt: str | None, number: int, results: list[Any]) -> None:
         """One call and its results."""

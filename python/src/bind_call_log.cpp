@@ -64,11 +64,21 @@ void bind_call_log(nb::module_& m) {
       .def(
           "__init__",
           [](PyCallLogWriter* self, const std::string& path, int32_t num_blocks, int32_t block_size,
-             bool prefix_caching, int32_t async_depth) {
-            new (self) PyCallLogWriter(path, {num_blocks, block_size, prefix_caching, async_depth});
+             bool prefix_caching, int32_t async_depth, int32_t eviction, int32_t event_capacity,
+             int32_t num_host_blocks, std::vector<LayerGroup> groups) {
+            new (self) PyCallLogWriter(path, {num_blocks,
+                                              block_size,
+                                              prefix_caching,
+                                              async_depth,
+                                              {static_cast<Eviction>(eviction), event_capacity,
+                                               num_host_blocks, std::move(groups)}});
           },
           nb::arg("path"), nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("prefix_caching"),
-          nb::arg("async_depth"))
+          nb::arg("async_depth"), nb::arg("eviction"), nb::arg("event_capacity"),
+          nb::arg("num_host_blocks"), nb::arg("groups"),
+          nb::sig("def __init__(self, path: str, num_blocks: int, block_size: int, "
+                  "prefix_caching: bool, async_depth: int, eviction: int, event_capacity: int, "
+                  "num_host_blocks: int, groups: list[LayerGroup]) -> None"))
       .def("write", &PyCallLogWriter::write, nb::arg("operation"), nb::arg("outcome"),
            nb::arg("seqs"), nb::arg("values"), nb::arg("counts"), nb::arg("salt").none(),
            nb::arg("number"), nb::arg("results"),

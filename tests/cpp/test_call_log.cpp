@@ -2,8 +2,10 @@
 // A recorded run replays call by call; what differs, is cut short or is no log is told apart.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <random>
 #include <sstream>
+#include <utility>
 
 #include "kv_traffic.h"
 #include "quire/call_log.h"
@@ -17,10 +19,11 @@ struct Random {
   uint32_t next() { return static_cast<uint32_t>(engine()); }
 };
 
-std::string record_traffic(const kv_traffic::Shape& shape, uint32_t seed, int num_calls) {
+std::string record_traffic(const kv_traffic::Shape& shape, uint32_t seed, int num_calls,
+                           const KVCacheOptions& options = {}) {
   std::ostringstream log;
   CallRecorder recorder(
-      {shape.num_blocks, shape.block_size, shape.prefix_caching, shape.async_depth}, log);
+      {shape.num_blocks, shape.block_size, shape.prefix_caching, shape.async_depth, options}, log);
   Random random{std::mt19937(seed)};
   kv_traffic::Traffic traffic(recorder, recorder.manager(), shape, random);
   for (int n = 0; n < num_calls; ++n) traffic.call();
@@ -40,6 +43,70 @@ std::vector<LoggedCall> calls_of(const std::string& log) {
 }
 
 const CallLogConfig kSmall{8, 4};
+
+using Kind = LayerGroup::Kind;
+
+// A store that holds some two of three keys, others after every change. It gets and gives nothing.
+class ChangingStore final : public KVStore {
+ public:
+  explicit ChangingStore(CacheTier tier) : tier_(tier) {}
+  void change() { ++epoch_; }
+  bool contains(const ChainKey& key) const override { return (key.bytes[0] + epoch_) % 3 > 0; }
+  CacheTier tier() const override { return tier_; }
+  std::shared_ptr<KVTicket> put(const ChainKey&, std::span<const std::byte>, OnDone) override {
+    return nullptr;
+  }
+  std::shared_ptr<KVTicket> get(const ChainKey&, std::span<std::byte>, OnDone) override {
+    return nullptr;
+  }
+  bool erase(const ChainKey&) override { return false; }
+  void drain() override {}
+  size_t block_bytes() const override { return 0; }
+  KVStoreStats stats() const override { return {}; }
+
+ private:
+  CacheTier tier_;
+  uint32_t epoch_ = 0;
+};
+
+// Fetches that end at once or after some other calls, with any number of their blocks, between
+// the calls of kv_traffic; all of it by CallRecorder.
+std::string record_fetches(const CallLogConfig& config, const kv_traffic::Shape& shape,
+                           uint32_t seed, int num_calls) {
+  std::ostringstream log;
+  ChangingStore host(CacheTier::kHost), file(CacheTier::kFile);
+  CallRecorder recorder(config, log);
+  recorder.attach_store(host);
+  recorder.attach_store(file);
+  CHECK_THROWS_AS(recorder.attach_store(file), InvalidArgument);
+  Random random{std::mt19937(seed)};
+  kv_traffic::Traffic traffic(recorder, recorder.manager(), shape, random);
+  for (int n = 0; n < num_calls; ++n) {
+    traffic.call();
+    if (traffic.live().empty() || random.next() % 2 > 0) continue;
+    if (random.next() % 2 > 0) (random.next() % 2 > 0 ? host : file).change();
+    const SequenceId seq = traffic.live()[random.next() % traffic.live().size()];
+    try {
+      const auto loads = recorder.fetch(seq);
+      if (!loads || loads->empty()) continue;
+      while (random.next() % 4 == 0) traffic.call();
+      const auto most = static_cast<int32_t>(loads->size());
+      CHECK_THROWS_AS(recorder.fetched(seq, most + 1), InvalidArgument);
+      recorder.fetched(seq, static_cast<int32_t>(random.next() % (most + 1)));
+      recorder.take_offloads();
+      // One that the traffic tried to free meanwhile was not freed, and is forgotten there.
+      if (std::ranges::find(traffic.live(), seq) == traffic.live().end()) recorder.free({&seq, 1});
+    } catch (const InvalidArgument&) {  // a step is under way, or it is swapped out
+    }
+  }
+  recorder.manager().validate();
+  return log.str();
+}
+
+CallLogConfig config_of(const kv_traffic::Shape& shape, KVCacheOptions options) {
+  return {shape.num_blocks, shape.block_size, shape.prefix_caching, shape.async_depth,
+          std::move(options)};
+}
 
 std::string rewrite(const CallLogConfig& config, const std::vector<LoggedCall>& calls) {
   std::ostringstream log;
@@ -67,6 +134,109 @@ TEST_CASE("random traffic replays without a difference") {
         CHECK(count > 20);
       }
     }
+}
+
+TEST_CASE("swaps, fetches and their options replay without stores") {
+  const kv_traffic::Shape shapes[] = {{12, 4, true, 0, 12, 60}, {12, 4, true, 2, 12, 60}};
+  int counts[16][3] = {};
+  for (const auto& shape : shapes)
+    for (const auto eviction : {Eviction::kLru, Eviction::kReuseLru}) {
+      const CallLogConfig config = config_of(shape, {eviction, 16, 5, {}});
+      const std::string log = record_fetches(config, shape, 7, 1500);
+      const ReplayReport report = replay(bytes_of(log));
+      CHECK_MESSAGE(!report.difference, *report.difference);
+      const std::vector<LoggedCall> calls = calls_of(log);
+      CHECK(report.num_calls == static_cast<int64_t>(calls.size()));
+      bool is_far = false;
+      for (const LoggedCall& call : calls) {
+        const bool is_empty_fetch = call.operation == LoggedCall::kFetch && call.values.empty();
+        counts[call.operation][call.outcome] += call.outcome > 0 || !is_empty_fetch;
+        if (call.operation == LoggedCall::kFetch)
+          is_far |= std::ranges::count(call.values, static_cast<int32_t>(CacheTier::kFile)) > 0;
+      }
+      CHECK(is_far);
+    }
+  for (auto operation : {LoggedCall::kFetch, LoggedCall::kSwapOut, LoggedCall::kSwapIn}) {
+    CAPTURE(operation);
+    CHECK(counts[operation][LoggedCall::kDone] > 20);
+    CHECK(counts[operation][LoggedCall::kOutOfBlocks] > 0);
+  }
+  CHECK(counts[LoggedCall::kFetched][LoggedCall::kDone] > 100);
+  CHECK(counts[LoggedCall::kFetched][LoggedCall::kRefused] > 100);
+  CHECK(counts[LoggedCall::kAttachStore][LoggedCall::kRefused] == 4);
+}
+
+TEST_CASE("a fetch that finds other blocks, or fewer, is a difference") {
+  const kv_traffic::Shape shape{24, 4, true, 0, 12, 60};
+  const CallLogConfig config = config_of(shape, {.num_host_blocks = 10});
+  const std::vector<LoggedCall> calls = calls_of(record_fetches(config, shape, 2, 400));
+  const auto found = std::ranges::find_if(calls, [](const LoggedCall& call) {
+    return call.operation == LoggedCall::kFetch && call.values.size() > 1;
+  });
+  REQUIRE(found != calls.end());
+  const auto at = found - calls.begin();
+  auto changed = calls;
+  changed[at].values.pop_back();
+  CHECK(replay(bytes_of(rewrite(config, changed))).num_calls == at);
+  changed[at].values = {77};  // no tier
+  CHECK(replay(bytes_of(rewrite(config, changed))).num_calls == at);
+  // A store fewer, and what was of its tier is not found.
+  for (int tier = 0; tier < 2; ++tier) {
+    changed = calls;
+    changed.erase(changed.begin() + tier);
+    CHECK(replay(bytes_of(rewrite(config, changed))).difference.has_value());
+  }
+  // Fewer host blocks.
+  CallLogConfig other = config;
+  other.options.num_host_blocks = 3;
+  CHECK(replay(bytes_of(rewrite(other, calls))).difference.has_value());
+  // Counts and tiers beyond all bounds are refused like by the manager.
+  changed = {{.operation = LoggedCall::kAttachStore, .number = 1LL << 40},
+             {.operation = LoggedCall::kFetched, .number = 1LL << 40}};
+  const ReplayReport report = replay(bytes_of(rewrite(config, changed)));
+  CHECK(report.num_calls == 0);
+  REQUIRE(report.difference);
+  CHECK(report.difference->starts_with("call 0, attach_store: expected done"));
+}
+
+TEST_CASE("blocks of every layer group replay") {
+  const kv_traffic::Shape shapes[] = {
+      {90, 4, true, 0, 12, 60}, {90, 4, false, 0, 12, 60}, {90, 4, true, 2, 12, 60}};
+  KVCacheOptions options;
+  options.groups = {{}, {Kind::kSlidingWindow, 6}, {Kind::kChunkedLocal, 8}, {Kind::kState, 0}};
+  for (const auto& shape : shapes)
+    for (uint32_t seed = 0; seed < 2; ++seed) {
+      const std::string log = record_traffic(shape, seed, 1200, options);
+      const ReplayReport report = replay(bytes_of(log));
+      CHECK_MESSAGE(!report.difference, *report.difference);
+      CHECK(report.num_calls == static_cast<int64_t>(calls_of(log).size()));
+      KVCacheOptions others = options;
+      others.groups[1].size = 30;
+      CHECK(replay(bytes_of(rewrite(config_of(shape, others), calls_of(log)))).difference);
+    }
+}
+
+TEST_CASE("a header is read as it was written") {
+  const CallLogConfig config{
+      300, 16, false, 3, {Eviction::kReuseLru, 77, 1000, {{}, {Kind::kSlidingWindow, 4096}}}};
+  const std::string log = rewrite(config, {});
+  const CallLogConfig read = CallLogReader(bytes_of(log)).config();
+  CHECK(read.num_blocks == 300);
+  CHECK(read.block_size == 16);
+  CHECK_FALSE(read.prefix_caching);
+  CHECK(read.async_depth == 3);
+  CHECK(read.options.eviction == Eviction::kReuseLru);
+  CHECK(read.options.event_capacity == 77);
+  CHECK(read.options.num_host_blocks == 1000);
+  REQUIRE(read.options.groups.size() == 2);
+  CHECK(read.options.groups[0].kind == Kind::kFull);
+  CHECK(read.options.groups[1].kind == Kind::kSlidingWindow);
+  CHECK(read.options.groups[1].size == 4096);
+  for (size_t size = 0; size < log.size(); ++size)
+    CHECK_THROWS_AS(CallLogReader(bytes_of(log.substr(0, size))), InvalidArgument);
+  std::string wrong = log;
+  wrong[log.size() - 3] = 2 * 4;  // of the last group: a kind behind the last one
+  CHECK_THROWS_AS(CallLogReader(bytes_of(wrong)), InvalidArgument);
 }
 
 TEST_CASE("written and read again, a call is the same") {
@@ -130,13 +300,24 @@ TEST_CASE("random bytes behind a good beginning do no harm") {
       damaged[20 + random() % (log.size() - 20)] = static_cast<char>(random());
     replay(bytes_of(damaged));
   }
+  const kv_traffic::Shape shape{24, 4, true, 0, 12, 60};
+  const CallLogConfig config = config_of(shape, {.num_host_blocks = 10});
+  const std::vector<LoggedCall> calls = calls_of(record_fetches(config, shape, 3, 60));
+  const std::string head = rewrite(config, {}), fetches = rewrite(config, calls);
+  for (int n = 0; n < 300; ++n) {
+    std::string damaged = fetches;
+    for (int i = 0; i < 4; ++i)
+      damaged[head.size() + random() % (damaged.size() - head.size())] =
+          static_cast<char>(random());
+    replay(bytes_of(damaged));
+  }
 }
 
 TEST_CASE("what is no log is refused") {
-  CHECK_THROWS_WITH_AS(replay({}), doctest::Contains("expected a call log of version 1"),
+  CHECK_THROWS_WITH_AS(replay({}), doctest::Contains("expected a call log of version 2"),
                        InvalidArgument);
   std::string other = rewrite(kSmall, {});
-  other[8] = 2;
+  other[8] = 1;
   CHECK_THROWS_AS(replay(bytes_of(other)), InvalidArgument);
   CHECK_THROWS_AS(replay(bytes_of(rewrite(kSmall, {}).substr(0, 10))), InvalidArgument);
   CHECK(replay(bytes_of(rewrite(kSmall, {}))).num_calls == 0);

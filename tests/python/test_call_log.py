@@ -72,6 +72,89 @@ def test_async_and_reading_through(tmp_path):
     assert quire.replay_calls(path) == (4, None)
 
 
+@pytest.mark.parametrize("eviction", ["lru", "reuse_lru"])
+def test_swaps_and_fetches_replay_without_the_stores(tmp_path, eviction):
+    path = str(tmp_path / "calls")
+    manager = quire.RecordedKVCacheManager(
+        path, 12, 4, eviction=eviction, event_capacity=8, num_host_blocks=6
+    )
+    cache = quire.KVCache(1, 12, 4, 1, 8, "float32")
+    near = quire.HostStore(3 * cache.block_bytes, cache.block_bytes)
+    far = quire.FileStore(str(tmp_path / "store"), 1 << 20, cache.block_bytes, "a model")
+    tiers = quire.KVTiers(manager, cache, [near, far])
+    rng = np.random.default_rng(5)
+    prompts = [np.full(17, i, np.int32) for i in range(4)]
+    num_fetched = num_swapped = 0
+    for _ in range(60):
+        seq = manager.create(prompts[rng.integers(4)])
+        num_fetched += tiers.fetch(seq)
+        assert manager.step([seq], [seq.num_tokens - seq.num_computed_tokens]) is not None
+        tiers.offload()
+        manager.commit([seq], np.array([1], np.int32))
+        if rng.integers(2):
+            assert manager.swap_out(seq).shape == (5, 2)
+            idle = manager.create([1])
+            assert manager.swap_out(idle).shape == (0, 2)
+            manager.free([idle])
+            with pytest.raises(ValueError):
+                manager.swap_out(seq)
+            other = manager.create(np.arange(40, 57, dtype=np.int32))
+            assert manager.step([other], [17 - other.num_cached_tokens]) is not None
+            tiers.offload()
+            manager.commit([other])
+            assert manager.swap_out(other) is None  # one host block is left
+            manager.free([other])
+            num_swapped += len(manager.swap_in(seq))
+            tiers.offload()
+        manager.free([seq])
+    manager.validate()
+    assert num_fetched >= 60 and num_swapped >= 20
+    assert manager.stats().file_hit_tokens > 0
+    num_calls, difference = quire.replay_calls(path)
+    assert difference is None
+    assert num_calls > 360
+
+
+def test_fetches_that_are_refused_or_find_no_room(tmp_path):
+    path = str(tmp_path / "calls")
+    manager = quire.RecordedKVCacheManager(path, 4, 4)
+    store = quire.HostStore(1 << 16, 64)
+    manager.attach_store(store)
+    with pytest.raises(ValueError, match="one store a tier"):
+        manager.attach_store(store)
+    prompt = np.arange(13, dtype=np.int32)
+    for key in quire.chain_keys(prompt, 4):
+        store.put(key, np.zeros(64, np.uint8)).wait()
+    with pytest.raises(ValueError):
+        manager.fetched(manager.create([1]), 0)
+    holder = manager.create(np.arange(20, 28, dtype=np.int32))
+    assert manager.step([holder], [8]) is not None
+    with pytest.raises(ValueError):
+        manager.fetch(holder)
+    manager.commit([holder])
+    seq = manager.create(prompt)
+    assert manager.fetch(seq) is None
+    manager.free([holder])
+    assert len(manager.fetch(seq)) == 3
+    with pytest.raises(ValueError):
+        manager.fetched(seq, 4)
+    manager.fetched(seq, 2)
+    assert seq.num_cached_tokens == 8
+    assert quire.replay_calls(path) == (14, None)
+
+
+def test_layer_groups(tmp_path):
+    path = str(tmp_path / "calls")
+    groups = [quire.LayerGroup(), quire.LayerGroup("sliding_window", window=6)]
+    groups.append(quire.LayerGroup("state"))
+    manager = quire.RecordedKVCacheManager(path, 60, 4, groups=groups)
+    drive(manager, np.random.default_rng(2), 300)
+    manager.validate()
+    num_calls, difference = quire.replay_calls(path)
+    assert difference is None
+    assert num_calls > 300
+
+
 def test_a_difference_is_named(tmp_path):
     path = tmp_path / "calls"
     manager = quire.RecordedKVCacheManager(str(path), 24, 4)
@@ -86,7 +169,7 @@ def test_a_difference_is_named(tmp_path):
 
 def test_files_that_are_no_log(tmp_path):
     (tmp_path / "empty").write_bytes(b"")
-    with pytest.raises(ValueError, match="replay: log: expected a call log of version 1"):
+    with pytest.raises(ValueError, match="replay: log: expected a call log of version 2"):
         quire.replay_calls(str(tmp_path / "empty"))
     with pytest.raises(OSError, match="nowhere"):
         quire.replay_calls(str(tmp_path / "nowhere"))

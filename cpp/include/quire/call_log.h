@@ -7,11 +7,16 @@
 //   ...
 //   ReplayReport report = replay(bytes_of_log);
 //
-// Version 1 of the format. "quirelog", one byte 1, then varints (LEB128): num_blocks, block_size,
-// prefix_caching, async_depth; then calls. A call is one byte, operation + 16 * outcome; the
-// sequences, each by its number of birth 0, 1, ... (-1: not alive) as the difference to the one
-// before; two lists of integers; salt; a number; all of these as zigzag varints with lengths
-// before lists (salt: length + 1, 0 for none); and four bytes that check the result.
+// Version 2 of the format; others are refused. "quirelog", one byte 2, then varints (LEB128,
+// zigzag): num_blocks, block_size, prefix_caching, async_depth, eviction, event_capacity,
+// num_host_blocks, how many layer groups, and kind and size of each; then calls. A call is one
+// byte, operation + 16 * outcome; the sequences, each by its number of birth 0, 1, ... (-1: not
+// alive) as the difference to the one before; two lists of integers; salt; a number; all of these
+// as such varints with lengths before lists (salt: length + 1, 0 for none); and four bytes that
+// check the result.
+//
+// What stores hold decides what fetch() loads, so a log names the tier of each load; a replay needs
+// no store. take_offloads() and take_events() decide nothing and are not in a log.
 #pragma once
 
 #include <cstddef>
@@ -32,28 +37,47 @@ struct CallLogConfig {
   int32_t block_size;
   bool prefix_caching = true;
   int32_t async_depth = 0;
+  KVCacheOptions options{};
 };
 
 struct LoggedCall {
-  enum Operation : uint8_t { kCreate, kStep, kCommit, kFork, kTruncate, kFree, kRetire };
+  enum Operation : uint8_t {
+    kCreate,
+    kStep,
+    kCommit,
+    kFork,
+    kTruncate,
+    kFree,
+    kRetire,
+    kAttachStore,
+    kFetch,
+    kFetched,
+    kSwapOut,
+    kSwapIn,
+  };
   enum Outcome : uint8_t { kDone, kOutOfBlocks, kRefused };
 
   Operation operation = kCreate;
   Outcome outcome = kDone;
-  std::vector<int64_t> seqs{};    // numbers of birth
-  std::vector<int32_t> values{};  // create: tokens; step: num_new_tokens; commit: sampled
+  std::vector<int64_t> seqs{};  // numbers of birth
+  // create: tokens; step: num_new_tokens; commit: sampled; fetch: tiers of the loads
+  std::vector<int32_t> values{};
   std::vector<int32_t> counts{};  // commit: num_sampled
   std::optional<std::string> salt{};
-  int64_t number = 0;  // truncate: num_tokens; retire: ticket
+  // truncate: num_tokens; retire: ticket; attach_store: tier; fetched: num_blocks
+  int64_t number = 0;
   uint32_t check = 0;  // CRC-32C over the result and the counts of blocks, see ResultCheck
 };
 
 // What a call brought about, reduced to four bytes. Every implementation of a recorder adds the
 // same values in the same order:
-//   free           block_table of each sequence, before the call
-//   every call     int32 free, used and cached blocks, after the call; where it was done, also
-//   create, fork   int64 num_cached_tokens, and block_table of the new sequence
-//   step           slot_mapping, seq_lens, copies
+//   free               block_table of each sequence in each layer group, before the call
+//   every call         int32 free, used and cached blocks, after the call; where it was done, also
+//   create, fork       int64 num_cached_tokens, and block_table of the new sequence in each group
+//   step               slot_mapping, seq_lens, copies; of each group but the first: copies, and
+//                      block_table of each sequence
+//   fetch              blocks of all loads, then their keys, as 8 int32 each
+//   swap_out, swap_in  pairs
 class ResultCheck {
  public:
   void add(std::span<const int32_t> values) { add_bytes(std::as_bytes(values)); }
@@ -107,6 +131,12 @@ class CallRecorder {
   void truncate(SequenceId seq, int64_t num_tokens);
   void free(std::span<const SequenceId> seqs);
   void retire(int64_t ticket);
+  void attach_store(const KVStore& store);
+  std::vector<KVTransfer> take_offloads() { return manager_.take_offloads(); }
+  std::optional<std::vector<KVTransfer>> fetch(SequenceId seq);
+  void fetched(SequenceId seq, int32_t num_blocks);
+  std::optional<KVCacheManager::BlockPairs> swap_out(SequenceId seq);
+  std::optional<KVCacheManager::BlockPairs> swap_in(SequenceId seq);
 
   const KVCacheManager& manager() const { return manager_; }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The bytes of a log: writer, reader and check.
-#include <array>
+#include <algorithm>
 #include <ostream>
 
 #include "kv_store/crc32c.h"
@@ -10,7 +10,8 @@
 namespace quire {
 namespace {
 
-constexpr char kMagic[] = {'q', 'u', 'i', 'r', 'e', 'l', 'o', 'g', 1};
+constexpr char kMagic[] = {'q', 'u', 'i', 'r', 'e', 'l', 'o', 'g', 2};
+constexpr auto kLastKind = LayerGroup::Kind::kState;
 
 void put(std::string& out, int64_t value) {
   uint64_t rest = static_cast<uint64_t>(value) << 1 ^ static_cast<uint64_t>(value >> 63);
@@ -33,6 +34,15 @@ CallLogWriter::CallLogWriter(std::ostream& out, const CallLogConfig& config) : o
   put(buffer_, config.block_size);
   put(buffer_, config.prefix_caching);
   put(buffer_, config.async_depth);
+  const KVCacheOptions& options = config.options;
+  put(buffer_, static_cast<int64_t>(options.eviction));
+  put(buffer_, options.event_capacity);
+  put(buffer_, options.num_host_blocks);
+  put(buffer_, static_cast<int64_t>(options.groups.size()));
+  for (const LayerGroup& group : options.groups) {
+    put(buffer_, static_cast<int64_t>(group.kind));
+    put(buffer_, group.size);
+  }
   out_.write(buffer_.data(), static_cast<std::streamsize>(buffer_.size())).flush();
 }
 
@@ -57,14 +67,26 @@ void CallLogWriter::write(const LoggedCall& call) {
 CallLogReader::CallLogReader(std::span<const std::byte> log) : rest_(log) {
   const auto magic = std::as_bytes(std::span(kMagic));
   QUIRE_CHECK_ARG(log.size() >= magic.size() && std::equal(magic.begin(), magic.end(), log.begin()),
-                  "replay: log: expected a call log of version 1, got something else");
+                  "replay: log: expected a call log of version 2, got something else");
   rest_ = rest_.subspan(magic.size());
-  std::array<int64_t, 4> values{};
-  for (int64_t& value : values)
-    QUIRE_CHECK_ARG(get(value) && value >= 0 && value <= INT32_MAX,
+  const auto next = [&](int32_t most) {
+    int64_t value;
+    QUIRE_CHECK_ARG(get(value) && value >= 0 && value <= most,
                     "replay: log: expected the shape of a manager behind the version");
-  config_ = {static_cast<int32_t>(values[0]), static_cast<int32_t>(values[1]), values[2] != 0,
-             static_cast<int32_t>(values[3])};
+    return static_cast<int32_t>(value);
+  };
+  config_.num_blocks = next(INT32_MAX);
+  config_.block_size = next(INT32_MAX);
+  config_.prefix_caching = next(1) != 0;
+  config_.async_depth = next(INT32_MAX);
+  KVCacheOptions& options = config_.options;
+  options.eviction = static_cast<Eviction>(next(static_cast<int32_t>(Eviction::kReuseLru)));
+  options.event_capacity = next(INT32_MAX);
+  options.num_host_blocks = next(INT32_MAX);
+  for (int32_t left = next(INT32_MAX); left > 0; --left) {
+    const auto kind = static_cast<LayerGroup::Kind>(next(static_cast<int32_t>(kLastKind)));
+    options.groups.push_back({kind, next(INT32_MAX)});
+  }
 }
 
 bool CallLogReader::get(int64_t& value) {
@@ -97,7 +119,7 @@ bool CallLogReader::read(LoggedCall& call) {
   if (rest_.empty()) return false;
   const auto head = static_cast<uint8_t>(rest_[0]);
   rest_ = rest_.subspan(1);
-  if ((head & 15) > LoggedCall::kRetire || head >> 4 > LoggedCall::kRefused) return false;
+  if ((head & 15) > LoggedCall::kSwapIn || head >> 4 > LoggedCall::kRefused) return false;
   call.operation = static_cast<LoggedCall::Operation>(head & 15);
   call.outcome = static_cast<LoggedCall::Outcome>(head >> 4);
   int64_t num_seqs, salt_size;

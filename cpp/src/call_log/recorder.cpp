@@ -1,68 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// CallRecorder and replay(): both reduce the result of a call by the same functions.
-#include <array>
-
-#include "quire/call_log.h"
+// CallRecorder: each call is run, then written with its outcome and check.
+#include "call_log/results.h"
 #include "quire/error.h"
 
 namespace quire {
-namespace {
 
-void add_counts(const KVCacheManager& manager, ResultCheck& check) {
-  const KVCacheStats stats = manager.stats();
-  const std::array<int32_t, 3> counts = {stats.free_blocks, stats.used_blocks, stats.cached_blocks};
-  check.add(counts);
-}
-
-uint32_t check_born(const KVCacheManager& manager, SequenceId seq) {
-  ResultCheck check;
-  add_counts(manager, check);
-  const int64_t num_cached = manager.num_cached_tokens(seq);
-  check.add(std::span(&num_cached, 1));
-  check.add(manager.block_table(seq));
-  return check.value();
-}
-
-uint32_t check_step(const KVCacheManager& manager, const StepBatch* batch) {
-  ResultCheck check;
-  add_counts(manager, check);
-  if (batch) {
-    check.add(std::span<const int64_t>(batch->slot_mapping().data(), batch->slot_mapping().size()));
-    check.add(std::span<const int32_t>(batch->seq_lens().data(), batch->seq_lens().size()));
-    check.add(std::span<const int32_t>(batch->copies().data(), batch->copies().size()));
-  }
-  return check.value();
-}
-
-// The tables of sequences that are about to be freed; those not alive have none.
-template <class Seqs>
-ResultCheck tables_of(const KVCacheManager& manager, const Seqs& seqs) {
-  ResultCheck check;
-  for (SequenceId seq : seqs) {
-    try {
-      check.add(manager.block_table(seq));
-    } catch (const InvalidArgument&) {
-    }
-  }
-  return check;
-}
-
-// Tables come before the call, counts after it.
-uint32_t check_free(const KVCacheManager& manager, ResultCheck tables) {
-  add_counts(manager, tables);
-  return tables.value();
-}
-
-uint32_t check_counts(const KVCacheManager& manager) {
-  ResultCheck check;
-  add_counts(manager, check);
-  return check.value();
-}
-
-}  // namespace
+using namespace call_log;
 
 CallRecorder::CallRecorder(const CallLogConfig& config, std::ostream& log)
-    : manager_(config.num_blocks, config.block_size, config.prefix_caching, config.async_depth),
+    : manager_(config.num_blocks, config.block_size, config.prefix_caching, config.async_depth,
+               config.options),
       writer_(log, config) {}
 
 std::vector<int64_t> CallRecorder::births_of(std::span<const SequenceId> seqs) const {
@@ -109,7 +56,7 @@ const StepBatch* CallRecorder::step(std::span<const SequenceId> seqs,
   record(call, [&] {
     batch = manager_.step(seqs, num_new_tokens);
     if (!batch) call.outcome = LoggedCall::kOutOfBlocks;
-    call.check = check_step(manager_, batch);
+    call.check = check_step(manager_, seqs, batch);
   });
   return batch;
 }
@@ -163,97 +110,58 @@ void CallRecorder::retire(int64_t ticket) {
   });
 }
 
-namespace {
-
-// A new manager that runs logged calls.
-class Replayer {
- public:
-  explicit Replayer(const CallLogConfig& config)
-      : manager_(config.num_blocks, config.block_size, config.prefix_caching, config.async_depth) {}
-
-  // What the call gives now: outcome and check, the rest as in `logged`.
-  LoggedCall run(const LoggedCall& logged) {
-    LoggedCall call = logged;
-    call.outcome = LoggedCall::kDone;
-    seqs_.clear();
-    for (int64_t birth : call.seqs) seqs_.push_back(born(birth));
-    try {
-      call.check = run(call, call.outcome);
-    } catch (const InvalidArgument&) {
-      call.outcome = LoggedCall::kRefused;
-      call.check = check_counts(manager_);
-    }
-    return call;
-  }
-
-  const KVCacheManager& manager() const { return manager_; }
-
- private:
-  SequenceId born(int64_t birth) const {
-    const bool is_known = birth >= 0 && birth < static_cast<int64_t>(born_.size());
-    return is_known ? born_[static_cast<size_t>(birth)] : SequenceId{};
-  }
-  SequenceId only_seq() const { return seqs_.size() == 1 ? seqs_[0] : SequenceId{}; }
-
-  uint32_t run(const LoggedCall& call, LoggedCall::Outcome& outcome) {
-    switch (call.operation) {
-      case LoggedCall::kCreate:
-        born_.push_back(manager_.create(call.values, call.salt));
-        return check_born(manager_, born_.back());
-      case LoggedCall::kFork:
-        born_.push_back(manager_.fork(only_seq()));
-        return check_born(manager_, born_.back());
-      case LoggedCall::kStep: {
-        const StepBatch* batch = manager_.step(seqs_, call.values);
-        if (!batch) outcome = LoggedCall::kOutOfBlocks;
-        return check_step(manager_, batch);
-      }
-      case LoggedCall::kCommit:
-        manager_.commit(seqs_, call.values, call.counts);
-        break;
-      case LoggedCall::kTruncate:
-        manager_.truncate(only_seq(), call.number);
-        break;
-      case LoggedCall::kFree: {
-        ResultCheck tables = tables_of(manager_, seqs_);
-        manager_.free(seqs_);
-        return check_free(manager_, std::move(tables));
-      }
-      case LoggedCall::kRetire:
-        manager_.retire(call.number);
-        break;
-    }
-    return check_counts(manager_);
-  }
-
-  KVCacheManager manager_;
-  std::vector<SequenceId> born_;  // by number of birth
-  std::vector<SequenceId> seqs_;  // of the call
-};
-
-std::string describe(const LoggedCall& call) {
-  static constexpr const char* kOutcomes[] = {"done", "out of blocks", "refused"};
-  return concat(kOutcomes[call.outcome], " (check ", call.check, ")");
+void CallRecorder::attach_store(const KVStore& store) {
+  LoggedCall call{.operation = LoggedCall::kAttachStore};
+  call.number = static_cast<int64_t>(store.tier());
+  record(call, [&] {
+    manager_.attach_store(store);
+    call.check = check_counts(manager_);
+  });
 }
 
-constexpr const char* kOperations[] = {"create",   "step", "commit", "fork",
-                                       "truncate", "free", "retire"};
+std::optional<std::vector<KVTransfer>> CallRecorder::fetch(SequenceId seq) {
+  LoggedCall call{.operation = LoggedCall::kFetch, .seqs = births_of({&seq, 1})};
+  std::optional<std::vector<KVTransfer>> loads;
+  record(call, [&] {
+    loads = manager_.fetch(seq);
+    call.check = check_loads(manager_, loads);
+    if (loads)
+      for (const KVTransfer& load : *loads) call.values.push_back(static_cast<int32_t>(load.tier));
+    else
+      call.outcome = LoggedCall::kOutOfBlocks;
+  });
+  return loads;
+}
 
-}  // namespace
+void CallRecorder::fetched(SequenceId seq, int32_t num_blocks) {
+  LoggedCall call{.operation = LoggedCall::kFetched, .seqs = births_of({&seq, 1})};
+  call.number = num_blocks;
+  record(call, [&] {
+    manager_.fetched(seq, num_blocks);
+    call.check = check_counts(manager_);
+  });
+}
 
-ReplayReport replay(std::span<const std::byte> log) {
-  CallLogReader reader(log);
-  Replayer replayer(reader.config());
-  ReplayReport report;
-  for (LoggedCall logged; reader.read(logged); ++report.num_calls) {
-    const LoggedCall now = replayer.run(logged);
-    if (now.outcome == logged.outcome && now.check == logged.check) continue;
-    report.difference = concat("call ", report.num_calls, ", ", kOperations[logged.operation],
-                               ": expected ", describe(logged), ", got ", describe(now));
-    break;
-  }
-  replayer.manager().validate();
-  return report;
+std::optional<KVCacheManager::BlockPairs> CallRecorder::swap_out(SequenceId seq) {
+  LoggedCall call{.operation = LoggedCall::kSwapOut, .seqs = births_of({&seq, 1})};
+  std::optional<KVCacheManager::BlockPairs> pairs;
+  record(call, [&] {
+    pairs = manager_.swap_out(seq);
+    if (!pairs) call.outcome = LoggedCall::kOutOfBlocks;
+    call.check = check_pairs(manager_, pairs);
+  });
+  return pairs;
+}
+
+std::optional<KVCacheManager::BlockPairs> CallRecorder::swap_in(SequenceId seq) {
+  LoggedCall call{.operation = LoggedCall::kSwapIn, .seqs = births_of({&seq, 1})};
+  std::optional<KVCacheManager::BlockPairs> pairs;
+  record(call, [&] {
+    pairs = manager_.swap_in(seq);
+    if (!pairs) call.outcome = LoggedCall::kOutOfBlocks;
+    call.check = check_pairs(manager_, pairs);
+  });
+  return pairs;
 }
 
 }  // namespace quire
