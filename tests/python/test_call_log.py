@@ -107,6 +107,7 @@ def test_swaps_and_fetches_replay_without_the_stores(tmp_path, eviction):
             num_swapped += len(manager.swap_in(seq))
             tiers.offload()
         manager.free([seq])
+        tiers.drain()
     manager.validate()
     assert num_fetched >= 60 and num_swapped >= 20
     assert manager.stats().file_hit_tokens > 0
