@@ -17,8 +17,9 @@ QuireStatus quire_scheduler_new(QuireKVCacheManager* manager, const QuireSchedul
     QuireScheduler*& out = deref("quire_scheduler_new: scheduler", scheduler);
     const auto given = read_struct<QuireSchedulerConfig>("quire_scheduler_new: config", config,
                                                          QUIRE_SCHEDULER_CONFIG_INIT);
-    const quire::SchedulerConfig wanted{given.max_tokens_per_step, given.max_seqs, given.watermark,
-                                        given.prefix_window, given.max_overtakes};
+    const quire::SchedulerConfig wanted{given.max_tokens_per_step, given.max_seqs,
+                                        given.watermark,           given.prefix_window,
+                                        given.max_overtakes,       {}};
     out = new QuireScheduler{quire::Scheduler(self, wanted)};
   });
 }
