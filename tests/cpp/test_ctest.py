@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -19,4 +20,4 @@ def test_cpp():
     """Needs CMake, Ninja and the system package doctest-dev."""
     run("cmake", "--preset", "dev")
     run("cmake", "--build", "--preset", "dev")
-    assert "100% tests passed" in run("ctest", "--preset", "dev")
+    assert "100% tests passed" in run("ctest", "--preset", "dev", "-j", str(os.cpu_count()))
