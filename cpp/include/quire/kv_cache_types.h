@@ -64,9 +64,9 @@ struct KVCacheStats {
 
 struct KVCacheOptions {
   Eviction eviction = Eviction::kLru;
-  int32_t event_capacity = 0;      // events kept for take_events(); 0: none are made
-  int32_t num_host_blocks = 0;     // for swap_out()
-  std::vector<LayerGroup> groups;  // the first is full attention; none: that one alone
+  int32_t event_capacity = 0;           // events kept for take_events(); 0: none are made
+  int32_t num_host_blocks = 0;          // for swap_out()
+  std::vector<LayerGroup> groups = {};  // the first is full attention; none: that one alone
 };
 
 // Blocks of one layer group.

@@ -46,8 +46,8 @@ struct SchedulerConfig {
   double watermark = 0.01;  // share of the blocks that admission leaves free
   // Of this many waiting requests of equal rank the one with the longest cached prefix comes first.
   int32_t prefix_window = 1;
-  int32_t max_overtakes = 256;  // then a request is due, whatever its rank
-  PreemptionCosts preemption;   // as they are: nothing is swapped
+  int32_t max_overtakes = 256;      // then a request is due, whatever its rank
+  PreemptionCosts preemption = {};  // as they are: nothing is swapped
 };
 
 struct RequestOptions {
