@@ -106,6 +106,13 @@ inline void mov(M& m, const I& i) {
     const int bits = 4 * ptx_bytes(i.type);
     return m.set(i.operands[0], m.get(halves[0]) | m.get(halves[1]) << bits);
   }
+  if (i.operands[0].kind == PtxOperand::Kind::kVector) {
+    const auto& halves = i.operands[0].elements;
+    const int bits = 4 * ptx_bytes(i.type);
+    const uint64_t value = m.u(i, 1);
+    m.set(halves[0], value & ((uint64_t{1} << bits) - 1));
+    return m.set(halves[1], value >> bits);
+  }
   m.set(i.operands[0], i.type == PtxType::kF32 ? m.get(i.operands[1]) & 0xFFFFFFFF : m.u(i, 1));
 }
 

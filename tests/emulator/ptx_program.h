@@ -132,7 +132,25 @@ class PtxProgram {
     return parts;
   }
 
+  // "{ .reg .b16 tmp; mov.b32 {tmp, %rs1}, %r1; }": a register of its own, and what uses it.
+  void parse_block(const std::string& line) {
+    std::istringstream statements(line.substr(1, line.rfind('}') - 1));
+    std::string own;
+    for (std::string statement; std::getline(statements, statement, ';');) {
+      statement = trimmed(statement);
+      if (statement.empty()) continue;
+      if (statement.rfind(".reg", 0) == 0) {
+        own = statement.substr(statement.rfind(' ') + 1);
+        continue;
+      }
+      const size_t at = own.empty() ? std::string::npos : statement.find(own);
+      if (at != std::string::npos) statement.insert(at, "%");
+      parse_line(statement + ";");
+    }
+  }
+
   void parse_line(std::string line) {
+    if (line.front() == '{') return parse_block(line);
     if (line.back() == ':') {
       labels_[line.substr(0, line.size() - 1) + scope_] = instructions_.size();
       return;
