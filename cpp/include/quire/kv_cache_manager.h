@@ -31,9 +31,9 @@
 // Every function either does all it says or throws InvalidArgument and changes nothing.
 //
 // Any number of threads may call every function at any time. match() and stats() give way to the
-// other calls after every few blocks: whoever plans the steps waits for these, and longer only where
-// the system takes the reader off its core just then. lock() makes several calls one. What
-// is handed out by reference (StepBatch, valid until the next step; pending_tokens(), batch(),
+// other calls after every few blocks: whoever plans the steps waits for these, and longer only
+// where the system takes the reader off its core just then. lock() makes several calls one. What is
+// handed out by reference (StepBatch, valid until the next step; pending_tokens(), batch(),
 // allocator()) is not protected once the call is over: read it in the thread that steps, or under
 // lock().
 #pragma once
