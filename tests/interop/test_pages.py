@@ -35,7 +35,12 @@ def run(code: str) -> None:
 
 def test_each_section_has_its_example_and_each_page_its_blocks():
     titles = [title for title, _ in SECTIONS]
-    assert titles == ["Layers that differ", "Any other framework", "Several processes"]
+    assert titles == [
+        "Layers that differ",
+        "Beyond the pool",
+        "Any other framework",
+        "Several processes",
+    ]
     assert README.count("```python") == len(SECTIONS)
     for name in ("numpy", "torch", "jax", "transformers"):
         assert program((ROOT / f"python/docs/{name}.md").read_text()).count("assert ") >= 4
