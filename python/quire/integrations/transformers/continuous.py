@@ -3,12 +3,15 @@
 
 A ManagedCache has the tables of a step. transformers' own cache hands out row numbers, one for each
 token: ``page * page_size + offset`` in a layer's view of the pool. A step's block tables follow
-from them once for all layers of an allocator.
+from them once for all layers of an allocator. Layers with a sliding window have ring buffers there,
+``slot = position % window``: a chunk of a prompt that overwrites keys which its own first rows
+still see attends to the ring before it writes, and apart to its own keys.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,19 +27,35 @@ _STEP = "_quire_step"  # on an allocator: the tables of the running step
 
 
 @dataclass
+class Past:
+    """The keys that were written before a step, of sequences with one number of rows that see them.
+
+    rows: int64, which rows of q those are, num_rows of each sequence; block_table int32
+    [sequences, max_blocks] and seq_lens int32 [sequences] as `quire.paged_attention` has them.
+    """
+
+    num_rows: int
+    rows: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+@dataclass
 class Step:
     """What all layers of one allocator share in a step.
 
-    slots: int64 [total_q], where the new keys go; cu_seqlens_q, cu_seqlens_k: int32 [batch + 1].
-    block_table: int32 [batch, max_blocks] with seq_lens, int32 [batch]; None where the keys do not
-    lie in pages as they are wanted: then the allocator itself writes and gathers.
+    slots: int64 [total_q], where the new keys go, -1 for those that the chunk itself overwrites;
+    cu_seqlens_q: int32 [batch + 1]; block_size: of the tables [tokens].
+    block_table: int32 [batch, max_blocks] with seq_lens, int32 [batch], of all keys once the new
+    ones are written; None where the new ones are to be attended to apart from `past`, and first.
     """
 
     slots: torch.Tensor
     cu_seqlens_q: torch.Tensor
-    cu_seqlens_k: torch.Tensor
+    block_size: int
     block_table: torch.Tensor | None = None
     seq_lens: torch.Tensor | None = None
+    past: list[Past] = field(default_factory=list)
 
 
 def attend_continuous(
@@ -55,23 +74,74 @@ def attend_continuous(
     if isinstance(cache, ManagedCache):
         return _attend_managed(layer, q, k, v, cache, options)
     allocator = cache.layer_to_allocator[layer]
-    read_index = kwargs["read_index"][allocator.index]
-    write_index = kwargs["write_index"][allocator.index]
     if layer == allocator.layer_indices[0]:
+        read_index = kwargs["read_index"][allocator.index]
+        write_index = kwargs["write_index"][allocator.index]
         cu_k = kwargs["cu_seq_lens_k"][allocator.layer_type]
         step = plan_step(allocator, read_index, write_index, kwargs["cu_seq_lens_q"], cu_k)
         setattr(allocator, _STEP, step)
     step = getattr(allocator, _STEP)
-    options = {**options, "cu_seqlens_q": step.cu_seqlens_q}
+    k_pages, v_pages = _pages(allocator, layer, step.block_size)
     out: Any
     if step.block_table is None:
-        k, v = allocator.update(k, v, layer, read_index, write_index)
-        out = quire.attention(q, k, v, cu_seqlens_k=step.cu_seqlens_k, **options)
-    else:
-        k_pages, v_pages = allocator._kv_page_views[layer]
+        out = _attend_apart(q, k, v, k_pages, v_pages, step, options)
         quire.append_kv(k, v, k_pages, v_pages, step.slots)
-        out = quire.paged_attention(q, k_pages, v_pages, step.block_table, step.seq_lens, **options)
+    else:
+        quire.append_kv(k, v, k_pages, v_pages, step.slots)
+        table, lengths, rows = step.block_table, step.seq_lens, step.cu_seqlens_q
+        out = quire.paged_attention(
+            q, k_pages, v_pages, table, lengths, cu_seqlens_q=rows, **options
+        )
     return out
+
+
+def _pages(allocator: Any, layer: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's K and V [num_blocks, block_size, num_kv_heads, head_dim]: pages or parts of pages.
+
+    The rows of both lead to the pool's end, and V's begin later: K's are cut to as many blocks.
+    """
+    k_rows, v_rows = allocator._kv_token_views[layer]
+    num_rows = len(v_rows) // block_size * block_size
+    k_pages, v_pages = (x[:num_rows].unflatten(0, (-1, block_size)) for x in (k_rows, v_rows))
+    return k_pages, v_pages
+
+
+def _attend_apart(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    step: Step,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Attention to the new keys and to those before, joined; nothing has been written yet."""
+    rows = step.cu_seqlens_q
+    parts: Any = quire.attention(
+        q, k, v, cu_seqlens_q=rows, cu_seqlens_k=rows, return_lse=bool(step.past), **options
+    )
+    if not step.past:
+        return parts
+    out, lse = parts
+    past_out, past_lse = torch.zeros_like(out), torch.full_like(lse, -math.inf)
+    window = options["window"][0] + 1
+    for past in step.past:
+        # A row stands `num_rows` further left against keys of the past alone, and sees all of
+        # them on its right. The sinks are in the other part.
+        apart = {**options, "causal": False, "window": (window - 1 - past.num_rows, -1)}
+        apart["sinks"] = None
+        count = len(past.seq_lens)
+        past_out[past.rows], past_lse[:, past.rows] = quire.paged_attention(
+            q[past.rows],
+            k_pages,
+            v_pages,
+            past.block_table,
+            past.seq_lens,
+            cu_seqlens_q=torch.arange(count + 1, dtype=torch.int32) * past.num_rows,
+            return_lse=True,
+            **apart,
+        )
+    return quire.merge_states([out, past_out], [lse, past_lse])[0]
 
 
 def _attend_managed(
@@ -105,57 +175,67 @@ def plan_step(
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
 ) -> Step:
-    """What a step's layers share. The allocator must write and gather in two cases.
+    """What a step's layers share.
 
-    A step without a past needs no pages: the new keys are all there are. And a chunk of a prompt
-    in a ring buffer overwrites slots that its first rows still see.
+    read_index: the rows of each sequence's keys, oldest first, from cu_k[i] on; empty where the new
+    keys are all there are. Of a ring those that the step writes are no rows yet.
     """
-    step = Step(write_index.to(torch.int64), cu_q.to(torch.int32), cu_k.to(torch.int32))
+    block_size = allocator.tokens_per_page
+    slots, cu_q = write_index.to(torch.int64), cu_q.to(torch.int32)
+    if not isinstance(allocator, SlidingAttentionCacheAllocator):
+        step = Step(slots, cu_q, block_size)
+        if read_index.numel():
+            step.block_table, step.seq_lens = _tables(read_index, cu_k[:-1], cu_k[1:], block_size)
+        return step
+    # Blocks that fill a ring without remainder: keys that follow each other over its end do so in
+    # the table, too.
+    window = allocator.sliding_window
+    block_size = math.gcd(window, block_size)
+    slots = torch.where(slots == allocator.write_trash_index, -1, slots)
+    step = Step(slots, cu_q, block_size)
     if read_index.numel() == 0:
         return step
-    page_size = allocator.tokens_per_page
-    if not isinstance(allocator, SlidingAttentionCacheAllocator):
-        step.block_table = _pages_of_rows(read_index, step.cu_seqlens_k, page_size)
-        step.seq_lens = step.cu_seqlens_k.diff()
-    elif cu_q.numel() - 1 == int(cu_q[-1]) and allocator.sliding_window % page_size == 0:
-        step.block_table, step.seq_lens = _ring_tables(
-            read_index, write_index, step.cu_seqlens_k, page_size, allocator.sliding_window
-        )
+    if int(cu_k.diff().max()) <= window:  # nothing is written over a key that is still seen
+        rows = read_index.clone()
+        rows[rows == allocator.sentinel_index] = write_index
+        step.block_table, step.seq_lens = _tables(rows, cu_k[:-1], cu_k[1:], block_size)
+    else:
+        step.past = _split_past(read_index, cu_q, cu_k, window, block_size)
     return step
 
 
-def _pages_of_rows(rows: torch.Tensor, cu_k: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Every page_size-th row of a sequence begins a page."""
-    num_pages = (cu_k.diff() + page_size - 1) // page_size
-    column = torch.arange(int(num_pages.max()), dtype=torch.int64)
-    first = cu_k[:-1, None].to(torch.int64) + column * page_size
-    first = torch.where(column < num_pages[:, None], first, 0)
-    return (rows[first] // page_size).to(torch.int32)
+def _split_past(
+    rows: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, window: int, block_size: int
+) -> list[Past]:
+    """The rings as they are before a step, for the rows that see any of their keys.
 
-
-def _ring_tables(
-    rows: torch.Tensor, new_rows: torch.Tensor, cu_k: torch.Tensor, page_size: int, window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tables and lengths of one new token a sequence in ring buffers: slot = position % window.
-
-    The new token takes the slot of the one that leaves the window, so writing first is safe. In a
-    ring that has wrapped, the page of the new token is the newest up to it and the oldest behind
-    it: it stands at both ends of the table, and the window hides what does not belong to an end.
+    One `Past` for each number of such rows: the window against keys of the past alone depends on
+    it. All decoding sequences are in one.
     """
-    tables, lengths = [], []
-    for i, new_row in enumerate(new_rows.tolist()):
-        old = rows[int(cu_k[i]) : int(cu_k[i + 1]) - 1]  # without the new token's own entry
-        new_page, offset = divmod(new_row, page_size)
-        if old.numel() < window - 1:  # not wrapped: from slot 0 on
-            pages = old[::page_size] // page_size
-            if old.numel() % page_size == 0:
-                pages = torch.cat([pages, pages.new_tensor([new_page])])
-            lengths.append(old.numel() + 1)
-        else:
-            others = old[page_size - 1 - offset :: page_size] // page_size
-            ends = others.new_tensor([new_page])
-            pages = torch.cat([ends, others[: window // page_size - 1], ends])
-            lengths.append(window + offset + 1)
-        tables.append(pages.to(torch.int32))
-    table = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
-    return table, torch.tensor(lengths, dtype=torch.int32)
+    new = cu_q.diff()
+    end = cu_k[1:] - new
+    seeing = torch.where(end > cu_k[:-1], new.clamp(max=window - 1), 0)
+    found = []
+    for num_rows in seeing.unique().tolist():
+        if num_rows:
+            chosen = seeing == num_rows
+            q_rows = cu_q[:-1][chosen, None] + torch.arange(num_rows)
+            table, lengths = _tables(rows, cu_k[:-1][chosen], end[chosen], block_size)
+            found.append(Past(num_rows, q_rows.flatten(), table, lengths))
+    return found
+
+
+def _tables(
+    rows: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block table and lengths of the sequences whose keys' rows are ``rows[begin[i]:end[i]]``.
+
+    The oldest key may lie inside its block: what the block holds before it counts in the length,
+    and is hidden by the window, for it is as old or older, or, in a ring, not the sequence's turn.
+    """
+    first = rows[begin.long()] % block_size
+    lengths = first + (end - begin)
+    column = torch.arange(int((lengths.max() + block_size - 1) // block_size))
+    at = begin[:, None] + (column * block_size - first[:, None]).clamp(min=0)
+    at = torch.where(column * block_size < lengths[:, None], at, begin[:, None])
+    return (rows[at] // block_size).to(torch.int32), lengths.to(torch.int32)
