@@ -117,40 +117,6 @@ AttentionPlan plan_on_device(const Attention& attention, TensorArgs& args, const
                              nb::handle block_table, nb::handle seq_lens, nb::handle cu_seqlens_q,
                              std::optional<int> max_total_q, nb::handle stream) {
   QUIRE_CHECK_ARG(
-      table.ndim == 2 && table.dtype == DType::kInt32 &&
-          (table.shape[1] <= 1 || table.strides[1] == 1),
-      "plan: block_table: expected [batch, max_blocks] int32 with contiguous rows, got ",
-      describe(table));
-  QUIRE_CHECK_ARG(max_total_q.has_value() != cu_seqlens_q.is_none(),
-                  "plan: max_total_q: expected with cu_seqlens_q on a GPU, and only then");
-  const int64_t n = table.shape[0];
-  AttentionBatch batch;
-  batch.batch_size = static_cast<int>(n);
-  batch.seq_lens = device_lengths(args, seq_lens, "plan: seq_lens", n, table.device);
-  if (!cu_seqlens_q.is_none())
-    batch.cu_seqlens_q =
-        device_lengths(args, cu_seqlens_q, "plan: cu_seqlens_q", n + 1, table.device);
-  batch.block_table = table.as<int32_t>();
-  batch.block_table_stride = table.strides[0];
-  batch.max_blocks = static_cast<int>(table.shape[1]);
-  void* handle = stream_of(stream, block_table, table.device, "plan");
-  nb::gil_scoped_release release;
-  return attention.plan_on_device(batch, max_total_q.value_or(batch.batch_size), handle);
-}
-
-AttentionPlan make_plan(const Attention& attention, nb::handle block_table, nb::handle seq_lens,
-                        nb::handle cu_seqlens_q, std::optional<int> max_total_q,
-                        nb::handle stream) {
-  TensorArgs args;
-  const TensorView table = args.input(block_table, "plan: block_table");
-  QUIRE_CHECK_ARG(attention.desc().block_size > 0, "plan: expected an Attention with a block_size");
-  if (table.device.type != DeviceType::kCPU)
-    return plan_on_device(attention, args, table, block_table, seq_lens, cu_seqlens_q, max_total_q,
-                          stream);
-  QUIRE_CHECK_ARG(!max_total_q && stream.is_none(),
-                  "plan: max_total_q, stream: expected only with a block_table on a GPU");
-  const Int32Arg lengths(seq_lens, "plan: seq_lens");
-  QUIRE_CHECK_ARG(
       table.ndim == 2 && table.dtype == DType::kInt32 && table.device == attention.device() &&
           (table.shape[1] <= 1 || table.strides[1] == 1),
       "plan: block_table: expected [batch, max_blocks] int32 with contiguous rows on the "
