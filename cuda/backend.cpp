@@ -9,6 +9,7 @@
 #include "host/arch.h"
 #include "host/boxes.h"
 #include "host/cache_ops.h"
+#include "host/device_plan.h"
 #include "host/plan_memory.h"
 #include "host/select.h"
 #include "quire/error.h"
@@ -83,7 +84,13 @@ class CudaBackend final : public Backend {
 
   std::shared_ptr<void> prepare(const AttentionDesc& desc, const AttentionPlan& plan,
                                 Device device) const override {
-    return std::make_shared<PlanOnGpu>(gpu(device.index), desc, plan);
+    return std::shared_ptr<PlanOnGpu>(std::make_shared<SentPlan>(gpu(device.index), desc, plan));
+  }
+
+  std::shared_ptr<void> plan_on_device(const AttentionDesc& desc, const AttentionBatch& batch,
+                                       int max_total_q, const Stream& stream) const override {
+    return std::shared_ptr<PlanOnGpu>(std::make_shared<DevicePlan>(
+        gpu(stream.device.index), desc, batch, max_total_q, stream.handle));
   }
 
   size_t workspace_size(const AttentionDesc&, const AttentionPlan& plan) const override {
@@ -110,13 +117,14 @@ class CudaBackend final : public Backend {
     on_gpu->use(stream.handle, args);
     const auto mode = static_cast<int>(mode_of(params, args.is_aligned));
     const WorkItem* items = args.items;
+    const device::ItemRange* ranges = args.range;
     for (const PlanOnGpu::Segment& segment : on_gpu->segments()) {
       args.items = items + segment.first;
       args.num_items = segment.count;
+      args.range = ranges ? ranges + segment.phase : nullptr;
       const Kernel& kernel = *on_gpu->kernels().kernels[segment.phase][mode];
       if (kernel.box_rows > 0) set_boxes(gpu.driver(), kernel.box_rows, boxed);
-      // A block an item: the device deals them out in order, the longest first.
-      gpu.launch(kernel, segment.count, &boxed, stream.handle);
+      gpu.launch(kernel, segment.blocks, &boxed, stream.handle);
     }
   }
 

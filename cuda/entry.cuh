@@ -5,6 +5,7 @@
 
 #include "kernels/cache_ops.h"
 #include "kernels/decode.h"
+#include "kernels/plan.h"
 #include "kernels/prefill.h"
 #include "kernels/sm90/prefill.h"
 
@@ -67,4 +68,10 @@
   extern "C" __global__ void __launch_bounds__(threads) merge_states_##type##_##threads( \
       const __grid_constant__ quire::device::MergeStatesArgs args) {                     \
     quire::device::merge_states<quire::device::type, threads>(args);                     \
+  }
+
+#define QUIRE_PLAN(threads)                                                  \
+  extern "C" __global__ void __launch_bounds__(threads)                      \
+      plan_##threads(const __grid_constant__ quire::device::PlanArgs args) { \
+    quire::device::plan<quire::device::PlannerTraits<threads>>(args);        \
   }

@@ -13,6 +13,10 @@ const Handle kPerThreadStream = reinterpret_cast<Handle>(2);
 
 }  // namespace
 
+StreamId::StreamId(Handle handle)
+    : handle(handle),
+      thread(handle == kPerThreadStream ? std::this_thread::get_id() : std::thread::id()) {}
+
 PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim) {
   constexpr size_t kAlignment = 64;
   size_t end = 0;
@@ -33,35 +37,37 @@ PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim) {
   total_bytes = end;
 }
 
-PlanOnGpu::PlanOnGpu(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& plan)
+PlanOnGpu::PlanOnGpu(Gpu& gpu, const AttentionDesc& desc)
     : gpu_(gpu),
       kernels_(select(desc, gpu.info().isa)),
-      layout_(plan, kernels_.head_dim),
       num_heads_(desc.num_heads),
       num_kv_heads_(desc.num_kv_heads),
       head_dim_(desc.head_dim),
       head_dim_v_(desc.head_dim_v ? desc.head_dim_v : desc.head_dim),
       dtype_(element_type(desc.dtype)),
       kv_dtype_(element_type(desc.kv_dtype)),
-      num_partial_rows_(plan.partial_rows),
-      is_paged_(desc.block_size > 0) {
-  stage(plan);
-  // Loading and allocating take long and may not happen while a stream is captured: now is the
-  // time.
-  const ContextScope scope(gpu_);
-  for (const Segment& segment : segments_)
-    for (const Kernel* kernel : kernels_.kernels[segment.phase]) gpu_.function(*kernel);
-  if (layout_.total_bytes > 0)
-    copies_.push_back({nullptr, {}, gpu_.acquire(layout_.staged_bytes, layout_.total_bytes)});
+      is_paged_(desc.block_size > 0) {}
+
+void PlanOnGpu::add_segment(Phase phase, int first, int count, int64_t blocks) {
+  segments_.push_back({phase, first, count, blocks});
+  for (const Kernel* kernel : kernels_.kernels[phase]) gpu_.function(*kernel);
 }
 
-PlanOnGpu::~PlanOnGpu() {
+SentPlan::SentPlan(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& plan)
+    : PlanOnGpu(gpu, desc), layout_(plan, kernels_.head_dim), num_partial_rows_(plan.partial_rows) {
+  const ContextScope scope(gpu_);
+  stage(plan);
+  if (layout_.total_bytes > 0)
+    copies_.push_back({{}, gpu_.acquire(layout_.staged_bytes, layout_.total_bytes)});
+}
+
+SentPlan::~SentPlan() {
   // What a graph may still read is never used again.
   for (const Copy& copy : copies_) {
     if (copy.capture != 0) continue;
     try {
       if (copy.is_sent)
-        gpu_.release(copy.slab, copy.stream);
+        gpu_.release(copy.slab, copy.stream.handle);
       else
         gpu_.release_unused(copy.slab);
     } catch (const std::exception&) {  // the driver has shut down
@@ -76,7 +82,7 @@ bool PlanOnGpu::was_made_for(const AttentionParams& params) const {
          (params.block_size > 0) == is_paged_;
 }
 
-void PlanOnGpu::stage(const AttentionPlan& plan) {
+void SentPlan::stage(const AttentionPlan& plan) {
   staged_.resize(layout_.staged_bytes);
   const auto put = [this](size_t offset, const auto& values) {
     if (!values.empty())
@@ -93,7 +99,8 @@ void PlanOnGpu::stage(const AttentionPlan& plan) {
     for (const WorkItem& item : plan.items)
       if (phase_of(item) == phase) sorted.push_back(item);
     const int count = static_cast<int>(sorted.size()) - first;
-    if (count > 0) segments_.push_back({phase, first, count});
+    // A block an item: the device deals them out in order, the longest first.
+    if (count > 0) add_segment(phase, first, count, count);
   }
   put(layout_.sequences, plan.sequences);
   put(layout_.items, sorted);
@@ -101,43 +108,39 @@ void PlanOnGpu::stage(const AttentionPlan& plan) {
   put(layout_.block_ids, plan.block_ids);
 }
 
-PlanOnGpu::Copy& PlanOnGpu::copy_for(Handle stream) {
-  const std::thread::id thread =
-      stream == kPerThreadStream ? std::this_thread::get_id() : std::thread::id();
+SentPlan::Copy& SentPlan::copy_for(const StreamId& stream) {
   for (Copy& copy : copies_)
-    if ((copy.is_sent || copy.capture) && copy.stream == stream && copy.thread == thread)
-      return copy;
+    if ((copy.is_sent || copy.capture) && copy.stream == stream) return copy;
   for (Copy& copy : copies_)
     if (!copy.is_sent && !copy.capture) {  // the one that plan() has made
       copy.stream = stream;
-      copy.thread = thread;
       return copy;
     }
-  copies_.push_back({stream, thread, gpu_.acquire(layout_.staged_bytes, layout_.total_bytes)});
+  copies_.push_back({stream, gpu_.acquire(layout_.staged_bytes, layout_.total_bytes)});
   return copies_.back();
 }
 
-void PlanOnGpu::send(Copy& copy) {
+void SentPlan::send(Copy& copy) {
   // A copy that is captured happens when the graph runs, and not now: a run outside of the capture
   // needs its own.
-  const uint64_t capture = gpu_.capture_of(copy.stream);
+  const uint64_t capture = gpu_.capture_of(copy.stream.handle);
   if (capture != 0 && capture == copy.capture) return;
   std::memcpy(copy.slab->host, staged_.data(), staged_.size());
-  check(
-      gpu_.driver(),
-      gpu_.driver().copy_to_device(copy.slab->device, copy.slab->host, staged_.size(), copy.stream),
-      "cuMemcpyHtoDAsync", "plan");
+  check(gpu_.driver(),
+        gpu_.driver().copy_to_device(copy.slab->device, copy.slab->host, staged_.size(),
+                                     copy.stream.handle),
+        "cuMemcpyHtoDAsync", "plan");
   if (capture != 0)
     copy.capture = capture;
   else
     copy.is_sent = true;
 }
 
-void PlanOnGpu::use(Handle stream, device::AttentionArgs& args) {
+void SentPlan::use(Handle stream, device::AttentionArgs& args) {
   DeviceAddress base;
   {
     std::lock_guard lock(mutex_);
-    Copy& copy = copy_for(stream);
+    Copy& copy = copy_for(StreamId(stream));
     if (!copy.is_sent) send(copy);
     base = copy.slab->device;
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A plan on a GPU: its work lists, sorted by the kernel that takes them, and room for partial
-// results.
+// Plans on a GPU: their work lists, sorted by the kernel that takes them, and room for partial
+// results. SentPlan's were made by the host; for those that the device makes see device_plan.h.
 #pragma once
 
 #include <array>
@@ -14,6 +14,16 @@
 
 namespace quire::cuda {
 
+// The per-thread default stream is as many streams as there are threads.
+struct StreamId {
+  Handle handle = nullptr;
+  std::thread::id thread;
+
+  StreamId() = default;
+  explicit StreamId(Handle handle);
+  bool operator==(const StreamId&) const = default;
+};
+
 // Where the parts of a plan lie, in bytes from the begin of a slab. The first `staged_bytes` are
 // sent from the host; counters are among them, as they begin as zero.
 struct PlanLayout {
@@ -23,52 +33,69 @@ struct PlanLayout {
   PlanLayout(const AttentionPlan& plan, int head_dim);
 };
 
-// Made by plan(), before any stream is known; the first run on a stream sends the lists ahead of
-// its kernels. Every stream has a copy of its own, so runs on several streams do not meet. Streams
-// must outlive the plan, and the plan must outlive graphs that were captured from it.
 class PlanOnGpu {
  public:
-  // Work items [first, first + count) of the sorted list.
+  // What one kernel is launched for: work items [first, first + count) of the sorted list, or,
+  // where the device has made it, those that it says.
   struct Segment {
     Phase phase;
     int first, count;
+    int64_t blocks;
   };
 
-  PlanOnGpu(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& plan);
-  ~PlanOnGpu();
+  virtual ~PlanOnGpu() = default;
+  PlanOnGpu(const PlanOnGpu&) = delete;
 
   Gpu& gpu() const { return gpu_; }
   const KernelSet& kernels() const { return kernels_; }
   const std::vector<Segment>& segments() const { return segments_; }
-  size_t bytes() const { return layout_.total_bytes; }  // for each stream it runs on
   bool was_made_for(const AttentionParams& params) const;
 
+  virtual size_t bytes() const = 0;  // for each stream it runs on
   // Fills in what `args` needs of the plan, and sees that it is on the device before whatever is
   // put on the stream next.
-  void use(Handle stream, device::AttentionArgs& args);
+  virtual void use(Handle stream, device::AttentionArgs& args) = 0;
+
+ protected:
+  PlanOnGpu(Gpu& gpu, const AttentionDesc& desc);
+  // Loading takes long and may not happen while a stream is captured: plans do it when made.
+  void add_segment(Phase phase, int first, int count, int64_t blocks);
+
+  Gpu& gpu_;
+  const KernelSet kernels_;
+  const int num_heads_, num_kv_heads_, head_dim_, head_dim_v_;
+  const ElementType dtype_, kv_dtype_;
+  const bool is_paged_;
 
  private:
-  // One stream's copy. The per-thread default stream is as many streams as there are threads.
-  struct Copy {
-    Handle stream;
-    std::thread::id thread;
+  std::vector<Segment> segments_;
+};
+
+// Made by plan(), before any stream is known; the first run on a stream sends the lists ahead of
+// its kernels. Every stream has a copy of its own, so runs on several streams do not meet. Streams
+// must outlive the plan, and the plan must outlive graphs that were captured from it.
+class SentPlan final : public PlanOnGpu {
+ public:
+  SentPlan(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& plan);
+  ~SentPlan() override;
+
+  size_t bytes() const override { return layout_.total_bytes; }
+  void use(Handle stream, device::AttentionArgs& args) override;
+
+ private:
+  struct Copy {  // one stream's
+    StreamId stream;
     Slab* slab;
     bool is_sent = false;
     uint64_t capture = 0;  // the latest capture that sends it
   };
 
   void stage(const AttentionPlan& plan);
-  Copy& copy_for(Handle stream);
+  Copy& copy_for(const StreamId& stream);
   void send(Copy& copy);
 
-  Gpu& gpu_;
-  KernelSet kernels_;
   PlanLayout layout_;
-  int num_heads_, num_kv_heads_, head_dim_, head_dim_v_;
-  ElementType dtype_, kv_dtype_;
   int num_partial_rows_;
-  bool is_paged_;
-  std::vector<Segment> segments_;
   std::vector<std::byte> staged_;
   std::mutex mutex_;  // of copies_
   std::vector<Copy> copies_;

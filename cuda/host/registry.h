@@ -10,7 +10,7 @@
 
 namespace quire::cuda {
 
-enum class Family : uint8_t { kPrefill, kDecode, kAppend, kCopy, kMerge };
+enum class Family : uint8_t { kPrefill, kDecode, kAppend, kCopy, kMerge, kPlan };
 
 struct Kernel {
   const char* name;  // of the entry point
@@ -64,6 +64,12 @@ constexpr Kernel sm90_prefill(const char* name) {
   return kernel;
 }
 
+template <class Traits>
+constexpr Kernel planner(const char* name) {
+  return {name, Family::kPlan, ElementType::kFloat32, ElementType::kFloat32, 0,
+          0,    Mode::kFull,   Traits::kThreads,      Traits::kSharedBytes,  1};
+}
+
 constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, ElementType kv_dtype,
                           int threads) {
   return {name, family, dtype, kv_dtype, 0, 0, Mode::kFull, threads, 0, 1};
@@ -96,6 +102,7 @@ constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, El
 #define QUIRE_MERGE_STATES(type, threads)                                                        \
   cache_op("merge_states_" #type "_" #threads, Family::kMerge, element<type>(), element<type>(), \
            threads),
+#define QUIRE_PLAN(threads) planner<device::PlannerTraits<threads>>("plan_" #threads),
 
 inline constexpr Kernel kKernels[] = {
 #include "kernels_built.def"
@@ -110,6 +117,7 @@ inline constexpr Kernel kKernels[] = {
 #undef QUIRE_APPEND_KV_E4M3
 #undef QUIRE_COPY_BLOCKS
 #undef QUIRE_MERGE_STATES
+#undef QUIRE_PLAN
 
 }  // namespace rows
 

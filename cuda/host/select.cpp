@@ -2,6 +2,7 @@
 #include "host/select.h"
 
 #include <algorithm>
+#include <limits>
 #include <set>
 
 #include "host/arch.h"
@@ -9,9 +10,6 @@
 
 namespace quire::cuda {
 namespace {
-
-// Rows that are better streamed past by the decode kernel, 16 at a time, than padded to a tile.
-constexpr int kDecodeRows = 32;
 
 // A sequence is worth the wide tile from so many of them on. One is enough where the kernel was
 // written for the architecture.
@@ -55,11 +53,14 @@ bool KernelSet::is_complete() const {
 
 int KernelSet::max_rows() const { return kernels[has_wide() ? kWide : kNarrow][0]->rows; }
 
-Phase KernelSet::phase_of(int64_t rows) const {
-  if (rows <= kDecodeRows) return kDecode;
-  if (!has_wide()) return kNarrow;
+int64_t KernelSet::wide_rows() const {
+  if (!has_wide()) return std::numeric_limits<int64_t>::max();
   const Kernel& wide = *kernels[kWide][0];
-  return rows >= (wide.arch ? 1 : kWideTiles) * wide.rows ? kWide : kNarrow;
+  return int64_t{wide.arch ? 1 : kWideTiles} * wide.rows;
+}
+
+Phase KernelSet::phase_of(int64_t rows) const {
+  return rows <= kDecodeRows ? kDecode : rows >= wide_rows() ? kWide : kNarrow;
 }
 
 std::vector<int> head_dims(ElementType kv_dtype) {

@@ -6,13 +6,19 @@
 #include <vector>
 
 #include "host/registry.h"
+#include "kernels/launch.h"
 #include "quire/attention.h"
 
 namespace quire::cuda {
 
-// What a sequence's rows go through. It is a property of the sequence alone, so that the bits of a
-// row do not depend on what else is in the batch.
-enum Phase { kWide, kNarrow, kDecode, kNumPhases };
+using device::kDecode;
+using device::kNarrow;
+using device::kNumPhases;
+using device::kWide;
+using device::Phase;
+
+// Rows that are better streamed past by the decode kernel, 16 at a time, than padded to a tile.
+inline constexpr int kDecodeRows = 32;
 
 // The kernels of one head dim, by phase and mode; of kWide there may be none.
 struct KernelSet {
@@ -21,8 +27,10 @@ struct KernelSet {
 
   bool is_complete() const;
   bool has_wide() const { return kernels[kWide][0] != nullptr; }
-  int max_rows() const;                // of a work item
-  Phase phase_of(int64_t rows) const;  // rows: query rows times heads of a kv head
+  int max_rows() const;  // of a work item
+  // Rows, of a sequence: its query rows times heads of a kv head.
+  int64_t wide_rows() const;  // from here on kWide
+  Phase phase_of(int64_t rows) const;
 };
 
 // The head dims there are kernels for, ascending.

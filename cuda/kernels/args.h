@@ -9,6 +9,12 @@
 
 namespace quire::device {
 
+// The items of this launch.
+QUIRE_DEVICE ItemRange items_of(const AttentionArgs& args) {
+  if (!args.range) return {0, args.num_items};
+  return {ld_global(&args.range->begin), ld_global(&args.range->end)};
+}
+
 // A work item. Its rows are query rows times the heads that share the kv head, heads fastest.
 struct Item {
   Sequence sequence;

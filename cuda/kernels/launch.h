@@ -7,10 +7,16 @@
 
 namespace quire::device {
 
+// Items [begin, end) of a list.
+struct ItemRange {
+  int32_t begin, end;
+};
+
 struct AttentionArgs {
   AttentionParams params;
   const WorkItem* items;
   int32_t num_items;
+  const ItemRange* range;  // of the items that are meant, where the list was made by the device
   const MergeItem* merges;
   // Results of chunks of split rows, by slot: unnormalised sums and, in units of log2, their
   // maximum and denominator. kHeadDim is that of the kernel.
@@ -30,6 +36,48 @@ struct BoxedAttentionArgs {
   // tensors do not lend themselves to it.
   int32_t box_rows;
   TensorMap k, v;
+};
+
+// What a sequence's rows go through. It is a property of the sequence alone, so that the bits of a
+// row do not depend on what else is in the batch.
+enum Phase { kWide, kNarrow, kDecode, kNumPhases };
+
+// What a plan has. Items are sorted by phase.
+struct PlanCounts {
+  ItemRange ranges[kNumPhases];
+  int32_t num_items, num_merges, num_partials;
+};
+
+// Query rows [q_begin, q_end) of a sequence, the keys that they see, and how those are cut.
+struct PlanTile {
+  int32_t sequence, q_begin, q_end, kv_begin, kv_end;
+  int32_t first_piece, num_pieces, piece_chunks;
+  int32_t merge, partial;  // of kv head 0, or -1
+};
+
+// A batch whose lengths only the device knows -> its work lists.
+struct PlanArgs {
+  const int32_t* seq_lens;      // [num_sequences]
+  const int32_t* cu_seqlens_q;  // [num_sequences + 1], or null: one query row each
+  int32_t num_sequences;
+  int32_t max_total_q, max_seq_len;  // lengths beyond them count as these
+  // model
+  int32_t group, num_kv_heads;  // query heads a kv head
+  int32_t window_left, window_right;
+  // how the work is cut
+  int32_t parallelism;
+  int32_t tile_rows;               // query rows
+  int64_t decode_rows, wide_rows;  // of a sequence, times group: at most, and at least
+  int32_t max_tiles;               // what follows has room for
+  // results
+  Sequence* sequences;  // [num_sequences]
+  WorkItem* items;
+  MergeItem* merges;
+  uint32_t* counters;  // of the merges, made zero
+  PlanCounts* counts;
+  // scratch
+  int32_t* first_tiles;  // [num_sequences]
+  PlanTile* tiles;       // [max_tiles]
 };
 
 // A tensor [outer, rows, heads, dim] by strides in elements.

@@ -261,7 +261,8 @@ QUIRE_DEVICE void prefill_rows(const AttentionArgs& args, const Item& item, int 
 
 template <class Traits>
 QUIRE_DEVICE void prefill(const AttentionArgs& args) {
-  for (int i = block_index(); i < args.num_items; i += num_blocks()) {
+  const ItemRange range = items_of(args);
+  for (int i = range.begin + block_index(); i < range.end; i += num_blocks()) {
     const Item item = load_item(args, i);
     for (int row = 0; row < item.num_rows; row += Traits::kRows)
       prefill_rows<Traits>(args, item, row);

@@ -136,4 +136,18 @@ struct Sm90PrefillTraits {
   static_assert(kWarpKeys <= kWarpSize, "a lane locates at most one key of a tile");
 };
 
+// The planner: one block.
+template <int kThreads_>
+struct PlannerTraits {
+  static constexpr int kThreads = kThreads_;
+  static constexpr int kWarps = kThreads / kWarpSize;
+  static constexpr int kMaxPieces = 8192;  // a power of 2
+
+  // Shared memory, in bytes from its begin.
+  static constexpr int kSumOffset = 0;                              // [kWarps] of 8 bytes
+  static constexpr int kKeyOffset = kSumOffset + kWarps * 8;        // [kMaxPieces]: see key_of
+  static constexpr int kOrderOffset = kKeyOffset + kMaxPieces * 8;  // [kMaxPieces]: pieces
+  static constexpr int kSharedBytes = kOrderOffset + kMaxPieces * 4;
+};
+
 }  // namespace quire::device

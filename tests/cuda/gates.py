@@ -24,6 +24,8 @@ TABLE = ROOT / "cuda" / "registers.csv"
 OPCODES = ("HMMA.16816", "LDGSTS", "LDSM.16.M88", "LDSM.16.MT88")
 # Of the kernels that are written for 90a and compiled for nothing else.
 SM90_OPCODES = ("HGMMA.64x", "UTMALDG.4D", "LDGSTS", "SYNCS", "USETMAXREG")
+# Of the kernels over e4m3, where there is an instruction for it: two codes to float16.
+E4M3_OPCODE = "F2FP.F16.E4M3.UNPACK_B"
 
 
 def expected_kernels(path: Path) -> list[str]:
@@ -33,6 +35,8 @@ def expected_kernels(path: Path) -> list[str]:
 
 
 def is_for(kernel: str, arch: str) -> bool:
+    if arch == "89":
+        return kernel.startswith(("prefill_e4m3", "decode_e4m3"))
     return "_sm90_" not in kernel or arch == "90a"
 
 

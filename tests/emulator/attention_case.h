@@ -189,8 +189,9 @@ class AttentionProblem {
     for (int seq_len : seq_lens_) used += num_blocks_of(seq_len);
     std::vector<int> ids(used + 3);
     std::iota(ids.begin(), ids.end(), 0);
-    std::shuffle(ids.begin(), ids.end(), random_);
-    int next = 0;
+    std::shuffle(ids.begin() + 1, ids.end(), random_);
+    // Keys that are not there are located in block 0: it is of no sequence and holds NaN.
+    int next = 1;
     for (size_t b = 0; b < seq_lens_.size(); ++b)
       for (int i = 0; i < num_blocks_of(seq_lens_[b]); ++i)
         table_[b * max_blocks_ + i] = ids[next++];

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import quire as package
@@ -57,6 +61,149 @@ def test_plan_once_run_often(dtype, stream):
 def test_a_wrong_stream_is_refused_by_name():
     with pytest.raises(TypeError, match="paged_attention: stream: .*got str"):
         planned("float16", 1, "fast")
+
+
+class Graph:
+    """What is called while it is open happens at every replay instead: a CUDA graph, or on the
+    emulated GPU the launches that it keeps."""
+
+    def __enter__(self) -> Graph:
+        if DEVICE == "cuda":
+            import torch
+
+            self._graph = torch.cuda.CUDAGraph()
+            self._capture = torch.cuda.graph(self._graph)
+            self._capture.__enter__()
+        else:
+            self._library = ctypes.CDLL(
+                str(Path(package._core.__file__).parent / "lib/libquire_cuda.so")
+            )
+            self._library.emulated_gpu_capture.argtypes = [ctypes.c_uint64]
+            self._library.emulated_gpu_capture(1)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if DEVICE == "cuda":
+            self._capture.__exit__(*error)
+        else:
+            self._library.emulated_gpu_capture(0)
+
+    def replay(self) -> None:
+        if DEVICE == "cuda":
+            self._graph.replay()
+        else:
+            self._library.emulated_gpu_replay()
+
+
+def write(moved: Transfer, array: np.ndarray, values: Any) -> None:
+    """Other values in an array that is on the device."""
+    array[...] = values
+    if DEVICE == "cuda":
+        import torch
+
+        moved.to(array).copy_(torch.from_numpy(array))
+
+
+# (query rows, keys) of four sequences: smaller batches leave sequences or rows out.
+RAGGED = [
+    ((1, 700), (1, 40), (20, 300), (130, 130)),
+    ((40, 640), (0, 0), (1, 704), (1, 1)),
+    ((0, 0), (0, 0), (0, 0), (0, 0)),
+    ((1, 5), (150, 700), (0, 9), (1, 600)),
+    ((32, 32), (32, 700), (33, 500), (9, 3)),
+]
+ONE_ROW_EACH = [
+    ((1, 700), (1, 40), (1, 3), (1, 704)),
+    ((1, 0), (1, 704), (1, 1), (1, 0)),
+    ((1, 600), (1, 600), (1, 600), (1, 600)),
+]
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (200, 0)], ids=["all", "window"])
+@pytest.mark.parametrize("batches", [RAGGED, ONE_ROW_EACH], ids=["ragged", "one-row-each"])
+def test_one_graph_serves_every_batch(batches, window):
+    rng = np.random.default_rng(0)
+    attn = package.Attention(
+        num_heads=8, num_kv_heads=2, head_dim=64, dtype="float16", window=window, device="cuda"
+    )
+    ragged, max_q, num_blocks = batches is RAGGED, 152 if batches is RAGGED else 4, 200
+    q, out, out2 = (np.zeros((max_q, 8, 64), np.float16) for _ in range(3))
+    k_cache, v_cache = rng.standard_normal((2, num_blocks, 16, 2, 64)).astype(np.float16)
+    seq_lens, cu = np.zeros(4, np.int32), np.zeros(5, np.int32)
+    table = np.zeros((4, 44), np.int32)
+    moved = Transfer()
+    lens, offsets, blocks = (moved.to(a) for a in (seq_lens, cu, table))
+    caches = [moved.to(a) for a in (k_cache, v_cache)]
+    lengths = {"cu_seqlens_q": offsets, "max_total_q": max_q} if ragged else {}
+    attn.plan(table, seq_lens + 1)  # loads what a capture may not
+    with Graph() as graph:
+        plan = attn.plan(blocks, lens, **lengths)
+        attn.run(plan, moved.to(q), *caches, out=moved.to(out))
+        attn.run(plan, moved.to(q), *caches, out=moved.to(out2))
+    for batch in batches:
+        rows = np.cumsum([0] + [n for n, _ in batch])
+        write(moved, seq_lens, [keys for _, keys in batch])
+        write(moved, cu, rows)
+        write(moved, table, rng.permutation(num_blocks)[: table.size].reshape(table.shape))
+        write(moved, q, rng.standard_normal(q.shape))
+        for array in (out, out2):
+            write(moved, array, 7)
+        graph.replay()
+        moved.back(out, out2)
+        expected = np.full_like(out, 7)
+        here = Transfer()
+        fresh = attn.plan(table, seq_lens, cu if ragged else None)
+        n = int(rows[-1])
+        own_q, own_out = q[:n].copy(), expected[:n].copy()
+        attn.run(fresh, here.to(own_q), *caches, out=here.to(own_out))
+        here.back(own_out)
+        expected[:n] = own_out
+        assert np.isfinite(expected.astype(np.float32)).all()
+        np.testing.assert_array_equal(out.view(np.uint16), expected.view(np.uint16))
+        np.testing.assert_array_equal(out2.view(np.uint16), expected.view(np.uint16))
+
+
+def test_a_plan_of_a_capture_runs_in_that_capture_only():
+    attn = package.Attention(
+        num_heads=4, num_kv_heads=2, head_dim=64, dtype="float16", device="cuda"
+    )
+    moved = Transfer()
+    table, lens = np.zeros((2, 3), np.int32), np.full(2, 20, np.int32)
+    q, cache = np.zeros((2, 4, 64), np.float16), np.zeros((1, 16, 2, 64), np.float16)
+    attn.plan(table, lens)
+    with Graph():
+        plan = attn.plan(moved.to(table), moved.to(lens))
+        attn.run(plan, moved.to(q), moved.to(cache), moved.to(cache), out=moved.to(q.copy()))
+    with pytest.raises(ValueError, match=r"attention: (plan|stream): expected"):
+        attn.run(plan, moved.to(q), moved.to(cache), moved.to(cache), out=moved.to(q.copy()))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"max_total_q": 4}, "max_total_q: expected with cu_seqlens_q"),
+        ({"seq_lens": np.zeros(3, np.int32)}, r"seq_lens: expected \[2\] int32"),
+        ({"seq_lens": np.zeros(2, np.int64)}, r"seq_lens: expected \[2\] int32"),
+        ({"table": np.zeros(2, np.int32)}, r"block_table: expected \[batch, max_blocks\] int32"),
+        ({"cu": np.zeros(3, np.int32)}, "max_total_q: expected with cu_seqlens_q"),
+        ({"cu": np.zeros(2, np.int32), "max_total_q": 4}, r"cu_seqlens_q: expected \[3\] int32"),
+    ],
+)
+def test_what_cannot_be_planned_on_the_device_is_refused_by_name(change, words):
+    attn = package.Attention(
+        num_heads=4, num_kv_heads=2, head_dim=64, dtype="float16", device="cuda"
+    )
+    given = {
+        "table": np.zeros((2, 3), np.int32),
+        "seq_lens": np.zeros(2, np.int32),
+        "cu": None,
+        "max_total_q": None,
+        **change,
+    }
+    moved = Transfer()
+    arrays = [moved.to(given[name]) for name in ("table", "seq_lens", "cu")]
+    with pytest.raises(ValueError, match=words):
+        attn.plan(*arrays, max_total_q=given["max_total_q"])
 
 
 def append(k, slots, cache, rope=None):

@@ -85,6 +85,8 @@ struct AttentionPlan {
   int num_shared_items = 0;  // whose keys are read once for several sequences
   int64_t total_q = 0;       // rows that q must have (dense: rows of each sequence)
   int64_t total_k = 0;       // rows that k and v must have (dense: of each sequence; paged: 0)
+  bool made_on_device = false;  // then the lists are there alone: here they are empty, and total_k
+                                // is the most keys of a sequence
   bool dense = false;
   std::vector<int32_t> block_ids;  // paged: the used entries of all rows of the block table
   int32_t max_block_id = -1;       // largest block id in use: the cache must be larger
@@ -136,6 +138,16 @@ class Attention {
   explicit Attention(const AttentionDesc& desc, Device device = {});
 
   AttentionPlan plan(const AttentionBatch& batch) const;
+  // A plan for lengths that only a GPU knows: all pointers of `batch`, paged, are to its memory. It
+  // is made there, when `stream` comes to it, and runs on that stream. Captured together with its
+  // runs it makes a graph that serves every batch up to this one: sequences of no keys, rows of no
+  // sequence (they are not written), other lengths, other blocks. The arrays must live as long.
+  //
+  // `max_total_q` is the rows of q and out; without cu_seqlens_q batch_size. No length is checked:
+  // what is out of range counts as the nearest that is not. Throws InvalidArgument for batches too
+  // large to plan there, Unsupported on the CPU.
+  AttentionPlan plan_on_device(const AttentionBatch& batch, int max_total_q,
+                               void* stream = nullptr) const;
   void run(const AttentionPlan& plan, const AttentionTensors& tensors) const;
   // For hosts with threads of their own: run() as `nth` calls, ith = 0 ... nth - 1, in any order
   // and on any threads; when all have returned, `out` has the bits that run() gives. Parts draw
@@ -148,6 +160,7 @@ class Attention {
   size_t workspace_size(const AttentionPlan& plan) const;  // bytes that run() uses for itself
   std::string explain() const { return dispatch_.explain(); }
   const AttentionDesc& desc() const { return desc_; }
+  Device device() const { return device_; }
 
  private:
   void check_device(const AttentionTensors& tensors) const;

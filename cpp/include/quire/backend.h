@@ -39,6 +39,11 @@ class Backend {
   // What the backend keeps with a plan (AttentionPlan::on_device), or null.
   virtual std::shared_ptr<void> prepare(const AttentionDesc& desc, const AttentionPlan& plan,
                                         Device device) const = 0;
+  // What plan_on_device() keeps with a plan; `batch` points into the memory of stream.device.
+  virtual std::shared_ptr<void> plan_on_device(const AttentionDesc&, const AttentionBatch&,
+                                               int /*max_total_q*/, const Stream&) const {
+    throw Unsupported(std::string("plan: ") + name() + " plans of lengths on the host only");
+  }
   // Arguments of the functions below have been validated. Index arrays (slots, positions, block
   // pairs) may lie on the host whatever the backend; on the device their values are not checked.
   virtual size_t workspace_size(const AttentionDesc& desc, const AttentionPlan& plan) const = 0;

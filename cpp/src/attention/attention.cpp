@@ -143,10 +143,31 @@ AttentionPlan Attention::plan(const AttentionBatch& batch) const {
   return plan;
 }
 
+AttentionPlan Attention::plan_on_device(const AttentionBatch& batch, int max_total_q,
+                                        void* stream) const {
+  QUIRE_CHECK_ARG(desc_.block_size > 0, "plan: expected an Attention with a block_size");
+  QUIRE_CHECK_ARG(batch.batch_size >= 0 && batch.max_blocks >= 0 && max_total_q >= 0,
+                  "plan: expected a batch_size, max_blocks and max_total_q of at least 0, got ",
+                  batch.batch_size, ", ", batch.max_blocks, " and ", max_total_q);
+  QUIRE_CHECK_ARG(batch.seq_lens || batch.batch_size == 0, "plan: seq_lens: expected [",
+                  batch.batch_size, "], got a null one");
+  QUIRE_CHECK_ARG(batch.block_table || batch.batch_size == 0 || batch.max_blocks == 0,
+                  "plan: block_table: expected block ids, got a null one");
+  QUIRE_CHECK_ARG(batch.cu_seqlens_q || max_total_q == batch.batch_size,
+                  "plan: max_total_q: expected ", batch.batch_size,
+                  " (batch_size) without cu_seqlens_q, got ", max_total_q);
+  AttentionPlan plan;
+  plan.total_q = max_total_q;
+  plan.total_k = int64_t{batch.max_blocks} * desc_.block_size;
+  plan.made_on_device = true;
+  plan.on_device = dispatch_.backend->plan_on_device(desc_, batch, max_total_q, {device_, stream});
+  return plan;
+}
+
 void Attention::run(const AttentionPlan& plan, const AttentionTensors& tensors) const {
   validate(desc_, plan, tensors);
   check_device(tensors);
-  if (plan.items.empty()) return;
+  if (plan.items.empty() && !plan.made_on_device) return;
   dispatch_.backend->run(plan, make_params(desc_, plan, tensors), {device_, tensors.stream});
 }
 

@@ -79,6 +79,10 @@ void check_options(const AttentionDesc& desc, const AttentionPlan& plan,
     shape.insert(shape.begin(), {"batch", static_cast<int64_t>(plan.sequences.size())});
   check_tensor(function + ": mask", tensors.mask, shape, DType::kUInt8, device);
   const int64_t bytes = tensors.mask.shape[tensors.mask.ndim - 1];
+  const int64_t most = tensors.mask_is_tree ? plan.total_q : plan.total_k;
+  QUIRE_CHECK_ARG(!plan.made_on_device || (most + 7) / 8 <= bytes, function,
+                  ": mask: expected at least ", (most + 7) / 8, " bytes a row for up to ", most,
+                  " keys, got ", bytes);
   for (size_t b = 0; b < plan.sequences.size(); ++b) {
     const Sequence& sequence = plan.sequences[b];
     const int64_t bits = tensors.mask_is_tree ? sequence.q_len : sequence.seq_len;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/cache_ops.h"
+#include "kernels/plan.h"
 
 #include "emulated/bodies.h"
 #include "emulated/find_body.h"
@@ -11,6 +12,7 @@
    run_body<device::AppendArgs, device::append_kv_e4m3<device::type, threads>>},
 #undef QUIRE_COPY_BLOCKS
 #undef QUIRE_MERGE_STATES
+#undef QUIRE_PLAN
 #define QUIRE_APPEND_KV(type, threads) \
   {"append_kv_" #type "_" #threads,    \
    run_body<device::AppendArgs, device::append_kv<device::type, threads>>},
@@ -19,6 +21,8 @@
 #define QUIRE_MERGE_STATES(type, threads) \
   {"merge_states_" #type "_" #threads,    \
    run_body<device::MergeStatesArgs, device::merge_states<device::type, threads>>},
+#define QUIRE_PLAN(threads) \
+  {"plan_" #threads, run_body<device::PlanArgs, device::plan<device::PlannerTraits<threads>>>},
 
 namespace quire::cuda {
 

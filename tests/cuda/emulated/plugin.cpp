@@ -3,11 +3,13 @@
 // machine, with everything but the driver and the machine code as it is on a GPU. A tensor "on the
 // device" is memory of the host.
 #include <stdexcept>
+#include <vector>
 
 #include "backend.h"
 #include "emulated/bodies.h"
 #include "emulator/launch.h"
 #include "fake_driver.h"
+#include "kernels/launch.h"
 
 namespace quire::cuda {
 namespace {
@@ -39,18 +41,48 @@ void run_on_emulator(const FakeLaunch& launch) {
   if (!report.ok()) throw std::runtime_error(launch.kernel + ": " + report.error);
 }
 
+// A graph: launches that a capture keeps instead of running them.
+struct KeptLaunch {
+  FakeLaunch launch;
+  std::vector<std::byte> args;
+};
+std::vector<KeptLaunch> graph;
+FakeDriver* fake = nullptr;
+
+void run_or_keep(const FakeLaunch& launch) {
+  if (fake->capture == 0) return run_on_emulator(launch);
+  const bool is_plan = launch.kernel.rfind("plan_", 0) == 0;
+  const auto* args = static_cast<const std::byte*>(launch.args);
+  graph.push_back(
+      {launch,
+       {args, args + (is_plan ? sizeof(device::PlanArgs) : sizeof(device::BoxedAttentionArgs))}});
+}
+
 }  // namespace
 }  // namespace quire::cuda
 
 extern "C" __attribute__((visibility("default"))) quire::Backend* quire_cuda_backend(
     std::string* state) {
   using namespace quire::cuda;
-  static auto* fake = new FakeDriver;
+  fake = new FakeDriver;
   static auto* table = new Driver(FakeDriver::table());
   static auto* made = new Made(make_backend(*table, kAll));
-  fake->on_launch = run_on_emulator;
+  fake->on_launch = run_or_keep;
   fake->gpus[0].multiprocessors = 4;
   fake->all_is_pinned = true;
   *state = made->state;
   return made->backend.get();
+}
+
+// What stands for a captured graph: begun (id other than 0) and ended (0), then replayed.
+extern "C" __attribute__((visibility("default"))) void emulated_gpu_capture(uint64_t id) {
+  quire::cuda::fake->capture = id;
+  if (id != 0) quire::cuda::graph.clear();
+}
+
+extern "C" __attribute__((visibility("default"))) void emulated_gpu_replay() {
+  for (quire::cuda::KeptLaunch& kept : quire::cuda::graph) {
+    kept.launch.args = kept.args.data();
+    quire::cuda::run_on_emulator(kept.launch);
+  }
 }
