@@ -129,13 +129,20 @@ class Attention:
 
     def __init__(self, *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str = 'bfloat16', kv_dtype: str | None = None, block_size: int = 16, causal: bool = True, window: tuple[int, int] = (-1, -1), softcap: float = 0.0, scale: float | None = None, device: str = 'cpu') -> None: ...
 
-    def plan(self, block_table: object, seq_lens: object, cu_seqlens_q: object | None = None) -> AttentionPlan:
+    def plan(self, block_table: object, seq_lens: object, cu_seqlens_q: object | None = None, max_total_q: int | None = None, stream: object | None = None) -> AttentionPlan:
         """
         Plans one step of a batch.
 
         block_table int32 [batch, max_blocks], seq_lens int32 [batch] (the new tokens
         included), cu_seqlens_q int32 [batch + 1] or None for one query row each. The plan
         copies what it needs: the arrays may change afterwards.
+
+        Arrays on the GPU are planned there, when `stream` comes to it, and not copied: the
+        plan runs on that stream, and inside a CUDA graph together with its runs serves every
+        batch up to this one: write other lengths and blocks into the arrays, seq_lens 0 for
+        sequences that are not there, and replay. With cu_seqlens_q max_total_q is then the
+        rows of q and out; rows of no sequence are not written. Nothing is checked: lengths
+        out of range count as the nearest that is not.
 
         Raises ValueError for lengths or used table entries that make no sense.
 

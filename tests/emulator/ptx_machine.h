@@ -74,10 +74,12 @@ struct PtxMachine {
     const int bits = 8 * ptx_bytes(type);
     return bits == 64 ? value : value & ((uint64_t{1} << bits) - 1);
   }
+  static bool is_signed(PtxType type) {
+    return type == PtxType::kS16 || type == PtxType::kS32 || type == PtxType::kS64;
+  }
   static int64_t extend(uint64_t value, PtxType type) {
-    const bool is_signed = type == PtxType::kS16 || type == PtxType::kS32 || type == PtxType::kS64;
     const int unused = 64 - 8 * ptx_bytes(type);
-    if (!is_signed) return static_cast<int64_t>(truncate(value, type));
+    if (!is_signed(type)) return static_cast<int64_t>(truncate(value, type));
     return static_cast<int64_t>(value << unused) >> unused;
   }
 };

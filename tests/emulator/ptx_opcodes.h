@@ -177,22 +177,28 @@ inline void mad(M& m, const I& i) {
   m.set_int(i, product + m.u(i, 3));
 }
 inline void fma(M& m, const I& i) { m.set_float(i, std::fma(m.f(i, 1), m.f(i, 2), m.f(i, 3))); }
+// f of the two operands as the type takes them: 64 bits without a sign do not fit a signed number.
+template <class F>
+void set_from_ints(M& m, const I& i, F f) {
+  m.set_int(i, M::is_signed(i.type) ? static_cast<uint64_t>(f(m.s(i, 1), m.s(i, 2)))
+                                    : f(m.u(i, 1), m.u(i, 2)));
+}
 inline void div(M& m, const I& i) {
   if (is_float(i)) return m.set_float(i, m.f(i, 1) / m.f(i, 2));
   if (m.u(i, 2) == 0) Block::current().fail("division by zero");
-  m.set_int(i, static_cast<uint64_t>(m.s(i, 1) / m.s(i, 2)));
+  set_from_ints(m, i, [](auto a, auto b) { return a / b; });
 }
 inline void rem(M& m, const I& i) {
   if (m.u(i, 2) == 0) Block::current().fail("division by zero");
-  m.set_int(i, static_cast<uint64_t>(m.s(i, 1) % m.s(i, 2)));
+  set_from_ints(m, i, [](auto a, auto b) { return a % b; });
 }
 inline void min(M& m, const I& i) {
-  is_float(i) ? m.set_float(i, std::fmin(m.f(i, 1), m.f(i, 2)))
-              : m.set_int(i, static_cast<uint64_t>(std::min(m.s(i, 1), m.s(i, 2))));
+  if (is_float(i)) return m.set_float(i, std::fmin(m.f(i, 1), m.f(i, 2)));
+  set_from_ints(m, i, [](auto a, auto b) { return std::min(a, b); });
 }
 inline void max(M& m, const I& i) {
-  is_float(i) ? m.set_float(i, std::fmax(m.f(i, 1), m.f(i, 2)))
-              : m.set_int(i, static_cast<uint64_t>(std::max(m.s(i, 1), m.s(i, 2))));
+  if (is_float(i)) return m.set_float(i, std::fmax(m.f(i, 1), m.f(i, 2)));
+  set_from_ints(m, i, [](auto a, auto b) { return std::max(a, b); });
 }
 inline void neg(M& m, const I& i) {
   is_float(i) ? m.set_float(i, -m.f(i, 1)) : m.set_int(i, -m.u(i, 1));
@@ -217,7 +223,15 @@ inline void shl(M& m, const I& i) {
 }
 inline void shr(M& m, const I& i) {
   const auto count = static_cast<uint32_t>(m.get(i.operands[2]));
-  m.set_int(i, static_cast<uint64_t>(m.s(i, 1) >> std::min(count, 63u)));
+  if (M::is_signed(i.type))
+    return m.set_int(i, static_cast<uint64_t>(m.s(i, 1) >> std::min(count, 63u)));
+  m.set_int(i, count >= 64 ? 0 : m.u(i, 1) >> count);
+}
+// The low bits of the first operand into the second: from where on, and how many.
+inline void bfi(M& m, const I& i) {
+  const uint64_t from = m.get(i.operands[3]), count = m.get(i.operands[4]);
+  const uint64_t ones = count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+  m.set_int(i, (m.u(i, 2) & ~(ones << from)) | (m.u(i, 1) & ones) << from);
 }
 
 // --- Comparison and control ----------------------------------------------------------------------
@@ -236,7 +250,8 @@ inline void setp(M& m, const I& i) {
   const std::string& how = i.opcode[1];
   bool result;
   if (!is_float(i)) {
-    result = compare(how, m.s(i, 1), m.s(i, 2));
+    result = M::is_signed(i.type) ? compare(how, m.s(i, 1), m.s(i, 2))
+                                  : compare(how, m.u(i, 1), m.u(i, 2));
   } else {
     const float a = m.f(i, 1), b = m.f(i, 2);
     const bool is_unordered = how.size() == 3;  // ltu, neu, ...
@@ -302,19 +317,25 @@ inline void multiply_matrices(M& m, const I& i) {
 
 inline PtxHandler ptx_handler(const PtxInstruction& instruction) {
   static const std::map<std::string, PtxHandler> handlers = {
-      {"abs", ptx::abs},    {"add", ptx::add},   {"and", ptx::bit_and},
-      {"atom", ptx::atom},  {"bar", ptx::bar},   {"bra", ptx::bra},
-      {"cp", ptx::cp},      {"cvt", ptx::cvt},   {"cvta", ptx::cvta},
-      {"div", ptx::div},    {"ex2", ptx::ex2},   {"fence", ptx::fence},
-      {"fma", ptx::fma},    {"ld", ptx::load},   {"ldmatrix", ptx::load_matrices},
-      {"lg2", ptx::lg2},    {"mad", ptx::mad},   {"max", ptx::max},
-      {"min", ptx::min},    {"mov", ptx::mov},   {"mma", ptx::multiply_matrices},
-      {"mul", ptx::mul},    {"neg", ptx::neg},   {"not", ptx::bit_not},
-      {"or", ptx::bit_or},  {"prmt", ptx::prmt}, {"rcp", ptx::rcp},
-      {"rem", ptx::rem},    {"ret", ptx::ret},   {"selp", ptx::selp},
-      {"setp", ptx::setp},  {"shfl", ptx::shfl}, {"shl", ptx::shl},
-      {"shr", ptx::shr},    {"st", ptx::store},  {"sub", ptx::sub},
-      {"xor", ptx::bit_xor}};
+      {"abs", ptx::abs},     {"add", ptx::add},
+      {"and", ptx::bit_and}, {"atom", ptx::atom},
+      {"bar", ptx::bar},     {"bfi", ptx::bfi},
+      {"bra", ptx::bra},     {"cp", ptx::cp},
+      {"cvt", ptx::cvt},     {"cvta", ptx::cvta},
+      {"div", ptx::div},     {"ex2", ptx::ex2},
+      {"fence", ptx::fence}, {"fma", ptx::fma},
+      {"ld", ptx::load},     {"ldmatrix", ptx::load_matrices},
+      {"lg2", ptx::lg2},     {"mad", ptx::mad},
+      {"max", ptx::max},     {"min", ptx::min},
+      {"mov", ptx::mov},     {"mma", ptx::multiply_matrices},
+      {"mul", ptx::mul},     {"neg", ptx::neg},
+      {"not", ptx::bit_not}, {"or", ptx::bit_or},
+      {"prmt", ptx::prmt},   {"rcp", ptx::rcp},
+      {"rem", ptx::rem},     {"ret", ptx::ret},
+      {"selp", ptx::selp},   {"setp", ptx::setp},
+      {"shfl", ptx::shfl},   {"shl", ptx::shl},
+      {"shr", ptx::shr},     {"st", ptx::store},
+      {"sub", ptx::sub},     {"xor", ptx::bit_xor}};
   const auto found = handlers.find(instruction.opcode[0]);
   return found == handlers.end() ? ptx::sm90_handler(instruction.opcode[0]) : found->second;
 }

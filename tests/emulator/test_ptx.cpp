@@ -11,6 +11,7 @@
 #include <string>
 
 #include "emulator/attention_suite.h"
+#include "emulator/plan_suite.h"
 #include "emulator/ptx_opcodes.h"
 #include "kernels/decode.h"
 #include "kernels/prefill.h"
@@ -133,6 +134,22 @@ TEST_CASE("e4m3 codes") {
     c.window_left = 40;
     check_case(prefill, c, AsyncMode::kRandom);
   }
+}
+
+TEST_CASE("plan") {
+  const Planner planner = [program = load("plan.ptx", "plan_512")](const PlanArgs& args) {
+    program->run(&args);
+  };
+  PlanCase c{plan_model(32, 8), {132, 128}, 128};
+  c.lengths = {{1, 9000}, {700, 700}, {0, 100}, {1, 1}, {33, 5000}, {8, 8192}, {5, 2}, {0, 0}};
+  check_plan(planner, c, 1);
+  c.desc.causal = false;
+  c.desc.window_left = 50, c.desc.window_right = 700;
+  check_plan(planner, c, 2);
+  c.lengths.assign(600, {1, 8192});
+  c.lengths.push_back({1, 65536});
+  c.one_row_each = true;
+  check_plan(planner, c, 3);
 }
 
 TEST_CASE("bits do not depend on how the work is cut, after nvcc either") {

@@ -79,6 +79,7 @@ class Graph:
                 str(Path(package._core.__file__).parent / "lib/libquire_cuda.so")
             )
             self._library.emulated_gpu_capture.argtypes = [ctypes.c_uint64]
+            self._library.emulated_gpu_replay.restype = ctypes.c_char_p
             self._library.emulated_gpu_capture(1)
         return self
 
@@ -92,7 +93,8 @@ class Graph:
         if DEVICE == "cuda":
             self._graph.replay()
         else:
-            self._library.emulated_gpu_replay()
+            error = self._library.emulated_gpu_replay()
+            assert not error, error
 
 
 def write(moved: Transfer, array: np.ndarray, values: Any) -> None:
@@ -255,7 +257,7 @@ def test_tensors_in_two_places_are_refused_by_name():
     attn = package.Attention(
         num_heads=4, num_kv_heads=2, head_dim=64, dtype="float16", device="cuda"
     )
-    with pytest.raises(ValueError, match="plan: block_table: .*on the CPU"):
+    with pytest.raises(ValueError, match="plan: seq_lens: .*on cuda:0 like block_table"):
         attn.plan(moved.to(table), seq_lens)
     with pytest.raises(ValueError, match="plan: seq_lens: .*on the CPU"):
         attn.plan(table, moved.to(seq_lens))

@@ -3,6 +3,7 @@
 // machine, with everything but the driver and the machine code as it is on a GPU. A tensor "on the
 // device" is memory of the host.
 #include <stdexcept>
+#include <variant>
 #include <vector>
 
 #include "backend.h"
@@ -44,18 +45,18 @@ void run_on_emulator(const FakeLaunch& launch) {
 // A graph: launches that a capture keeps instead of running them.
 struct KeptLaunch {
   FakeLaunch launch;
-  std::vector<std::byte> args;
+  std::variant<device::PlanArgs, device::BoxedAttentionArgs> args;
 };
 std::vector<KeptLaunch> graph;
 FakeDriver* fake = nullptr;
 
 void run_or_keep(const FakeLaunch& launch) {
   if (fake->capture == 0) return run_on_emulator(launch);
-  const bool is_plan = launch.kernel.rfind("plan_", 0) == 0;
-  const auto* args = static_cast<const std::byte*>(launch.args);
-  graph.push_back(
-      {launch,
-       {args, args + (is_plan ? sizeof(device::PlanArgs) : sizeof(device::BoxedAttentionArgs))}});
+  graph.push_back({launch, {}});
+  if (launch.kernel.rfind("plan_", 0) == 0)
+    graph.back().args = *static_cast<const device::PlanArgs*>(launch.args);
+  else
+    graph.back().args = *static_cast<const device::BoxedAttentionArgs*>(launch.args);
 }
 
 }  // namespace
@@ -74,15 +75,21 @@ extern "C" __attribute__((visibility("default"))) quire::Backend* quire_cuda_bac
   return made->backend.get();
 }
 
-// What stands for a captured graph: begun (id other than 0) and ended (0), then replayed.
+// What stands for a captured graph: begun (id other than 0) and ended (0), then replayed, which
+// returns what went wrong or null.
 extern "C" __attribute__((visibility("default"))) void emulated_gpu_capture(uint64_t id) {
   quire::cuda::fake->capture = id;
   if (id != 0) quire::cuda::graph.clear();
 }
 
-extern "C" __attribute__((visibility("default"))) void emulated_gpu_replay() {
+extern "C" __attribute__((visibility("default"))) const char* emulated_gpu_replay() try {
   for (quire::cuda::KeptLaunch& kept : quire::cuda::graph) {
-    kept.launch.args = kept.args.data();
+    std::visit([&](auto& args) { kept.launch.args = &args; }, kept.args);
     quire::cuda::run_on_emulator(kept.launch);
   }
+  return nullptr;
+} catch (const std::exception& error) {
+  static std::string text;
+  text = error.what();
+  return text.c_str();
 }

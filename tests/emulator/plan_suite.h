@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+// A planner of the device, as the host compiler or nvcc has made it, against the one on the host:
+// the same lists, word for word.
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "emulator/launch.h"
+#include "kernels/launch.h"
+#include "kernels/traits.h"
+#include "quire/attention.h"
+
+namespace quire::emulator {
+
+using device::ItemRange;
+using device::Phase;
+using device::PlanArgs;
+using device::PlanCounts;
+using device::PlannerTraits;
+using device::PlanTile;
+
+using Planner = std::function<void(const PlanArgs&)>;  // one thread
+using PlannerShape = PlannerTraits<512>;
+
+struct PlanCase {
+  AttentionDesc desc;
+  quire::PlanTraits cut;
+  int64_t wide_rows = std::numeric_limits<int64_t>::max();
+  std::vector<std::pair<int, int>> lengths = {};  // query rows, keys
+  bool one_row_each = false;
+};
+
+// What the device leaves of a batch, with room for exactly what the host has planned and guards
+// around it.
+struct Planned {
+  std::vector<Sequence> sequences;
+  std::vector<WorkItem> items;
+  std::vector<MergeItem> merges;
+  std::vector<uint32_t> counters;
+  PlanCounts counts;
+  std::string error;
+};
+
+struct PlanLengths {
+  std::vector<int32_t> seq_lens, cu = {0};
+  explicit PlanLengths(const PlanCase& c) {
+    for (const auto& [rows, keys] : c.lengths) {
+      seq_lens.push_back(keys);
+      cu.push_back(cu.back() + rows);
+    }
+  }
+};
+
+// Unlike ids, so that no plan depends on them.
+inline AttentionPlan plan_on_host(const PlanCase& c, const PlanLengths& lengths) {
+  int blocks = 0;
+  for (int32_t keys : lengths.seq_lens)
+    blocks = std::max(blocks, (keys + c.desc.block_size - 1) / c.desc.block_size);
+  const std::vector<int32_t> table(lengths.seq_lens.size() * blocks, 3);
+  AttentionBatch batch;
+  batch.batch_size = static_cast<int>(lengths.seq_lens.size());
+  batch.seq_lens = lengths.seq_lens.data();
+  batch.cu_seqlens_q = c.one_row_each ? nullptr : lengths.cu.data();
+  batch.block_table = table.data();
+  batch.block_table_stride = batch.max_blocks = blocks;
+  return quire::plan(c.desc, batch, c.cut);
+}
+
+inline PlanArgs args_of(const PlanCase& c, const PlanLengths& lengths) {
+  PlanArgs args{};
+  args.seq_lens = lengths.seq_lens.data();
+  args.cu_seqlens_q = c.one_row_each ? nullptr : lengths.cu.data();
+  args.num_sequences = static_cast<int>(lengths.seq_lens.size());
+  args.max_total_q = c.one_row_each ? args.num_sequences : lengths.cu.back() + 7;
+  args.max_seq_len = 1 << 28;
+  args.group = c.desc.num_heads / c.desc.num_kv_heads;
+  args.num_kv_heads = c.desc.num_kv_heads;
+  args.window_left = c.desc.window_left;
+  args.window_right = c.desc.causal ? 0 : c.desc.window_right;
+  args.parallelism = c.cut.parallelism;
+  args.tile_rows = std::max(1, c.cut.max_rows / args.group);
+  args.decode_rows = 32;
+  args.wide_rows = c.wide_rows;
+  return args;
+}
+
+inline Planned plan_on_device(const Planner& planner, const PlanArgs& given,
+                              const AttentionPlan& host, int max_tiles, uint32_t seed) {
+  Planned made;
+  made.sequences.assign(given.num_sequences, {-7, -7, -7, -7});
+  made.items.assign(host.items.size(), {-7, -7, -7, -7, -7, -7, -7, -7});
+  made.merges.assign(host.merges.size(), {-7, -7, -7, -7, -7, -7, -7});
+  made.counters.assign(host.merges.size(), 7);
+  std::memset(&made.counts, 0x77, sizeof made.counts);
+  std::vector<int32_t> first_tiles(given.num_sequences, -7);
+  std::vector<PlanTile> tiles(max_tiles);
+  PlanArgs args = given;
+  args.max_tiles = max_tiles;
+  args.sequences = made.sequences.data();
+  args.items = made.items.data();
+  args.merges = made.merges.data();
+  args.counters = made.counters.data();
+  args.counts = &made.counts;
+  args.first_tiles = first_tiles.data();
+  args.tiles = tiles.data();
+  Options options;
+  options.seed = seed;
+  const auto allow = [&options](const void* data, size_t bytes) {
+    options.global.allow(data, bytes);
+  };
+  const size_t n = given.num_sequences;
+  allow(args.seq_lens, n * 4), allow(args.cu_seqlens_q, args.cu_seqlens_q ? (n + 1) * 4 : 0);
+  allow(args.sequences, n * sizeof(Sequence)), allow(args.first_tiles, n * 4);
+  allow(args.items, made.items.size() * sizeof(WorkItem));
+  allow(args.merges, made.merges.size() * sizeof(MergeItem));
+  allow(args.counters, made.counters.size() * 4), allow(args.counts, sizeof made.counts);
+  allow(args.tiles, tiles.size() * sizeof(PlanTile));
+  made.error = launch({1, PlannerShape::kThreads, PlannerShape::kSharedBytes}, options, [&] {
+                 planner(args);
+               }).error;
+  return made;
+}
+
+template <class T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+inline int num_tiles(const PlanCase& c, const PlanArgs& args) {
+  int tiles = 0;
+  for (const auto& [rows, keys] : c.lengths)
+    tiles += ((c.one_row_each ? 1 : rows) + args.tile_rows - 1) / args.tile_rows;
+  return tiles;
+}
+
+inline void check_plan(const Planner& planner, const PlanCase& c, uint32_t seed) {
+  const PlanLengths lengths(c);
+  const AttentionPlan host = plan_on_host(c, lengths);
+  const PlanArgs args = args_of(c, lengths);
+  const Planned device = plan_on_device(planner, args, host, num_tiles(c, args), seed);
+  REQUIRE(device.error == "");
+  REQUIRE(device.counts.num_items == static_cast<int>(host.items.size()));
+  REQUIRE(device.counts.num_merges == static_cast<int>(host.merges.size()));
+  CHECK(device.counts.num_partials == host.num_partials);
+  // By phase, else as they came: how the host sorts what it sends to a GPU.
+  std::vector<WorkItem> sorted;
+  const auto phase_of = [&](const WorkItem& item) {
+    const int64_t rows = int64_t{host.sequences[item.sequence].q_len} * args.group;
+    return rows <= args.decode_rows ? device::kDecode
+           : rows >= args.wide_rows ? device::kWide
+                                    : device::kNarrow;
+  };
+  for (const Phase phase : {device::kWide, device::kNarrow, device::kDecode}) {
+    const int begin = static_cast<int>(sorted.size());
+    for (const WorkItem& item : host.items)
+      if (phase_of(item) == phase) sorted.push_back(item);
+    const int end = static_cast<int>(sorted.size());
+    const ItemRange& range = device.counts.ranges[phase];
+    CHECK(range.end - range.begin == end - begin);
+    if (begin < end) CHECK(range.begin == begin);
+  }
+  CHECK(same(device.items, sorted));
+  CHECK(same(device.merges, host.merges));
+  CHECK(std::all_of(device.counters.begin(), device.counters.end(),
+                    [](uint32_t count) { return count == 0; }));
+  std::vector<Sequence> sequences = host.sequences;
+  for (size_t i = 0; i < sequences.size(); ++i) sequences[i].kv_row = static_cast<int>(i);
+  CHECK(same(device.sequences, sequences));
+}
+
+inline AttentionDesc plan_model(int num_heads, int num_kv_heads) {
+  AttentionDesc desc;
+  desc.num_heads = num_heads;
+  desc.num_kv_heads = num_kv_heads;
+  desc.head_dim = 128;
+  desc.block_size = 512;
+  return desc;
+}
+
+}  // namespace quire::emulator
