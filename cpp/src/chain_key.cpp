@@ -37,17 +37,28 @@ class BlockMessage {
   sha256::Hash hash_ = sha256::hash();
 };
 
-}  // namespace
-
-ChainKey root_key(std::optional<std::string_view> salt) {
-  std::string message = "quire.chain_key.v1\n";
-  if (salt) message.append("salt=").append(*salt);
+ChainKey key_of(std::string_view message) {
   std::vector<uint8_t> buffer(sha256::padded_size(message.size()));
   std::memcpy(buffer.data(), message.data(), message.size());
   sha256::pad(buffer, message.size());
   ChainKey key;
   sha256::hash()(buffer.data(), buffer.size() / sha256::kChunk, key.bytes.data());
   return key;
+}
+
+}  // namespace
+
+ChainKey root_key(std::optional<std::string_view> salt) {
+  std::string message = "quire.chain_key.v1\n";
+  if (salt) message.append("salt=").append(*salt);
+  return key_of(message);
+}
+
+ChainKey group_key(const ChainKey& key, int32_t group) {
+  std::string message = "quire.group_key.v1\n";
+  message.append(reinterpret_cast<const char*>(key.bytes.data()), key.bytes.size());
+  message.append(reinterpret_cast<const char*>(&group), sizeof group);
+  return key_of(message);
 }
 
 ChainKey chain_key(const ChainKey& parent, std::span<const int32_t> tokens) {

@@ -19,6 +19,11 @@ ChainKey BlockKeys::key(const PrefixCache& cache, int32_t block) {
   return key;
 }
 
+void BlockKeys::admit(const PrefixCache& cache, int32_t block, std::span<const int32_t> tokens) {
+  keys_[block] = chain_key(key(cache, cache.parent(block)), tokens);
+  is_known_[block] = 1;
+}
+
 // ---- Events
 
 void KVCacheManager::push_event(CacheEventKind kind, int32_t block, CacheTier tier) {
@@ -49,13 +54,15 @@ std::vector<int32_t> KVCacheManager::cached_blocks() const {
 
 // ---- What enters and leaves the prefix cache
 
-void KVCacheManager::watch_stored(int32_t block) {
+void KVCacheManager::watch_stored(int32_t block, std::span<const int32_t> tokens) {
   const int32_t parent = cache_->parent(block);
   if (ReuseClasses* reuse = allocator_.reuse()) {
     const uint64_t parent_id = parent < 0 ? root_id(parent) : reuse->id(parent);
-    reuse->admit(block, ReuseClasses::content_id(parent_id, cache_->tokens(block)), parent);
+    reuse->admit(block, ReuseClasses::content_id(parent_id, tokens), parent);
   }
-  if (events_) push_event(CacheEventKind::kStored, block);
+  if (!events_) return;
+  keys_->admit(*cache_, block, tokens);
+  push_event(CacheEventKind::kStored, block);
 }
 
 void KVCacheManager::watch_hit(int32_t block) {
@@ -72,6 +79,49 @@ void KVCacheManager::watch_evicted(int32_t block) {
   if (events_)
     push_event(is_offered ? CacheEventKind::kSwapped : CacheEventKind::kEvicted, block, tier);
   if (keys_) keys_->forget(block);
+}
+
+// A block has left the prefix cache.
+void KVCacheManager::on_left(int32_t block) {
+  for (YieldedMatch* reader = yielded_; reader; reader = reader->next)
+    reader->is_lost |= reader->block == block;
+  if (!expiries_.empty()) expiries_.erase(block);
+}
+
+int32_t KVCacheManager::clear_cache() {
+  const std::lock_guard guard(mutex_);
+  if (!cache_) return 0;
+  settle();
+  const std::vector<int32_t> order = cache_->parents_first();
+  const auto is_used = [&](int32_t block) { return allocator_.refcount(block) > 0; };
+  int32_t num_cleared = 0;
+  for (size_t i = order.size(); i-- > 0;) {  // children first
+    const int32_t node = order[i];
+    for (int32_t group = 1; group < num_groups(); ++group) {
+      const int32_t companion = companions_->find(group, node);
+      if (companion == CompanionCache::kNone || is_used(companion)) continue;
+      companions_->erase(companion);
+      on_left(companion);
+      allocator_.forget(companion);
+      ++num_cleared;
+    }
+    if (is_used(node)) continue;
+    if (events_) push_event(CacheEventKind::kRemoved, node);
+    if (keys_) keys_->forget(node);
+    cache_->erase(node);
+    on_left(node);
+    allocator_.forget(node);
+    ++num_cleared;
+  }
+  return num_cleared;
+}
+
+// A block of a group but the first. Events tell of the tree alone; stores keep it, too.
+void KVCacheManager::watch_companion_evicted(int32_t block) {
+  if (stores_.empty()) return;
+  const ChainKey key =
+      group_key(keys_->key(*cache_, companions_->node_of(block)), companions_->group_of(block));
+  if (!is_in_all_stores(key)) offloads_.push_back({block, stores_.front()->tier(), key});
 }
 
 uint64_t KVCacheManager::root_id(int32_t root) const {

@@ -103,6 +103,7 @@ void KVCacheManager::give_back_behind(Sequence& seq, int32_t group, int64_t num_
   const int32_t first = companions_->first_needed(group, num_computed);
   for (; num_behind < first; ++num_behind) {
     const int32_t block = table[num_behind];
+    if (block < 0) continue;  // a fetch that did not need it
     retain(seq.retention, block);
     release(block);
     table.replace(num_behind, -1);

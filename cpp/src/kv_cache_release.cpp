@@ -15,12 +15,8 @@ namespace {
 
 constexpr int32_t kExpiredLevel = 0;
 constexpr int32_t kMinTrunkBlocks = 4;     // fewer are shared one by one
+constexpr double kLongestTtl = 1e9;        // seconds; 31 years
 constexpr int64_t kInUse = INT64_MAX / 2;  // of a time to live that has not begun
-
-int64_t now_ns() {
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
-}
 
 }  // namespace
 
@@ -75,10 +71,7 @@ void KVCacheManager::fork(SequenceId parent_id, std::span<SequenceId> children) 
   const std::lock_guard guard(mutex_);
   check_here("fork", get(parent_id));
   settle();
-  for (int32_t group = 1; group < num_groups(); ++group)
-    QUIRE_CHECK_ARG(!companions_->is_state(group) || get(parent_id).num_planned == 0,
-                    "fork: seq: expected one between commit() and step(), as groups[", group,
-                    "] is a state, got one with ", get(parent_id).num_planned, " tokens planned");
+  check_no_step("fork", get(parent_id));
   reserve_sequences(children.size());
   Sequence& parent = get(parent_id);
   make_trunk(parent);
@@ -180,10 +173,22 @@ void KVCacheManager::keep_partial_block(Sequence& seq) {
   const int32_t* tokens = seq.tokens_from(seq.num_computed - count);
   if (cache_->insert(parent, tokens, count, block) != block) return;
   allocator_.mark_cached(block);
-  on_stored(block);
+  on_stored(block, {tokens, static_cast<size_t>(count)});
 }
 
 // ---- Blocks on their way back
+
+void KVCacheManager::set_time(int64_t ns) {
+  const std::lock_guard guard(mutex_);
+  QUIRE_CHECK_ARG(ns >= 0 && ns <= int64_t{1} << 60, "set_time: ns: expected 0 to 2^60, got ", ns);
+  time_ = ns;
+}
+
+int64_t KVCacheManager::now_ns() const {
+  if (time_) return *time_;
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
 
 // Says how long a cached block, which a sequence is about to give back, is worth keeping.
 void KVCacheManager::retain(const Retention& retention, int32_t block) {
@@ -209,7 +214,8 @@ void KVCacheManager::release_now(int32_t block) {
   if (expiries_.empty() || allocator_.refcount(block) > 0) return;
   const auto expiry = expiries_.find(block);
   if (expiry == expiries_.end()) return;
-  expiry->second.deadline = now_ns() + static_cast<int64_t>(expiry->second.ttl * 1e9);
+  const double seconds = std::min(expiry->second.ttl, kLongestTtl);
+  expiry->second.deadline = now_ns() + static_cast<int64_t>(seconds * 1e9);
   timers_.push({expiry->second.deadline, block});
 }
 

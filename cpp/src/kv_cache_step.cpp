@@ -110,19 +110,18 @@ bool KVCacheManager::allocate(int64_t num_blocks) {
 // Gives up what a cached block holds, and first what depends on it: returns the block to take.
 int32_t KVCacheManager::evict(int32_t victim) {
   if (!companions_ || !companions_->contains(victim)) {
-    while (cache_->has_children(victim)) victim = cache_->any_child(victim);
+    while (cache_->has_children(victim)) victim = cache_->first_child(victim);
     if (companions_ && companions_->any_of(victim) != CompanionCache::kNone)
       victim = companions_->any_of(victim);
   }
   if (companions_ && companions_->contains(victim)) {
+    if (is_watched_) watch_companion_evicted(victim);
     companions_->erase(victim);
   } else {
     if (is_watched_) watch_evicted(victim);
     cache_->erase(victim);
   }
-  for (YieldedMatch* reader = yielded_; reader; reader = reader->next)
-    reader->is_lost |= reader->block == victim;
-  if (!expiries_.empty()) expiries_.erase(victim);
+  on_left(victim);
   ++evicted_blocks_;
   return victim;
 }
@@ -254,7 +253,7 @@ void KVCacheManager::publish(Sequence& seq, int32_t index) {
   const int32_t cached = cache_->insert(parent, tokens, block_size_, block);
   if (cached == block) {
     allocator_.mark_cached(block);
-    on_stored(block);
+    on_stored(block, {tokens, static_cast<size_t>(block_size_)});
     return;
   }
   allocator_.share(cached);

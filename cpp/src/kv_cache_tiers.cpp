@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Prefixes that the pool does not hold and a store does.
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "quire/error.h"
@@ -11,7 +12,6 @@ namespace quire {
 void KVCacheManager::attach_store(const KVStore& store) {
   const std::lock_guard guard(mutex_);
   QUIRE_CHECK_ARG(cache_, "attach_store: expected a manager with prefix caching");
-  check_one_group("attach_store");
   for (const KVStore* known : stores_)
     QUIRE_CHECK_ARG(known->tier() != store.tier(),
                     "attach_store: store: expected one store a tier, got a second one");
@@ -20,15 +20,15 @@ void KVCacheManager::attach_store(const KVStore& store) {
   is_watched_ = true;
 }
 
-// Blocks of several layer groups that hold the same tokens would have to come and go together.
-void KVCacheManager::check_one_group(const char* function) const {
-  QUIRE_CHECK_ARG(!companions_, function, ": expected a manager of one layer group, got ",
-                  num_groups());
-}
-
 std::vector<KVTransfer> KVCacheManager::take_offloads() {
   const std::lock_guard guard(mutex_);
   return std::exchange(offloads_, {});
+}
+
+// Evicted since the step before the latest, and not by the latest itself.
+void KVCacheManager::offer_also(std::vector<KVTransfer> offloads) {
+  const std::lock_guard guard(mutex_);
+  offloads_.insert(offloads_.begin(), offloads.begin(), offloads.end());
 }
 
 bool KVCacheManager::is_in_all_stores(const ChainKey& key) const {
@@ -49,19 +49,69 @@ void KVCacheManager::check_here(const char* function, const Sequence& seq) const
                   ": seq: expected one in the pool, got one that is swapped out");
 }
 
-// What stores hold of a sequence's whole blocks, from one on, as far as it goes without a gap.
-std::vector<KVTransfer> KVCacheManager::find_in_stores(const Sequence& seq,
-                                                       int32_t first_block) const {
-  std::vector<KVTransfer> found;
-  const int64_t end = (seq.num_tokens() - 1) / block_size_;
-  ChainKey key = keys_->key(*cache_, first_block == 0 ? seq.root : seq.table[first_block - 1]);
-  for (int64_t i = first_block; i < end; ++i) {
-    const int32_t* tokens = seq.tokens_from(i * block_size_);
-    key = chain_key(key, {tokens, static_cast<size_t>(block_size_)});
-    const KVStore* store = store_with(key);
-    if (!store) break;
-    found.push_back({-1, store->tier(), key});
+// ---- Fetching
+
+// Whole blocks that a sequence can go on behind, once it has what `fetch` holds: as many as every
+// group has what it needs for, and no fewer than it has.
+int32_t KVCacheManager::reach_of(const Sequence& seq, const Fetch& fetch) const {
+  std::vector<int32_t> runs(num_groups());  // entries at hand, up to the current one
+  for (int32_t group = 1; group < num_groups(); ++group)
+    if (!companions_->is_state(group))
+      runs[group] = std::max(0, fetch.first - seq.groups[group - 1].num_behind);
+  int32_t reach = fetch.first;
+  for (int32_t i = 0; i < fetch.end - fetch.first && fetch.blocks[0][i] >= 0; ++i) {
+    const int32_t end = fetch.first + i + 1;
+    bool suffices = true;
+    for (int32_t group = 1; group < num_groups(); ++group) {
+      runs[group] = fetch.blocks[group][i] < 0 ? 0 : runs[group] + 1;
+      suffices &= end - runs[group] <= companions_->first_needed(group, int64_t{end} * block_size_);
+    }
+    if (suffices) reach = end;
   }
+  return reach;
+}
+
+// What the pool and the stores together hold of a sequence behind its whole blocks, as far as it
+// can go on with it. It takes no references: what is to be loaded has no block yet.
+KVCacheManager::Fetch KVCacheManager::find_in_stores(const Sequence& seq) {
+  constexpr int32_t kToLoad = INT32_MAX;
+  Fetch found;
+  found.first = static_cast<int32_t>(seq.num_computed / block_size_);
+  const int32_t last = static_cast<int32_t>((seq.num_tokens() - 1) / block_size_);
+  const int32_t root = found.first == 0 ? seq.root : seq.table[found.first - 1];
+  const int32_t* tokens = seq.tokens_from(int64_t{found.first} * block_size_);
+  path_.resize(static_cast<size_t>(
+      cache_->find_path(root, tokens, int64_t{last - found.first} * block_size_, &path_) /
+      block_size_));
+  std::vector<std::vector<KVTransfer>> loads(num_groups());
+  found.blocks.resize(num_groups());
+  ChainKey key = keys_->key(*cache_, root);
+  for (found.end = found.first; found.end < last; ++found.end, tokens += block_size_) {
+    const size_t at = static_cast<size_t>(found.end - found.first);
+    const int32_t node = at < path_.size() ? path_[at] : -1;
+    key = chain_key(key, {tokens, static_cast<size_t>(block_size_)});
+    for (int32_t group = 0; group < num_groups(); ++group) {
+      const ChainKey own = group == 0 ? key : group_key(key, group);
+      int32_t block = group == 0 ? node : node >= 0 ? companions_->find(group, node) : -1;
+      const KVStore* store = block < 0 ? store_with(own) : nullptr;
+      if (store) block = kToLoad;
+      loads[group].push_back({-1, store ? store->tier() : CacheTier::kDevice, own});
+      found.blocks[group].push_back(std::max(-1, block));
+    }
+    if (found.blocks[0].back() < 0) break;
+  }
+  found.end = reach_of(seq, found);
+  for (int32_t group = 0; group < num_groups(); ++group)
+    found.blocks[group].resize(found.end - found.first);
+  const int64_t num_tokens = int64_t{found.end} * block_size_;
+  for (int32_t i = found.first; i < found.end; ++i)
+    for (int32_t group = 0; group < num_groups(); ++group) {
+      int32_t& block = found.blocks[group][i - found.first];
+      if (group > 0 && i < companions_->first_needed(group, num_tokens)) block = -1;
+      if (block != kToLoad) continue;
+      found.loads.push_back(loads[group][i - found.first]);
+      found.places.push_back({group, i});
+    }
   return found;
 }
 
@@ -74,23 +124,25 @@ std::optional<std::vector<KVTransfer>> KVCacheManager::fetch(SequenceId id) {
                   seq.num_planned, " planned tokens");
   offloads_.clear();
   if (stores_.empty()) return std::vector<KVTransfer>{};
-  const int32_t first = static_cast<int32_t>(seq.num_computed / block_size_);
-  std::vector<KVTransfer> loads = find_in_stores(seq, first);
-  if (loads.empty()) return loads;
-  if (!allocate(static_cast<int64_t>(loads.size()))) return std::nullopt;
-  // A block of which some leading tokens were equal makes way for the one that holds them all.
-  trim(seq, first);
-  if (seq.num_cached == seq.num_computed) {
-    const int64_t num_dropped = seq.num_computed % block_size_;
-    seq.num_cached -= num_dropped;
-    prefix_hit_tokens_ -= num_dropped;
+  Fetch fetch = find_in_stores(seq);
+  if (fetch.loads.empty()) return std::vector<KVTransfer>{};
+  for (const auto& [group, i] : fetch.places) fetch.blocks[group][i - fetch.first] = -1;
+  std::vector<int32_t> pooled;
+  for (const std::vector<int32_t>& blocks : fetch.blocks)
+    std::copy_if(blocks.begin(), blocks.end(), std::back_inserter(pooled),
+                 [](int32_t block) { return block >= 0; });
+  const auto num_idle = std::count_if(
+      pooled.begin(), pooled.end(), [&](int32_t block) { return allocator_.refcount(block) == 0; });
+  if (static_cast<int64_t>(fetch.loads.size()) > allocator_.num_available() - num_idle)
+    return std::nullopt;
+  for (int32_t block : pooled) allocator_.share(block);
+  allocate(static_cast<int64_t>(fetch.loads.size()));
+  for (size_t i = 0; i < fetch.loads.size(); ++i) {
+    const auto [group, entry] = fetch.places[i];
+    fetch.loads[i].block = fetch.blocks[group][entry - fetch.first] = new_blocks_[i];
   }
-  seq.num_computed = int64_t{first} * block_size_;
-  for (size_t i = 0; i < loads.size(); ++i) loads[i].block = new_blocks_[i];
-  seq.table.append(new_blocks_);
   seq.away = Away::kFetching;
-  fetches_[static_cast<int32_t>(id.index())] = loads;
-  return loads;
+  return (fetches_[static_cast<int32_t>(id.index())] = std::move(fetch)).loads;
 }
 
 void KVCacheManager::fetched(SequenceId id, int32_t num_blocks) {
@@ -98,20 +150,61 @@ void KVCacheManager::fetched(SequenceId id, int32_t num_blocks) {
   settle();
   Sequence& seq = get(id);
   QUIRE_CHECK_ARG(seq.away == Away::kFetching, "fetched: seq: expected one that is being fetched");
-  const auto fetch = fetches_.find(static_cast<int32_t>(id.index()));
-  const std::vector<KVTransfer>& loads = fetch->second;
-  QUIRE_CHECK_ARG(num_blocks >= 0 && num_blocks <= static_cast<int64_t>(loads.size()),
-                  "fetched: num_blocks: expected 0 to ", loads.size(), ", got ", num_blocks);
-  const bool is_new = seq.num_cached == seq.num_computed;  // nothing was computed by a step yet
-  for (int32_t i = 0; i < num_blocks; ++i) {
-    publish(seq, static_cast<int32_t>(seq.num_computed / block_size_));
-    seq.num_computed += block_size_;
-    fetched_tokens_[static_cast<int>(loads[i].tier)] += block_size_;
-  }
-  if (is_new) seq.num_cached = seq.num_computed;
-  fetches_.erase(fetch);
+  const auto entry = fetches_.find(static_cast<int32_t>(id.index()));
+  const auto num_loads = static_cast<int64_t>(entry->second.loads.size());
+  QUIRE_CHECK_ARG(num_blocks >= 0 && num_blocks <= num_loads, "fetched: num_blocks: expected 0 to ",
+                  num_loads, ", got ", num_blocks);
+  Fetch fetch = std::move(entry->second);
+  fetches_.erase(entry);
   seq.away = Away::kNo;
-  trim(seq, seq.table.blocks_for(seq.num_computed));
+  for (int64_t i = num_loads; i-- > num_blocks;) {
+    const auto [group, at] = fetch.places[i];
+    release(std::exchange(fetch.blocks[group][at - fetch.first], -1));
+  }
+  const int32_t end = reach_of(seq, fetch);
+  if (end > fetch.first) take_fetched(seq, fetch, end, static_cast<size_t>(num_blocks));
+  for (const std::vector<int32_t>& blocks : fetch.blocks)  // what is of no use to it now
+    for (size_t i = blocks.size(); i-- > 0;)
+      if (blocks[i] >= 0) release(blocks[i]);
+}
+
+// The sequence goes on behind `end` whole blocks. What it takes of `fetch` is taken out of it.
+void KVCacheManager::take_fetched(Sequence& seq, Fetch& fetch, int32_t end, size_t num_came) {
+  const int64_t num_computed = int64_t{end} * block_size_;
+  // A block of which some leading tokens were equal makes way for the one that holds them all.
+  trim(seq, fetch.first);
+  if (companions_) trim_groups(seq, fetch.first);
+  const auto take = [&](int32_t group, int32_t i) {
+    return std::exchange(fetch.blocks[group][i - fetch.first], -1);
+  };
+  for (int32_t i = fetch.first; i < end; ++i) seq.table.append(take(0, i));
+  for (int32_t group = 1; group < num_groups(); ++group) {
+    auto& [table, num_behind] = seq.groups[group - 1];
+    if (companions_->is_state(group)) {
+      if (table.size() > 0) release(table[0]);
+      table.truncate(0);
+      table.append(take(group, end - 1));
+      continue;
+    }
+    for (int32_t i = fetch.first; i < end; ++i)
+      table.append(i < companions_->first_needed(group, num_computed) ? -1 : take(group, i));
+    give_back_behind(seq, group, num_computed);
+  }
+  std::vector<int32_t> loaded(end - fetch.first);  // 1 + the tier that a block came from
+  for (size_t i = 0; i < num_came; ++i) {
+    const auto [group, at] = fetch.places[i];
+    if (at >= end) continue;
+    if (group == 0) publish(seq, at);
+    loaded[at - fetch.first] = 1 + static_cast<int32_t>(fetch.loads[i].tier);
+  }
+  for (int32_t tier : loaded)
+    if (tier > 0) fetched_tokens_[tier - 1] += block_size_;
+  if (companions_) publish_companions(seq, num_computed);
+  if (seq.num_cached == seq.num_computed) {  // nothing was computed by a step yet
+    prefix_hit_tokens_ -= seq.num_computed % block_size_;
+    seq.num_cached = num_computed;
+  }
+  seq.num_computed = num_computed;
 }
 
 }  // namespace quire

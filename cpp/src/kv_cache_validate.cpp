@@ -29,6 +29,10 @@ void KVCacheManager::collect_held(PatientLock& lock, std::vector<Held>* held) co
         held->push_back({table[i], std::exchange(num_tokens, 0), true});
     }
   }
+  for (const auto& [index, fetch] : fetches_)  // what has been asked for only now
+    for (const std::vector<int32_t>& blocks : fetch.blocks)
+      for (int32_t block : blocks)
+        if (block >= 0 && !allocator_.is_cached(block)) held->push_back({block, 0, true});
   for (size_t at = 0; at < deferred_.size(); ++at) {
     if (at % kSeenAtOnce == 0) lock.give_way_if_wanted();
     if (at < deferred_.size()) held->push_back({deferred_[at].block, 0, false});
@@ -128,6 +132,10 @@ std::vector<int32_t> KVCacheManager::count_references() const {
                     " sequences counts ", trunk->num_holders);
     for (int32_t block : trunk->blocks) ++refcounts[block];
   }
+  for (const auto& [index, fetch] : fetches_)
+    for (const std::vector<int32_t>& blocks : fetch.blocks)
+      for (int32_t block : blocks)
+        if (block >= 0) ++refcounts[block];
   for (const Deferred& deferred : deferred_) ++refcounts[deferred.block];
   for (const auto& [block, count] : pins_) ++refcounts[block];
   return refcounts;
@@ -144,9 +152,12 @@ void KVCacheManager::validate_away() const {
     QUIRE_INVARIANT(
         seq.table.size() == 0 && seq.num_computed == 0 && swapped.num_computed <= seq.num_tokens(),
         "a sequence is in the pool and swapped out");
-    QUIRE_INVARIANT(
-        static_cast<int32_t>(swapped.slots.size()) == seq.table.blocks_for(swapped.num_computed),
-        "a swapped sequence lacks host blocks");
+    size_t num_needed = 0;
+    for (int32_t group = 0; group < num_groups(); ++group) {
+      const auto [first, end] = needed_entries(group, swapped.num_computed);
+      num_needed += end - first;
+    }
+    QUIRE_INVARIANT(swapped.slots.size() == num_needed, "a swapped sequence lacks host blocks");
     for (int32_t slot : swapped.slots)
       QUIRE_INVARIANT(host_->refcount(slot) == 1, "host block ", slot, ": not the sequence's own");
     num_slots += swapped.slots.size();

@@ -33,8 +33,7 @@ Scheduler::Scheduler(KVCacheManager& manager, const SchedulerConfig& config)
                       costs.bytes_per_block >= 0,
                   "Scheduler: preemption: expected costs of 0 or more");
   num_watermark_blocks_ = static_cast<int32_t>(config.watermark * manager.allocator().num_blocks());
-  may_swap_ = costs.bytes_per_second > 0 && manager.num_groups() == 1 &&
-              manager.stats().num_host_blocks > 0;
+  may_swap_ = costs.bytes_per_second > 0 && manager.stats().num_host_blocks > 0;
 }
 
 Scheduler::~Scheduler() {

@@ -138,7 +138,9 @@ bool Scheduler::prefers_swap(const Request& request) const {
   const auto is_own = [&](int32_t block) { return pool.refcount(block) == 1; };
   const int64_t num_shared = std::find_if(blocks.begin(), blocks.end(), is_own) - blocks.begin();
   const int64_t num_kept = std::min(num_shared * pool.block_size(), request.num_computed);
-  const int32_t num_own = static_cast<int32_t>(static_cast<int64_t>(blocks.size()) - num_shared);
+  int32_t num_own = static_cast<int32_t>(static_cast<int64_t>(blocks.size()) - num_shared);
+  for (int32_t group = 1; group < manager_.num_groups(); ++group)
+    for (int32_t block : manager_.block_table(request.seq, group)) num_own += block >= 0;
   return estimate_preemption(request.num_computed, num_kept, num_own, config_.preemption).cheaper ==
          Preemption::kSwap;
 }
@@ -156,17 +158,23 @@ bool Scheduler::swap_out(Request& request) {
 // Gives a request that is admitted what there is of its KV: from host memory (true), or from the
 // cache where that has as many tokens.
 bool Scheduler::come_back(Request& request, int64_t num_cached) {
-  const int64_t num_swapped = std::exchange(request.num_swapped, 0);
-  if (num_swapped > num_cached) {
+  if (request.num_swapped > num_cached) {
+    request.num_swapped = 0;
     const auto pairs = manager_.swap_in(request.seq);
     QUIRE_INVARIANT(pairs, "schedule: admitted a request that does not fit");
+    const std::vector<KVTransfer> evicted = manager_.take_offloads();
+    offloads_.insert(offloads_.end(), evicted.begin(), evicted.end());
     num_promised_ -= static_cast<int64_t>(pairs->size());
     swap_ins_.insert(swap_ins_.end(), pairs->begin(), pairs->end());
     return true;
   }
-  if (num_swapped > 0) manager_.detach(request.seq);
+  give_up_swapped(request);
   manager_.attach(request.seq);
   return false;
+}
+
+void Scheduler::give_up_swapped(Request& request) {
+  if (std::exchange(request.num_swapped, 0) > 0) manager_.detach(request.seq);
 }
 
 void Scheduler::write_swaps() {
@@ -227,10 +235,17 @@ Scheduler::Blocked Scheduler::admit_next() {
   const BlockAllocator& pool = manager_.allocator();
   const int64_t num_unpromised = pool.num_available() - num_promised_;
   if (!running_.empty() && num_unpromised < head_needs_) return Blocked::kBlocks;
-  const PrefixMatch match = manager_.match(request.seq);
-  const int64_t num_missing =
-      manager_.num_missing_blocks(request.seq, request.num_tokens, config_.max_tokens_per_step) -
-      match.num_blocks;
+  PrefixMatch match = manager_.match(request.seq);
+  int64_t num_missing =
+      manager_.num_missing_blocks(request.seq, request.num_tokens, config_.max_tokens_per_step);
+  if (manager_.num_groups() > 1 && request.num_swapped > match.num_tokens) {
+    // Of a window it needs other blocks than the hit has, so that the hit saves nothing for sure.
+    if (!running_.empty() || num_missing <= num_unpromised)
+      match = {};
+    else
+      give_up_swapped(request);  // it has to come in now, and does not fit
+  }
+  num_missing -= match.num_blocks;
   head_needs_ =
       num_missing + match.num_idle_blocks + (running_.empty() ? 0 : num_watermark_blocks_);
   if (num_unpromised < head_needs_) return Blocked::kBlocks;
@@ -315,6 +330,7 @@ void Scheduler::write_batch() {
     token_ids = std::copy(pending.begin(), pending.end(), token_ids);
   }
   batch_.step = manager_.step(seqs_, {batch_.num_new_tokens.data(), batch_.num_new_tokens.size()});
+  if (!offloads_.empty()) manager_.offer_also(std::exchange(offloads_, {}));
   batch_.num_preempted = std::exchange(num_preempted_, 0);
   QUIRE_INVARIANT(batch_.step != nullptr, "schedule: planned more blocks than there are");
 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "quire/error.h"
@@ -17,8 +18,21 @@ struct Shape {
   int32_t num_blocks, block_size;
   bool prefix_caching;
   int32_t async_depth;
-  int32_t max_seqs;    // beyond it sequences are freed instead of created
-  int32_t max_tokens;  // of a sequence
+  int32_t max_seqs;      // beyond it sequences are freed instead of created
+  int32_t max_tokens;    // of a sequence
+  double short_ttl = 0;  // seconds, of some sequences
+};
+
+// A snapshot but for what is left to live, which is less at each look.
+inline std::string without_times(const std::string& snapshot) {
+  const size_t at = snapshot.find("\"expiries\"");
+  return snapshot.substr(0, at) + snapshot.substr(snapshot.find(']', at));
+}
+
+struct Pin {
+  std::vector<int32_t> tokens;
+  bool is_salted;
+  quire::Salt salt() const { return is_salted ? quire::Salt("a") : quire::Salt(); }
 };
 
 // Source: uint32_t next(), any bits. Manager: a KVCacheManager, or what has its functions; `view`
@@ -38,6 +52,9 @@ class Traffic {
   }
 
   void free_all() {
+    if constexpr (kPins)
+      for (; !pinned_.empty(); pinned_.pop_back())
+        manager_.unpin(pinned_.back().tokens, pinned_.back().salt());
     manager_.free(live_);
     live_.clear();
     if (shape_.async_depth > 0 && view_.batch().ticket() > retired_)
@@ -51,19 +68,23 @@ class Traffic {
   template <class Other>
   void adopt(const Other& other) {
     live_ = other.live();
+    pinned_ = other.pinned();
     last_freed_ = other.last_freed();
     retired_ = other.retired();
   }
   const std::vector<quire::SequenceId>& live() const { return live_; }
+  const std::vector<Pin>& pinned() const { return pinned_; }
   quire::SequenceId last_freed() const { return last_freed_; }
   int64_t retired() const { return retired_; }
 
  private:
+  static constexpr bool kPins = requires(Manager& m) { m.clear_cache(); };
+
   uint32_t below(uint32_t bound) { return source_.next() % bound; }
   quire::SequenceId any() { return live_[below(static_cast<uint32_t>(live_.size()))]; }
 
   void choose() {
-    const uint32_t action = below(17);
+    const uint32_t action = below(18);
     if (live_.empty() || action == 0) return create();
     if (action < 6) return step_and_commit(true);
     if (action < 8) return step_and_commit(false);
@@ -73,7 +94,51 @@ class Traffic {
     if (action < 14) return retire();
     if (action < 15) return create();
     if (action < 16) return swap();
-    misuse();
+    if (action < 17) return misuse();
+    if constexpr (kPins) return rare(below(4));
+  }
+
+  // What engines do now and then.
+  void rare(uint32_t action) {
+    if (action < 2) return change_pins();
+    if (action < 3) return detach_or_attach();
+    if (below(4) == 0)
+      manager_.clear_cache();
+    else
+      step_ahead();
+  }
+
+  // Pins are held in tokens, so that they can be taken back when the sequence has ended.
+  void change_pins() {
+    if (!pinned_.empty() && below(2)) {
+      std::swap(pinned_[below(static_cast<uint32_t>(pinned_.size()))], pinned_.back());
+      const Pin pin = std::move(pinned_.back());
+      pinned_.pop_back();
+      manager_.unpin(pin.tokens, pin.salt());
+    } else if (pinned_.size() < 4) {
+      Pin pin{view_.tokens(any()), below(4) == 0};
+      if (manager_.pin(pin.tokens, pin.salt()) > 0) pinned_.push_back(std::move(pin));
+    } else {
+      const quire::SequenceId seq = any();
+      manager_.pin(seq);
+      manager_.unpin(seq);
+    }
+  }
+
+  void detach_or_attach() {
+    for (quire::SequenceId seq : live_)
+      if (view_.block_table(seq).empty() && !view_.is_swapped_out(seq)) return manager_.attach(seq);
+    manager_.detach(any());
+  }
+
+  // One sequence, with room for drafts.
+  void step_ahead() {
+    if (!view_.may_step()) return retire();
+    batch_ = {any()};
+    const int64_t todo = view_.num_tokens(batch_[0]) - view_.num_computed_tokens(batch_[0]);
+    counts_ = {static_cast<int32_t>(todo)};
+    if (manager_.step(batch_, counts_, static_cast<int32_t>(below(2 * shape_.block_size))))
+      commit();
   }
 
   // Few different tokens and often a prefix of an older prompt, so that much is shared.
@@ -89,7 +154,15 @@ class Traffic {
     if (static_cast<int32_t>(tokens.size()) > shape_.max_tokens) tokens.resize(shape_.max_tokens);
     static constexpr const char* kSalts[] = {"", "a"};
     const uint32_t salt = below(8);
-    live_.push_back(salt < 2 ? manager_.create(tokens, kSalts[salt]) : manager_.create(tokens));
+    const quire::Salt own = salt < 2 ? quire::Salt(kSalts[salt]) : quire::Salt();
+    if constexpr (kPins) {
+      const quire::Retention retention{.priority = static_cast<int32_t>(below(3)),
+                                       .ttl = below(4) ? 1e9 : shape_.short_ttl};
+      const uint32_t kind = below(8);
+      if (kind == 0) return live_.push_back(manager_.open(tokens, own));
+      if (kind == 1) return live_.push_back(manager_.create(tokens, own, retention));
+    }
+    live_.push_back(manager_.create(tokens, own));
   }
 
   void step_and_commit(bool commits) {
@@ -132,6 +205,14 @@ class Traffic {
 
   void fork() {
     if (static_cast<int32_t>(live_.size()) >= shape_.max_seqs) return free_some();
+    if constexpr (kPins) {
+      if (below(4) == 0) {
+        quire::SequenceId children[2];
+        manager_.fork(any(), children);
+        live_.insert(live_.end(), children, children + 2);
+        return;
+      }
+    }
     live_.push_back(manager_.fork(any()));
   }
 
@@ -205,6 +286,7 @@ class Traffic {
   Source& source_;
   std::vector<quire::SequenceId> live_, batch_;
   std::vector<int32_t> counts_, sampled_, num_sampled_;
+  std::vector<Pin> pinned_;
   quire::SequenceId last_freed_;
   int64_t retired_ = 0;
   int64_t num_refused_ = 0;

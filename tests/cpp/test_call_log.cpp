@@ -118,8 +118,9 @@ std::string rewrite(const CallLogConfig& config, const std::vector<LoggedCall>& 
 }  // namespace
 
 TEST_CASE("random traffic replays without a difference") {
-  const kv_traffic::Shape shapes[] = {
-      {40, 4, true, 0, 12, 60}, {40, 4, false, 0, 12, 60}, {64, 8, true, 2, 12, 100}};
+  const kv_traffic::Shape shapes[] = {{40, 4, true, 0, 12, 60, 1e-5},
+                                      {40, 4, false, 0, 12, 60, 1e-6},
+                                      {64, 8, true, 2, 12, 100, 1e-4}};
   for (const auto& shape : shapes)
     for (uint32_t seed = 0; seed < 3; ++seed) {
       const std::string log = record_traffic(shape, seed, 1500);
@@ -127,22 +128,26 @@ TEST_CASE("random traffic replays without a difference") {
       CHECK_MESSAGE(!report.difference, *report.difference);
       CHECK(report.num_calls == static_cast<int64_t>(calls_of(log).size()));
       CHECK(report.num_calls > 1500);
-      for (auto operation : {LoggedCall::kCreate, LoggedCall::kStep, LoggedCall::kCommit,
-                             LoggedCall::kFork, LoggedCall::kTruncate, LoggedCall::kFree}) {
-        int count = 0;
-        for (const LoggedCall& call : calls_of(log)) count += call.operation == operation;
-        CHECK(count > 20);
-      }
+      int counts[32] = {};
+      for (const LoggedCall& call : calls_of(log)) ++counts[call.operation];
+      for (auto operation :
+           {LoggedCall::kCreate, LoggedCall::kStep, LoggedCall::kCommit, LoggedCall::kFork,
+            LoggedCall::kTruncate, LoggedCall::kFree, LoggedCall::kPin, LoggedCall::kUnpin,
+            LoggedCall::kOpen, LoggedCall::kDetach, LoggedCall::kSetTime})
+        if (shape.prefix_caching || operation != LoggedCall::kUnpin)  // of nothing else
+          CHECK_MESSAGE(counts[operation] > 5, operation);
+      CHECK(counts[LoggedCall::kAttach] > 0);
+      CHECK(counts[LoggedCall::kClearCache] > 0);
     }
 }
 
 TEST_CASE("swaps, fetches and their options replay without stores") {
   const kv_traffic::Shape shapes[] = {{12, 4, true, 0, 12, 60}, {12, 4, true, 2, 12, 60}};
-  int counts[16][3] = {};
+  int counts[32][3] = {};
   for (const auto& shape : shapes)
     for (const auto eviction : {Eviction::kLru, Eviction::kReuseLru}) {
       const CallLogConfig config = config_of(shape, {eviction, 16, 5, {}});
-      const std::string log = record_fetches(config, shape, 7, 1500);
+      const std::string log = record_fetches(config, shape, 7, 4000);
       const ReplayReport report = replay(bytes_of(log));
       CHECK_MESSAGE(!report.difference, *report.difference);
       const std::vector<LoggedCall> calls = calls_of(log);
@@ -203,10 +208,13 @@ TEST_CASE("blocks of every layer group replay") {
   const kv_traffic::Shape shapes[] = {
       {90, 4, true, 0, 12, 60}, {90, 4, false, 0, 12, 60}, {90, 4, true, 2, 12, 60}};
   KVCacheOptions options;
+  options.num_host_blocks = 12;
   options.groups = {{}, {Kind::kSlidingWindow, 6}, {Kind::kChunkedLocal, 8}, {Kind::kState, 0}};
   for (const auto& shape : shapes)
     for (uint32_t seed = 0; seed < 2; ++seed) {
-      const std::string log = record_traffic(shape, seed, 1200, options);
+      const std::string log = shape.prefix_caching
+                                  ? record_fetches(config_of(shape, options), shape, seed, 1200)
+                                  : record_traffic(shape, seed, 1200, options);
       const ReplayReport report = replay(bytes_of(log));
       CHECK_MESSAGE(!report.difference, *report.difference);
       CHECK(report.num_calls == static_cast<int64_t>(calls_of(log).size()));
@@ -314,10 +322,10 @@ TEST_CASE("random bytes behind a good beginning do no harm") {
 }
 
 TEST_CASE("what is no log is refused") {
-  CHECK_THROWS_WITH_AS(replay({}), doctest::Contains("expected a call log of version 2"),
+  CHECK_THROWS_WITH_AS(replay({}), doctest::Contains("expected a call log of version 3"),
                        InvalidArgument);
   std::string other = rewrite(kSmall, {});
-  other[8] = 1;
+  other[8] = 2;
   CHECK_THROWS_AS(replay(bytes_of(other)), InvalidArgument);
   CHECK_THROWS_AS(replay(bytes_of(rewrite(kSmall, {}).substr(0, 10))), InvalidArgument);
   CHECK(replay(bytes_of(rewrite(kSmall, {}))).num_calls == 0);

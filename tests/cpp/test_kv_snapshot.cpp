@@ -25,6 +25,12 @@ KVCacheOptions options_of(uint32_t seed) {
   options.eviction = seed % 2 ? Eviction::kReuseLru : Eviction::kLru;
   options.num_host_blocks = seed % 3 ? 8 : 0;
   options.event_capacity = seed % 5 ? 0 : 4096;
+  using Kind = LayerGroup::Kind;
+  const std::vector<LayerGroup> models[] = {{},
+                                            {{}, {Kind::kSlidingWindow, 5}},
+                                            {{}, {Kind::kState, 0}},
+                                            {{}, {Kind::kChunkedLocal, 6}, {Kind::kState, 0}}};
+  options.groups = models[seed % 4];
   return options;
 }
 
@@ -57,26 +63,62 @@ struct Pair {
 
   SequenceId add(SequenceId seq, SequenceId other) {
     twins[seq.value] = other;
-    REQUIRE(a.block_table(seq) == b.block_table(other));
+    for (int32_t group = 0; group < a.num_groups(); ++group)
+      REQUIRE(a.block_table(seq, group) == b.block_table(other, group));
     return seq;
   }
-  SequenceId create(std::span<const int32_t> tokens, Salt salt = {}) {
-    return add(a.create(tokens, salt), b.create(tokens, salt));
+  SequenceId create(std::span<const int32_t> tokens, Salt salt = {}, Retention retention = {}) {
+    return add(a.create(tokens, salt, retention), b.create(tokens, salt, retention));
+  }
+  SequenceId open(std::span<const int32_t> tokens, Salt salt = {}) {
+    return add(a.open(tokens, salt), b.open(tokens, salt));
+  }
+  void attach(SequenceId seq) {
+    const auto second = [&] { b.attach(twin(seq)); };
+    both([&] { a.attach(seq); }, second);
+    second();
+    add(seq, twin(seq));
+  }
+  void detach(SequenceId seq) {
+    const auto second = [&] { b.detach(twin(seq)); };
+    both([&] { a.detach(seq); }, second);
+    second();
+  }
+  int64_t pin(std::span<const int32_t> tokens, Salt salt) {
+    return same(a.pin(tokens, salt), b.pin(tokens, salt));
+  }
+  int64_t unpin(std::span<const int32_t> tokens, Salt salt) {
+    return same(a.unpin(tokens, salt), b.unpin(tokens, salt));
+  }
+  int64_t pin(SequenceId seq) { return same(a.pin(seq), b.pin(twin(seq))); }
+  int64_t unpin(SequenceId seq) { return same(a.unpin(seq), b.unpin(twin(seq))); }
+  int64_t clear_cache() { return same(a.clear_cache(), b.clear_cache()); }
+  int64_t same(int64_t first, int64_t second) {
+    REQUIRE(first == second);
+    return first;
+  }
+  void fork(SequenceId seq, std::span<SequenceId> children) {
+    for (SequenceId& child : children) child = fork(seq);
   }
   SequenceId fork(SequenceId seq) {
     const SequenceId child = both([&] { return a.fork(seq); }, [&] { b.fork(twin(seq)); });
     return add(child, b.fork(twin(seq)));
   }
-  const StepBatch* step(std::span<const SequenceId> seqs, std::span<const int32_t> counts) {
-    const StepBatch* batch =
-        both([&] { return a.step(seqs, counts); }, [&] { b.step(twin(seqs), counts); });
-    const StepBatch* other = b.step(twin(seqs), counts);
+  const StepBatch* step(std::span<const SequenceId> seqs, std::span<const int32_t> counts,
+                        int32_t lookahead = 0) {
+    const StepBatch* batch = both([&] { return a.step(seqs, counts, lookahead); },
+                                  [&] { b.step(twin(seqs), counts, lookahead); });
+    const StepBatch* other = b.step(twin(seqs), counts, lookahead);
     REQUIRE((batch == nullptr) == (other == nullptr));
     if (!batch) return batch;
     REQUIRE(std::ranges::equal(batch->slot_mapping(), other->slot_mapping()));
     REQUIRE(std::ranges::equal(batch->copies(), other->copies()));
     REQUIRE(batch->ticket() == other->ticket());
-    for (SequenceId seq : seqs) REQUIRE(a.block_table(seq) == b.block_table(twin(seq)));
+    for (int32_t group = 0; group < a.num_groups(); ++group) {
+      REQUIRE(std::ranges::equal(a.batch(group).copies(), b.batch(group).copies()));
+      for (SequenceId seq : seqs)
+        REQUIRE(a.block_table(seq, group) == b.block_table(twin(seq), group));
+    }
     return batch;
   }
   void commit(std::span<const SequenceId> seqs, std::span<const int32_t> sampled = {},
@@ -114,13 +156,14 @@ struct Pair {
 }  // namespace
 
 TEST_CASE("a restored manager goes on as the one that was saved") {
-  for (uint32_t seed = 0; seed < 30; ++seed) {
-    const kv_traffic::Shape shape{.num_blocks = 6 + static_cast<int32_t>(seed % 24),
-                                  .block_size = 1 + static_cast<int32_t>(seed % 5),
-                                  .prefix_caching = seed % 7 != 0,
-                                  .async_depth = static_cast<int32_t>(seed % 3),
-                                  .max_seqs = 6,
-                                  .max_tokens = 60};
+  for (uint32_t seed = 0; seed < 60; ++seed) {
+    const kv_traffic::Shape shape{
+        .num_blocks = 6 + static_cast<int32_t>(seed % 24) * static_cast<int32_t>(1 + seed % 3),
+        .block_size = 1 + static_cast<int32_t>(seed % 5),
+        .prefix_caching = seed % 7 != 0,
+        .async_depth = static_cast<int32_t>(seed % 3),
+        .max_seqs = 6,
+        .max_tokens = 60};
     KVCacheManager manager(shape.num_blocks, shape.block_size, shape.prefix_caching,
                            shape.async_depth, options_of(seed));
     Random random{std::mt19937(seed)};
@@ -129,7 +172,7 @@ TEST_CASE("a restored manager goes on as the one that was saved") {
 
     const std::string saved = manager.snapshot();
     KVCacheManager restored = KVCacheManager::restore(saved);
-    REQUIRE((restored.snapshot() == saved));
+    REQUIRE((kv_traffic::without_times(restored.snapshot()) == kv_traffic::without_times(saved)));
     REQUIRE(restored.sequences() == manager.sequences());
     std::set<int32_t> announced;
     for (const CacheEvent& event : restored.take_events()) announced.insert(event.block);

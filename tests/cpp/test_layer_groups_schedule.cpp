@@ -107,7 +107,9 @@ TEST_CASE("random calls keep every invariant") {
                                   .max_seqs = 6,
                                   .max_tokens = 40};
     KVCacheManager manager(shape.num_blocks, shape.block_size, shape.prefix_caching,
-                           shape.async_depth, {.groups = models[seed % models.size()]});
+                           shape.async_depth,
+                           {.num_host_blocks = static_cast<int32_t>(source.next() % 20),
+                            .groups = models[seed % models.size()]});
     kv_traffic::Traffic traffic(manager, manager, shape, source);
     for (int32_t i = 0; i < 400; ++i) {
       traffic.call();

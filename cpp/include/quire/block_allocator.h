@@ -66,6 +66,13 @@ class BlockAllocator {
   // release() of each, the last first.
   void release(std::span<const int32_t> blocks);
 
+  // The contents of a cached block nobody holds are worth nothing any more: it is free.
+  void forget(int32_t block) {
+    unlink(block);
+    --num_cached_;
+    make_free(block);
+  }
+
   // Whether the contents of a used block are worth keeping once nobody holds it.
   void mark_cached(int32_t block) { entries_[block].next = 1; }
   void unmark_cached(int32_t block) { entries_[block].next = 0; }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "quire/chain_key.h"
@@ -17,6 +18,9 @@ class BlockKeys {
 
   // Of a cached block, or of a root.
   ChainKey key(const PrefixCache& cache, int32_t block);
+
+  // The key of a block that is cached from now on and holds these tokens.
+  void admit(const PrefixCache& cache, int32_t block, std::span<const int32_t> tokens);
 
   void forget(int32_t block) { is_known_[block] = 0; }  // it leaves the cache
 

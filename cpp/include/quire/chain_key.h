@@ -6,6 +6,8 @@
 //              SHA256("quire.chain_key.v1\nsalt=" || salt)       for a salt, also an empty one
 //   block key  SHA256(key of the block before, or the root key: 32 bytes
 //                     || the block's tokens: int32, little-endian)
+//   group key  SHA256("quire.group_key.v1\n" || block key || group: int32, little-endian)
+//              for what a layer group but the first keeps beside that block
 // So a key stands for a block and everything before it: equal keys, equal prefixes. A change of
 // any of this changes the version in the root key, and old keys are never found again.
 #pragma once
@@ -44,6 +46,9 @@ ChainKey chain_key(const ChainKey& parent, std::span<const int32_t> tokens);
 // (i + 1) * block_size). Throws InvalidArgument unless keys.size() == tokens.size() / block_size.
 void chain_keys(const ChainKey& parent, std::span<const int32_t> tokens, int32_t block_size,
                 std::span<ChainKey> keys);
+
+// Of what layer group `group`, 1 or more, keeps beside the block with this key.
+ChainKey group_key(const ChainKey& key, int32_t group);
 
 // 64 hexadecimal digits.
 std::string to_hex(const ChainKey& key);

@@ -15,7 +15,7 @@ namespace quire {
 
 enum class CacheEventKind : uint8_t {
   kStored,   // the block's contents can be found in the cache from now on
-  kRemoved,  // they were given up on purpose
+  kRemoved,  // they were given up on purpose, by clear_cache()
   kEvicted,  // they were given up for room
   kSwapped,  // they left for room, and the store `tier` has been offered them or has them already
 };

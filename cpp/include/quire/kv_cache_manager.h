@@ -127,25 +127,34 @@ class KVCacheManager {
   int64_t unpin(std::span<const int32_t> token_ids, Salt salt = {});
   int64_t unpin(SequenceId seq);
 
+  // Gives up all cached blocks that nobody uses, of every salt, and offers them to no store: their
+  // KV is wrong now, as that of other weights is, or must not stay. Returns how many those were.
+  // What is in use stays findable; stores keep what they have.
+  int32_t clear_cache();
+
   // Where to look for prefixes that the pool does not hold, the nearest store first, and where to
   // evicted blocks may go. One store a tier; it must outlive the manager.
   void attach_store(const KVStore& store);
 
   // Blocks that the latest step(), fetch() or swap_in() evicted, whole ones that some store lacks:
   // their contents are lost unless they are put there before any KV is written. Each comes once.
+  // After Scheduler::schedule() all that it evicted.
   std::vector<KVTransfer> take_offloads();
 
-  // Gives the sequence blocks for what stores hold of its tokens behind the computed ones, all but
-  // the last. Null when out of blocks: then nothing has changed. The transfers, in order, are to be
-  // got from the store of their tier; fetched() says how many of the first came, 0 or more: those
-  // are computed now, the other blocks are given back. Until then the sequence can do nothing.
+  // Takes blocks for what stores hold of the sequence's tokens behind the computed ones, all but
+  // the last, as far as every group has what it needs. Null when out of blocks: then nothing has
+  // changed. The transfers, in order, are to be got from the store of their tier; fetched() says
+  // how many of the first came, 0 or more: what these make complete is computed now, the other
+  // blocks are given back. Until then the sequence can do nothing.
   std::optional<std::vector<KVTransfer>> fetch(SequenceId seq);
   void fetched(SequenceId seq, int32_t num_blocks);
 
-  // Preemption that loses nothing. The computed blocks of the sequence move to host memory:
-  // [n, 2] pairs of block and host block to copy. It holds none of the pool until swap_in(), whose
-  // pairs go the other way; leading blocks that the prefix cache still has need no copy. Null when
-  // there is no room: then nothing has changed. detach() and free() give host blocks up.
+  // Preemption that loses nothing. What the sequence needs to go on, in blocks of every group,
+  // moves to host memory: [n, 2] pairs of block and host block to copy. It holds none of the pool
+  // until swap_in(), whose pairs go the other way; blocks that the prefix cache still has need no
+  // copy then. Shared ones are copied too: whoever else holds them may give them up before. Null
+  // when there is no room: then nothing has changed. detach() and free() give host blocks up. With
+  // a state group not between step() and commit(), as fork().
   using BlockPairs = std::vector<std::array<int32_t, 2>>;
   std::optional<BlockPairs> swap_out(SequenceId seq);
   std::optional<BlockPairs> swap_in(SequenceId seq);
@@ -166,6 +175,10 @@ class KVCacheManager {
                              int64_t max_step = std::numeric_limits<int64_t>::max()) const;
   // Blocks of all groups that a sequence alone needs for so many tokens, computed likewise.
   int64_t num_blocks_for(int64_t num_tokens, int64_t max_step) const;
+
+  // Times to live count from and to this time, in ns, and not the system's any more: for tests,
+  // and for logs that have to run again as they ran.
+  void set_time(int64_t ns);
 
   // What happened to cached blocks since the last call, the oldest first; a gap in their numbers
   // stands for events that were lost. Whoever takes all of them knows which blocks are cached.
@@ -254,7 +267,15 @@ class KVCacheManager {
   };
   struct Swapped {
     int64_t num_computed;
-    std::vector<int32_t> slots;  // host blocks
+    std::vector<int32_t> slots;  // host blocks, of one group after the other
+  };
+  // Blocks that a fetch() holds for its sequence, which is as it was until fetched().
+  struct Fetch {
+    int32_t first, end;  // whole blocks that the sequence has, and has when everything comes
+    std::vector<KVTransfer> loads;
+    std::vector<std::array<int32_t, 2>> places;  // group and entry of each load
+    // [num_groups][end - first], from the pool or to be loaded; -1: not needed
+    std::vector<std::vector<int32_t>> blocks;
   };
   struct Expiry {
     double ttl;            // seconds
@@ -281,6 +302,9 @@ class KVCacheManager {
   void load_unused(const Snapshot& snapshot);
   void load_swapped(const Snapshot& snapshot);
   static void reserve_serials(int64_t last);
+  void save_companions(Snapshot& snapshot) const;
+  void load_companions(const Snapshot& snapshot);
+  void load_batches(const Snapshot& snapshot);
   void save_retention(Snapshot& snapshot) const;
   void load_retention(const Snapshot& snapshot);
 
@@ -337,6 +361,7 @@ class KVCacheManager {
   void release(int32_t block);
   void release_now(int32_t block);
   void expire();
+  int64_t now_ns() const;
   int64_t pin(int32_t root, std::span<const int32_t> tokens);
   int64_t unpin(int32_t root, std::span<const int32_t> tokens);
 
@@ -368,23 +393,34 @@ class KVCacheManager {
 
   // Called where a block enters the prefix cache, is hit, or is about to leave. Free of cost while
   // nothing follows along.
-  void on_stored(int32_t block) {
-    if (is_watched_) watch_stored(block);
+  void on_stored(int32_t block, std::span<const int32_t> tokens) {
+    if (is_watched_) watch_stored(block, tokens);
   }
   void on_hit(int32_t block) {
     if (is_watched_) watch_hit(block);
   }
-  void watch_stored(int32_t block);
+  void on_left(int32_t block);
+  void watch_stored(int32_t block, std::span<const int32_t> tokens);
   void watch_hit(int32_t block);
   void watch_evicted(int32_t block);
+  void watch_companion_evicted(int32_t block);
   void push_event(CacheEventKind kind, int32_t block, CacheTier tier = CacheTier::kDevice);
   uint64_t root_id(int32_t root) const;
 
+  friend class Scheduler;  // whose step comes after what its swap_in()s evicted
+  void offer_also(std::vector<KVTransfer> offloads);
   bool is_in_all_stores(const ChainKey& key) const;
   const KVStore* store_with(const ChainKey& key) const;
-  std::vector<KVTransfer> find_in_stores(const Sequence& seq, int32_t first_block) const;
+  Fetch find_in_stores(const Sequence& seq);
+  int32_t reach_of(const Sequence& seq, const Fetch& fetch) const;
+  void take_fetched(Sequence& seq, Fetch& fetch, int32_t end, size_t num_came);
   void check_here(const char* function, const Sequence& seq) const;
-  void check_one_group(const char* function) const;
+  void check_no_step(const char* function, const Sequence& seq) const;
+  std::array<int32_t, 2> needed_entries(int32_t group, int64_t num_computed) const;
+  void set_entries(Sequence& seq, int32_t group, int64_t num_computed,
+                   std::span<const int32_t> blocks);
+  std::vector<int32_t> find_swapped(const Sequence& seq, int64_t num_computed) const;
+  void publish_companions(Sequence& seq, int64_t num_computed);
   void drop_slots(Sequence& seq);
   void validate_sequence(const Sequence& seq) const;
   void validate_away() const;
@@ -409,6 +445,7 @@ class KVCacheManager {
   bool has_retention_ = false;                 // some sequence had another than the default
   std::unordered_map<int32_t, Expiry> expiries_;
   std::priority_queue<Timer, std::vector<Timer>, std::greater<>> timers_;  // stale ones too
+  std::optional<int64_t> time_;  // ns; none: the steady clock's
   int64_t prefix_query_tokens_ = 0;
   int64_t prefix_hit_tokens_ = 0;
   int64_t evicted_blocks_ = 0;
@@ -418,8 +455,8 @@ class KVCacheManager {
   mutable std::optional<BlockKeys> keys_;  // where events or stores want them
   std::vector<const KVStore*> stores_;     // the nearest first
   std::vector<KVTransfer> offloads_;
-  std::unordered_map<int32_t, std::vector<KVTransfer>> fetches_;  // by index of the sequence
-  std::array<int64_t, 3> fetched_tokens_{};                       // by tier
+  std::unordered_map<int32_t, Fetch> fetches_;  // by index of the sequence
+  std::array<int64_t, 3> fetched_tokens_{};     // by tier
   std::optional<BlockAllocator> host_;
   std::unordered_map<int32_t, Swapped> swapped_;  // by index of the sequence
 

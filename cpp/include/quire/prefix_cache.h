@@ -69,6 +69,12 @@ class PrefixCache {
                ? kNone
                : static_cast<int32_t>(nodes_[block].child);
   }
+  // The same one whatever seed the treaps have.
+  int32_t first_child(int32_t block) const {
+    uint32_t child = nodes_[block].child;
+    while (nodes_[child].left != kNil) child = nodes_[child].left;
+    return static_cast<int32_t>(child);
+  }
   // What a cached block holds.
   int32_t num_tokens(int32_t block) const {
     return nodes_[block].is_partial ? static_cast<int32_t>(nodes_[block].child) : block_size_;

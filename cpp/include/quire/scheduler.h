@@ -15,9 +15,8 @@
 // equals; later its tokens, the generated ones too, are computed again. Where the manager has host
 // blocks and config.preemption says that moving is cheaper (preemption.h), its blocks go to host
 // memory instead, and come back all at once when it is its turn: the batches tell what to copy.
-// What the cache has of it by then is taken from there. Of several layer groups all is computed
-// again. The first is never preempted for another, so all requests finish. The same calls lead to
-// the same decisions.
+// What the cache has of it by then is taken from there. The first is never preempted for another,
+// so all requests finish. The same calls lead to the same decisions.
 //
 // Steps in which every running request decodes on cost least: what they change is counted up
 // later, and the manager is called as its DecodeLoop wants it.
@@ -144,6 +143,7 @@ class Scheduler {
   void preempt_last();
   bool prefers_swap(const Request& request) const;
   bool swap_out(Request& request);
+  void give_up_swapped(Request& request);
   bool come_back(Request& request, int64_t num_cached);
   void write_swaps();
   void admit();
@@ -188,6 +188,7 @@ class Scheduler {
   };
   std::vector<SwapOut> swap_outs_;  // since the batch before
   KVCacheManager::BlockPairs swap_ins_;
+  std::vector<KVTransfer> offloads_;  // what these evicted
   ScheduledBatch batch_;
   std::vector<Decision> decisions_;
   Blocked blocked_ = Blocked::kNobodyWaits;  // why admission ended

@@ -10,7 +10,7 @@
 namespace quire {
 namespace {
 
-constexpr char kMagic[] = {'q', 'u', 'i', 'r', 'e', 'l', 'o', 'g', 2};
+constexpr char kMagic[] = {'q', 'u', 'i', 'r', 'e', 'l', 'o', 'g', 3};
 constexpr auto kLastKind = LayerGroup::Kind::kState;
 
 void put(std::string& out, int64_t value) {
@@ -47,7 +47,7 @@ CallLogWriter::CallLogWriter(std::ostream& out, const CallLogConfig& config) : o
 }
 
 void CallLogWriter::write(const LoggedCall& call) {
-  buffer_.assign(1, static_cast<char>(call.operation | call.outcome << 4));
+  buffer_.assign(1, static_cast<char>(call.operation | call.outcome << 5));
   put(buffer_, static_cast<int64_t>(call.seqs.size()));
   int64_t last = 0;
   for (int64_t seq : call.seqs) {
@@ -67,7 +67,7 @@ void CallLogWriter::write(const LoggedCall& call) {
 CallLogReader::CallLogReader(std::span<const std::byte> log) : rest_(log) {
   const auto magic = std::as_bytes(std::span(kMagic));
   QUIRE_CHECK_ARG(log.size() >= magic.size() && std::equal(magic.begin(), magic.end(), log.begin()),
-                  "replay: log: expected a call log of version 2, got something else");
+                  "replay: log: expected a call log of version 3, got something else");
   rest_ = rest_.subspan(magic.size());
   const auto next = [&](int32_t most) {
     int64_t value;
@@ -119,9 +119,9 @@ bool CallLogReader::read(LoggedCall& call) {
   if (rest_.empty()) return false;
   const auto head = static_cast<uint8_t>(rest_[0]);
   rest_ = rest_.subspan(1);
-  if ((head & 15) > LoggedCall::kSwapIn || head >> 4 > LoggedCall::kRefused) return false;
-  call.operation = static_cast<LoggedCall::Operation>(head & 15);
-  call.outcome = static_cast<LoggedCall::Outcome>(head >> 4);
+  if ((head & 31) > LoggedCall::kLastOperation || head >> 5 > LoggedCall::kRefused) return false;
+  call.operation = static_cast<LoggedCall::Operation>(head & 31);
+  call.outcome = static_cast<LoggedCall::Outcome>(head >> 5);
   int64_t num_seqs, salt_size;
   if (!get(num_seqs) || num_seqs < 0 || num_seqs > static_cast<int64_t>(rest_.size())) return false;
   call.seqs.clear();

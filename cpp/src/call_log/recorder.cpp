@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // CallRecorder: each call is run, then written with its outcome and check.
+#include <chrono>
+#include <utility>
+
 #include "call_log/results.h"
 #include "quire/error.h"
 
@@ -24,6 +27,20 @@ std::vector<int64_t> CallRecorder::births_of(std::span<const SequenceId> seqs) c
 // Writes the call once it has run; `run` does it and fills call.check and, if need be, outcome.
 template <class Run>
 void CallRecorder::record(LoggedCall& call, Run run) {
+  if (needs_time_) {
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    LoggedCall time{.operation = LoggedCall::kSetTime};
+    time.number = std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+    run_and_write(time, [&] {
+      manager_.set_time(time.number);
+      time.check = check_counts(manager_);
+    });
+  }
+  run_and_write(call, run);
+}
+
+template <class Run>
+void CallRecorder::run_and_write(LoggedCall& call, Run run) {
   try {
     run();
   } catch (const InvalidArgument&) {
@@ -35,26 +52,97 @@ void CallRecorder::record(LoggedCall& call, Run run) {
   writer_.write(call);
 }
 
-SequenceId CallRecorder::create(std::span<const int32_t> token_ids, Salt salt) {
-  LoggedCall call{.operation = LoggedCall::kCreate};
+template <class Run>
+SequenceId CallRecorder::record_birth(LoggedCall call, std::span<const int32_t> token_ids,
+                                      Salt salt, const Retention& retention, Run run) {
   call.values.assign(token_ids.begin(), token_ids.end());
+  call.counts = numbers_of(retention);
   if (salt) call.salt = std::string(*salt);
+  needs_time_ |= retention.ttl != Retention{}.ttl;
   SequenceId seq;
   record(call, [&] {
-    seq = manager_.create(token_ids, salt);
+    seq = run();
     births_[seq.value] = num_births_++;
-    call.check = check_born(manager_, seq);
+    call.check = check_born(manager_, {&seq, 1});
   });
   return seq;
 }
 
+SequenceId CallRecorder::create(std::span<const int32_t> token_ids, Salt salt,
+                                Retention retention) {
+  return record_birth({.operation = LoggedCall::kCreate}, token_ids, salt, retention,
+                      [&] { return manager_.create(token_ids, salt, retention); });
+}
+
+SequenceId CallRecorder::open(std::span<const int32_t> token_ids, Salt salt, Retention retention) {
+  return record_birth({.operation = LoggedCall::kOpen}, token_ids, salt, retention,
+                      [&] { return manager_.open(token_ids, salt, retention); });
+}
+
+void CallRecorder::attach(SequenceId seq) {
+  LoggedCall call{.operation = LoggedCall::kAttach, .seqs = births_of({&seq, 1})};
+  record(call, [&] {
+    manager_.attach(seq);
+    call.check = check_born(manager_, {&seq, 1});
+  });
+}
+
+void CallRecorder::detach(SequenceId seq) {
+  LoggedCall call{.operation = LoggedCall::kDetach, .seqs = births_of({&seq, 1})};
+  record(call, [&] {
+    ResultCheck tables = tables_of(manager_, {&seq, 1});
+    manager_.detach(seq);
+    call.check = check_free(manager_, std::move(tables));
+  });
+}
+
+template <class Run>
+int64_t CallRecorder::record_pins(LoggedCall call, Run run) {
+  int64_t result = 0;
+  record(call, [&] {
+    result = run();
+    call.check = check_number(manager_, result);
+  });
+  return result;
+}
+
+int64_t CallRecorder::pin(std::span<const int32_t> token_ids, Salt salt) {
+  LoggedCall call{.operation = LoggedCall::kPin};
+  call.values.assign(token_ids.begin(), token_ids.end());
+  if (salt) call.salt = std::string(*salt);
+  return record_pins(std::move(call), [&] { return manager_.pin(token_ids, salt); });
+}
+
+int64_t CallRecorder::pin(SequenceId seq) {
+  return record_pins({.operation = LoggedCall::kPin, .seqs = births_of({&seq, 1})},
+                     [&] { return manager_.pin(seq); });
+}
+
+int64_t CallRecorder::unpin(std::span<const int32_t> token_ids, Salt salt) {
+  LoggedCall call{.operation = LoggedCall::kUnpin};
+  call.values.assign(token_ids.begin(), token_ids.end());
+  if (salt) call.salt = std::string(*salt);
+  return record_pins(std::move(call), [&] { return manager_.unpin(token_ids, salt); });
+}
+
+int64_t CallRecorder::unpin(SequenceId seq) {
+  return record_pins({.operation = LoggedCall::kUnpin, .seqs = births_of({&seq, 1})},
+                     [&] { return manager_.unpin(seq); });
+}
+
+int32_t CallRecorder::clear_cache() {
+  return static_cast<int32_t>(
+      record_pins({.operation = LoggedCall::kClearCache}, [&] { return manager_.clear_cache(); }));
+}
+
 const StepBatch* CallRecorder::step(std::span<const SequenceId> seqs,
-                                    std::span<const int32_t> num_new_tokens) {
+                                    std::span<const int32_t> num_new_tokens, int32_t lookahead) {
   LoggedCall call{.operation = LoggedCall::kStep, .seqs = births_of(seqs)};
   call.values.assign(num_new_tokens.begin(), num_new_tokens.end());
+  call.number = lookahead;
   const StepBatch* batch = nullptr;
   record(call, [&] {
-    batch = manager_.step(seqs, num_new_tokens);
+    batch = manager_.step(seqs, num_new_tokens, lookahead);
     if (!batch) call.outcome = LoggedCall::kOutOfBlocks;
     call.check = check_step(manager_, seqs, batch);
   });
@@ -73,14 +161,19 @@ void CallRecorder::commit(std::span<const SequenceId> seqs, std::span<const int3
 }
 
 SequenceId CallRecorder::fork(SequenceId parent) {
+  SequenceId child;
+  fork(parent, {&child, 1});
+  return child;
+}
+
+void CallRecorder::fork(SequenceId parent, std::span<SequenceId> children) {
   LoggedCall call{.operation = LoggedCall::kFork, .seqs = births_of({&parent, 1})};
-  SequenceId seq;
+  call.counts.resize(children.size());
   record(call, [&] {
-    seq = manager_.fork(parent);
-    births_[seq.value] = num_births_++;
-    call.check = check_born(manager_, seq);
+    manager_.fork(parent, children);
+    for (SequenceId child : children) births_[child.value] = num_births_++;
+    call.check = check_born(manager_, children);
   });
-  return seq;
 }
 
 void CallRecorder::truncate(SequenceId seq, int64_t num_tokens) {
@@ -125,10 +218,12 @@ std::optional<std::vector<KVTransfer>> CallRecorder::fetch(SequenceId seq) {
   record(call, [&] {
     loads = manager_.fetch(seq);
     call.check = check_loads(manager_, loads);
-    if (loads)
-      for (const KVTransfer& load : *loads) call.values.push_back(static_cast<int32_t>(load.tier));
-    else
+    if (!loads) {
       call.outcome = LoggedCall::kOutOfBlocks;
+      return;
+    }
+    for (const KVTransfer& load : *loads) call.values.push_back(static_cast<int32_t>(load.tier));
+    call.counts = key_heads(*loads);
   });
   return loads;
 }

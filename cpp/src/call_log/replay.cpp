@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // replay(): the calls of a log on a new manager.
+#include <algorithm>
+#include <array>
 #include <memory>
 
 #include "call_log/results.h"
@@ -11,10 +13,10 @@ using namespace call_log;
 
 namespace {
 
-// What stores hold while a logged fetch() runs, which asks for one block after the other.
+// What stores hold while a logged fetch() runs: the blocks that it loaded, and no others.
 struct LoggedLoads {
-  std::span<const int32_t> tiers;  // of the blocks that are still to be found
-  bool is_everything = false;      // each block, in whatever store is asked first
+  std::span<const int32_t> tiers, heads;  // of keys, 2 a block
+  bool is_everything = false;             // each block, in whatever store is asked first
 };
 
 // A store of one tier that answers as the log says, and never gets or gives a block.
@@ -22,11 +24,14 @@ class LoggedStore final : public KVStore {
  public:
   LoggedStore(CacheTier tier, LoggedLoads& loads) : tier_(tier), loads_(loads) {}
 
-  bool contains(const ChainKey&) const override {
+  bool contains(const ChainKey& key) const override {
     if (loads_.is_everything) return true;
-    if (loads_.tiers.empty() || loads_.tiers[0] != static_cast<int32_t>(tier_)) return false;
-    loads_.tiers = loads_.tiers.subspan(1);
-    return true;
+    const std::vector<int32_t> head = key_heads(std::array{KVTransfer{.key = key}});
+    for (size_t i = 0; i < loads_.tiers.size() && 2 * i + 1 < loads_.heads.size(); ++i)
+      if (loads_.tiers[i] == static_cast<int32_t>(tier_) &&
+          std::ranges::equal(head, loads_.heads.subspan(2 * i, 2)))
+        return true;
+    return false;
   }
   CacheTier tier() const override { return tier_; }
 
@@ -58,9 +63,16 @@ class Replayer {
     LoggedCall call = logged;
     loads_ = {};
     // A fetch() that ran out of blocks does not say what it had found. With all that could be found
-    // it lacks at least as many blocks, and then changes nothing either.
-    if (logged.operation == LoggedCall::kFetch)
-      loads_ = {logged.values, logged.outcome == LoggedCall::kOutOfBlocks};
+    // it lacks at least as many blocks, and then changes nothing either; but of several groups it
+    // may lack fewer, as those may read less behind more. That it changed nothing is enough then.
+    const bool lacked = logged.outcome == LoggedCall::kOutOfBlocks;
+    if (logged.operation == LoggedCall::kFetch) {
+      loads_ = {logged.values, logged.counts, lacked};
+      if (lacked && manager_.num_groups() > 1) {
+        call.check = check_counts(manager_);
+        return call;
+      }
+    }
     call.outcome = LoggedCall::kDone;
     seqs_.clear();
     for (int64_t birth : call.seqs) seqs_.push_back(born(birth));
@@ -85,13 +97,29 @@ class Replayer {
   uint32_t run(const LoggedCall& call, LoggedCall::Outcome& outcome) {
     switch (call.operation) {
       case LoggedCall::kCreate:
-        born_.push_back(manager_.create(call.values, call.salt));
-        return check_born(manager_, born_.back());
+        return check_birth(manager_.create(call.values, call.salt, retention_of(call.counts)));
+      case LoggedCall::kOpen:
+        return check_birth(manager_.open(call.values, call.salt, retention_of(call.counts)));
+      case LoggedCall::kAttach: {
+        const SequenceId seq = only_seq();
+        manager_.attach(seq);
+        return check_born(manager_, {&seq, 1});
+      }
       case LoggedCall::kFork:
-        born_.push_back(manager_.fork(only_seq()));
-        return check_born(manager_, born_.back());
+        return fork(call.counts.size());
+      case LoggedCall::kPin:
+      case LoggedCall::kUnpin:
+        return check_number(manager_, change_pins(call));
+      case LoggedCall::kClearCache:
+        return check_number(manager_, manager_.clear_cache());
+      case LoggedCall::kSetTime:
+        manager_.set_time(call.number);
+        break;
       case LoggedCall::kStep: {
-        const StepBatch* batch = manager_.step(seqs_, call.values);
+        QUIRE_CHECK_ARG(call.number == static_cast<int32_t>(call.number),
+                        "replay: step: lookahead: expected 32 bits, got ", call.number);
+        const StepBatch* batch =
+            manager_.step(seqs_, call.values, static_cast<int32_t>(call.number));
         if (!batch) outcome = LoggedCall::kOutOfBlocks;
         return check_step(manager_, seqs_, batch);
       }
@@ -101,9 +129,13 @@ class Replayer {
       case LoggedCall::kTruncate:
         manager_.truncate(only_seq(), call.number);
         break;
-      case LoggedCall::kFree: {
+      case LoggedCall::kFree:
+      case LoggedCall::kDetach: {
         ResultCheck tables = tables_of(manager_, seqs_);
-        manager_.free(seqs_);
+        if (call.operation == LoggedCall::kFree)
+          manager_.free(seqs_);
+        else
+          manager_.detach(only_seq());
         return check_free(manager_, std::move(tables));
       }
       case LoggedCall::kRetire:
@@ -133,6 +165,24 @@ class Replayer {
     return check_counts(manager_);
   }
 
+  uint32_t check_birth(SequenceId seq) {
+    born_.push_back(seq);
+    return check_born(manager_, {&seq, 1});
+  }
+
+  uint32_t fork(size_t count) {
+    std::vector<SequenceId> children(count);
+    manager_.fork(only_seq(), children);
+    born_.insert(born_.end(), children.begin(), children.end());
+    return check_born(manager_, children);
+  }
+
+  int64_t change_pins(const LoggedCall& call) {
+    const bool pins = call.operation == LoggedCall::kPin;
+    if (!call.seqs.empty()) return pins ? manager_.pin(only_seq()) : manager_.unpin(only_seq());
+    return pins ? manager_.pin(call.values, call.salt) : manager_.unpin(call.values, call.salt);
+  }
+
   void attach_store(int64_t tier) {
     QUIRE_CHECK_ARG(tier >= 0 && tier <= static_cast<int64_t>(CacheTier::kFile),
                     "replay: attach_store: tier: expected one of CacheTier, got ", tier);
@@ -153,9 +203,10 @@ std::string describe(const LoggedCall& call) {
   return concat(kOutcomes[call.outcome], " (check ", call.check, ")");
 }
 
-constexpr const char* kOperations[] = {"create",   "step",    "commit",   "fork",
-                                       "truncate", "free",    "retire",   "attach_store",
-                                       "fetch",    "fetched", "swap_out", "swap_in"};
+constexpr const char* kOperations[] = {"create",   "step",    "commit",       "fork",    "truncate",
+                                       "free",     "retire",  "attach_store", "fetch",   "fetched",
+                                       "swap_out", "swap_in", "pin",          "unpin",   "open",
+                                       "attach",   "detach",  "clear_cache",  "set_time"};
 
 }  // namespace
 

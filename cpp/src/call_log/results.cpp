@@ -2,6 +2,7 @@
 #include "call_log/results.h"
 
 #include <array>
+#include <bit>
 #include <cstring>
 
 #include "quire/error.h"
@@ -29,13 +30,41 @@ std::span<const T> span_of(const StepArray<T>& array) {
 
 uint32_t check_counts(const KVCacheManager& manager) { return check_free(manager, {}); }
 
-uint32_t check_born(const KVCacheManager& manager, SequenceId seq) {
+uint32_t check_born(const KVCacheManager& manager, std::span<const SequenceId> seqs) {
   ResultCheck check;
   add_counts(manager, check);
-  const int64_t num_cached = manager.num_cached_tokens(seq);
-  check.add(std::span(&num_cached, 1));
-  add_tables(manager, seq, check);
+  for (SequenceId seq : seqs) {
+    const int64_t num_cached = manager.num_cached_tokens(seq);
+    check.add(std::span(&num_cached, 1));
+    add_tables(manager, seq, check);
+  }
   return check.value();
+}
+
+uint32_t check_number(const KVCacheManager& manager, int64_t number) {
+  ResultCheck check;
+  add_counts(manager, check);
+  check.add(std::span(&number, 1));
+  return check.value();
+}
+
+std::vector<int32_t> key_heads(std::span<const KVTransfer> loads) {
+  std::vector<int32_t> heads(2 * loads.size());
+  for (size_t i = 0; i < loads.size(); ++i)
+    std::memcpy(&heads[2 * i], loads[i].key.bytes.data(), 2 * sizeof heads[0]);
+  return heads;
+}
+
+std::vector<int32_t> numbers_of(const Retention& retention) {
+  const Retention usual;
+  if (retention.priority == usual.priority && retention.ttl == usual.ttl) return {};
+  const auto ttl = std::bit_cast<std::array<int32_t, 2>>(retention.ttl);
+  return {retention.priority, ttl[0], ttl[1]};
+}
+
+Retention retention_of(std::span<const int32_t> numbers) {
+  if (numbers.size() != 3) return {};
+  return {numbers[0], std::bit_cast<double>(std::array{numbers[1], numbers[2]})};
 }
 
 uint32_t check_step(const KVCacheManager& manager, std::span<const SequenceId> seqs,

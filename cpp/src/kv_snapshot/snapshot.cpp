@@ -18,7 +18,8 @@ using snapshot::Reader;
 
 namespace {
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
+constexpr auto kLastKind = static_cast<int64_t>(LayerGroup::Kind::kState);
 
 int32_t num_blocks_of(const snapshot::Object& object) {
   Reader reader(object, "manager");
@@ -34,6 +35,10 @@ KVCacheOptions options_of(const snapshot::Object& object) {
   const auto host = object.find("host");
   options.num_host_blocks =
       reader.next_int32(0, host == object.end() ? 0 : static_cast<int64_t>(host->second.size()));
+  for (Reader groups(object, "groups"); !groups.is_at_end();) {
+    const auto kind = static_cast<LayerGroup::Kind>(groups.next(0, kLastKind));
+    options.groups.push_back({kind, groups.next_int32(0)});
+  }
   return options;
 }
 
@@ -58,7 +63,6 @@ struct Shape {
 
 std::string KVCacheManager::snapshot() const {
   const std::lock_guard guard(mutex_);
-  check_one_group("snapshot");
   QUIRE_CHECK_ARG(fetches_.empty(), "snapshot: expected no fetch under way, got ", fetches_.size());
   settle();
   Snapshot out;
@@ -72,7 +76,16 @@ std::string KVCacheManager::snapshot() const {
   if (allocator_.reuse()) out["reuse"] = allocator_.reuse()->save();
   if (cache_) out["tree"] = cache_->save();
   if (host_) out["host"] = host_->save();
-  out["batch"] = {batch_.num_rows_reserved(), batch_.block_table_stride()};
+  out["groups"];
+  for (int32_t group = 0; companions_ && group < num_groups(); ++group)
+    for (int64_t number : {int64_t{static_cast<int>(companions_->group(group).kind)},
+                           int64_t{companions_->group(group).size}})
+      out["groups"].push_back(number);
+  for (int32_t group = 0; group < num_groups(); ++group) {
+    out["batch"].push_back(batch(group).num_rows_reserved());
+    out["batch"].push_back(batch(group).block_table_stride());
+  }
+  save_companions(out);
   save_sequences(out);
   save_retention(out);
   return snapshot::to_json(out);
@@ -102,6 +115,10 @@ void KVCacheManager::save_sequences(Snapshot& out) const {
     list.insert(list.end(), fields.begin(), fields.end());
     put_list(list, seq.tokens);
     put_list(list, seq.table.own_from(seq.table.num_shared()));
+    for (const GroupTable& group : seq.groups) {
+      list.push_back(group.num_behind);
+      put_list(list, group.table.ids());
+    }
   }
   out["sequences"] = std::move(list);
   out["trunks"] = std::move(trunk_lists);
@@ -114,6 +131,13 @@ void KVCacheManager::save_sequences(Snapshot& out) const {
     swaps.push_back(swapped.num_computed);
     put_list(swaps, swapped.slots);
   }
+}
+
+void KVCacheManager::save_companions(Snapshot& out) const {
+  Numbers& list = out["companions"];
+  for (int32_t block = 0; companions_ && block < allocator_.num_blocks(); ++block)
+    if (companions_->contains(block))
+      list.insert(list.end(), {companions_->group_of(block), companions_->node_of(block), block});
 }
 
 // ---- Restoring
@@ -136,21 +160,42 @@ KVCacheManager::KVCacheManager(const Snapshot& in) try
   allocator_.load(Reader(in, "allocator").rest());
   if (allocator_.reuse()) allocator_.reuse()->load(Reader(in, "reuse").rest());
   if (cache_) cache_->load(Reader(in, "tree").rest());
+  load_companions(in);
   if (host_) host_->load(Reader(in, "host").rest());
   load_sequences(in);
   load_retention(in);
-  Reader batch(in, "batch");
-  StepBatch::Size size;
-  size.batch_size = batch.next_int32(0);
-  size.max_blocks = batch.next_int32(0, allocator_.num_blocks() * 2LL);
-  if (!batch_.may_hold(size)) batch.refuse("a block table of less than 2^31 entries");
-  batch_.begin(last_ticket_, size);
-  batch_.begin(last_ticket_, {});
+  load_batches(in);
   validate();
   for (int32_t block : cache_&& events_ ? cache_->parents_first() : std::vector<int32_t>{})
     push_event(CacheEventKind::kStored, block);
 } catch (const InvariantError& error) {
   throw InvalidArgument(concat("restore: snapshot: expected a consistent one; ", error.what()));
+}
+
+void KVCacheManager::load_companions(const Snapshot& in) {
+  const int32_t last_block = allocator_.num_blocks() - 1;
+  for (Reader reader(in, "companions"); !reader.is_at_end();) {
+    const int32_t group = reader.next_int32(1, num_groups() - 1);
+    const int32_t node = reader.next_int32(0, last_block);
+    const int32_t block = reader.next_int32(0, last_block);
+    if (companions_->contains(block) || companions_->find(group, node) != CompanionCache::kNone)
+      reader.refuse("each companion once");
+    companions_->insert(group, node, block);
+  }
+}
+
+// Room for as many rows as there was, so that the tables go on in the same shape.
+void KVCacheManager::load_batches(const Snapshot& in) {
+  Reader reader(in, "batch");
+  for (int32_t group = 0; group < num_groups(); ++group) {
+    StepBatch& batch = group == 0 ? batch_ : group_batches_[group - 1];
+    StepBatch::Size size;
+    size.batch_size = reader.next_int32(0);
+    size.max_blocks = reader.next_int32(0, allocator_.num_blocks() * 2LL);
+    if (!batch.may_hold(size)) reader.refuse("a block table of less than 2^31 entries");
+    batch.begin(last_ticket_, size);
+    batch.begin(last_ticket_, {});
+  }
 }
 
 void KVCacheManager::load_sequences(const Snapshot& in) {
@@ -216,6 +261,13 @@ int64_t KVCacheManager::load_sequence(Sequence& seq, Reader& reader,
     reader.refuse("tokens, and those of the trunk computed");
   if (trunk >= 0) seq.table.share(trunks[trunk]->blocks);
   seq.table.append(reader.next_list(0, allocator_.num_blocks() - 1));
+  seq.groups.assign(num_groups() - 1, {BlockTable(block_size_)});
+  for (GroupTable& group : seq.groups) {
+    group.num_behind = reader.next_int32(0, seq.table.size());
+    group.table.append(reader.next_list(-1, allocator_.num_blocks() - 1));
+    for (int32_t i = 0; i < group.table.size(); ++i)
+      if ((group.table[i] < 0) != (i < group.num_behind)) reader.refuse("blocks behind num_behind");
+  }
   return trunk;
 }
 
