@@ -27,26 +27,28 @@ void check_scale(const std::string& argument, const TensorView& scale, const Ten
   if (!scale) return;
   QUIRE_CHECK_ARG(scale.dtype == DType::kFloat32, argument, ": expected float32, got ",
                   describe(scale));
-  if (is_number(scale)) {
-    const float number = *scale.as<float>();
-    QUIRE_CHECK_ARG(std::isfinite(number) && number > 0, argument,
-                    ": expected a finite number > 0, got ", number);
-    QUIRE_CHECK_ARG(is_quantised(cache.dtype) || number == 1, argument, ": expected 1, as ",
-                    name_of(cache.dtype), " caches have no scale, got ", number);
-    return;
-  }
-  QUIRE_CHECK_ARG(is_quantised(cache.dtype), argument, ": expected none, as ", name_of(cache.dtype),
-                  " caches have no scale, got ", describe(scale));
-  QUIRE_CHECK_ARG(scale.device == cache.device &&
-                      ((scale.ndim == 1 && scale.shape[0] == cache.shape[2]) ||
-                       (scale.ndim == 3 && scale.shape[0] == cache.shape[0] &&
-                        scale.shape[1] == cache.shape[1] && scale.shape[2] == cache.shape[2])),
-                  argument, ": expected a number, [", cache.shape[2], "] (num_kv_heads) or [",
-                  cache.shape[0], ", ", cache.shape[1], ", ", cache.shape[2],
-                  "] (one a token and head), got ", describe(scale));
+  const bool is_one = is_number(scale);
+  QUIRE_CHECK_ARG(is_one || is_quantised(cache.dtype), argument, ": expected none, as ",
+                  name_of(cache.dtype), " caches have no scale, got ", describe(scale));
+  QUIRE_CHECK_ARG(
+      is_one || (scale.device == cache.device &&
+                 ((scale.ndim == 1 && scale.shape[0] == cache.shape[2]) ||
+                  (scale.ndim == 3 && scale.shape[0] == cache.shape[0] &&
+                   scale.shape[1] == cache.shape[1] && scale.shape[2] == cache.shape[2]))),
+      argument, ": expected a number, [", cache.shape[2], "] (num_kv_heads) or [", cache.shape[0],
+      ", ", cache.shape[1], ", ", cache.shape[2], "] (one a token and head), got ",
+      describe(scale));
+  if (scale.is_empty()) return;
+  QUIRE_CHECK_ARG(scale.data, argument, ": expected data, got a null pointer");
   const uintptr_t misplaced = reinterpret_cast<uintptr_t>(scale.data) % sizeof(float);
-  QUIRE_CHECK_ARG(misplaced == 0 || scale.num_elements() == 0, argument,
+  QUIRE_CHECK_ARG(misplaced == 0, argument,
                   ": expected an address aligned to 4 bytes, got one that is off by ", misplaced);
+  if (!is_one) return;
+  const float number = *scale.as<float>();
+  QUIRE_CHECK_ARG(std::isfinite(number) && number > 0, argument,
+                  ": expected a finite number > 0, got ", number);
+  QUIRE_CHECK_ARG(is_quantised(cache.dtype) || number == 1, argument, ": expected 1, as ",
+                  name_of(cache.dtype), " caches have no scale, got ", number);
 }
 
 }  // namespace quire

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
@@ -31,8 +32,10 @@ constexpr int64_t kExtremes[] = {0,
                                  int64_t{1} << 62,
                                  std::numeric_limits<int64_t>::max(),
                                  std::numeric_limits<int64_t>::min()};
-constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16,
-                             DType::kInt32,   DType::kInt64,   DType::kUInt8};
+constexpr DType kDTypes[] = {
+    DType::kFloat32, DType::kFloat16, DType::kBFloat16,   DType::kInt32,      DType::kInt64,
+    DType::kUInt8,   DType::kInt8,    DType::kFloat8E4M3, DType::kFloat8E5M2,
+};
 
 // A tensor with memory of its own.
 struct Owned {
@@ -50,6 +53,9 @@ struct Owned {
     }
     bytes.resize(static_cast<size_t>(stride) * size_of(dtype) + 8);  // never null
     view.data = bytes.data();
+  }
+  explicit Owned(float number) : Owned(DType::kFloat32, {1}) {
+    std::memcpy(bytes.data(), &number, sizeof(number));
   }
 };
 
@@ -86,6 +92,13 @@ void check_reach(const AttentionDesc& desc, const AttentionPlan& plan, const Att
       }
     }
   }
+  for (const TensorView* scale : {&t.scales.k, &t.scales.v}) {
+    const KvScale read = kernel_scale(*scale);
+    require(!read.is_per_token ||
+            (scale->shape[0] == t.k.shape[0] && scale->shape[1] == desc.block_size &&
+             scale->shape[2] == desc.num_kv_heads));
+    require(read.values || read.value > 0);
+  }
   for (const TensorView* tensor : {&t.q, &t.k, &t.v, &t.out})
     require(tensor->is_empty() || (tensor->data && tensor->device == Device{}));
 }
@@ -103,7 +116,7 @@ class Call {
     };
     const auto add_keys = [&](int64_t rows, int64_t dim) {
       if (desc_.block_size > 0)
-        tensors_.push_back(Owned(desc_.dtype, {kBlocks, desc_.block_size, kv_heads, dim}));
+        tensors_.push_back(Owned(desc_.kv_dtype, {kBlocks, desc_.block_size, kv_heads, dim}));
       else
         add(desc_.dtype, {rows, kv_heads, dim});
     };
@@ -117,6 +130,7 @@ class Call {
     tensors_.push_back(Owned(DType::kFloat32, {heads}));
     tensors_.push_back(Owned(DType::kFloat32, {heads}));
     add(DType::kUInt8, {total_q, 9});
+    for (int i = 0; i < 2; ++i) tensors_.push_back(make_scale());
     given_ = in_.ConsumeIntegral<uint8_t>();
   }
 
@@ -169,7 +183,20 @@ class Call {
     desc_.window_left = number(-1, 9);
     desc_.window_right = number(-1, 9);
     desc_.softcap = static_cast<float>(number(0, 2));
+    if (desc_.block_size > 0 && in_.ConsumeBool()) desc_.kv_dtype = kDTypes[number(6, 8)];
     dense_ = desc_.block_size == 0 && in_.ConsumeBool();
+  }
+
+  Owned make_scale() {
+    const int64_t kv_heads = desc_.num_kv_heads;
+    switch (number(0, 2)) {
+      case 0:
+        return Owned(1.0f);
+      case 1:
+        return Owned(DType::kFloat32, {kv_heads});
+      default:
+        return Owned(DType::kFloat32, {kBlocks, std::max(1, desc_.block_size), kv_heads});
+    }
   }
 
   void make_batch() {
@@ -285,6 +312,8 @@ class Call {
     if (given_ & 4) t.sinks = tensors_[6].view;
     if (given_ & 8) t.mask = tensors_[7].view;
     t.mask_is_tree = given_ & 16;
+    if (given_ & 32) t.scales.k = tensors_[8].view;
+    if (given_ & 64) t.scales.v = tensors_[9].view;
     return t;
   }
 
@@ -294,7 +323,7 @@ class Call {
   AttentionBatch batch_;
   bool dense_ = false;
   std::vector<int32_t> cu_q_, cu_k_, seq_lens_, table_;
-  std::vector<Owned> tensors_;  // q, k, v, out, lse, alibi_slopes, sinks, mask
+  std::vector<Owned> tensors_;  // q, k, v, out, lse, alibi_slopes, sinks, mask, scales
   int given_ = 0;
 };
 
