@@ -26,7 +26,7 @@ PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim) {
   items = add(plan.items.size(), sizeof(WorkItem));
   merges = add(plan.merges.size(), sizeof(MergeItem));
   block_ids = add(plan.block_ids.size(), sizeof(int32_t));
-  counters = add(plan.merges.size(), sizeof(uint32_t));
+  counters = add(plan.merges.size() + 1, sizeof(uint32_t));  // and one for tickets
   staged_bytes = end;
   partial_values = add(rows * head_dim, sizeof(float));
   partial_stats = add(rows * 2, sizeof(float));
@@ -44,6 +44,7 @@ PlanOnGpu::PlanOnGpu(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& p
       dtype_(element_type(desc.dtype)),
       kv_dtype_(element_type(desc.kv_dtype)),
       num_partial_rows_(plan.partial_rows),
+      num_merges_(plan.merges.size()),
       is_paged_(desc.block_size > 0) {
   stage(plan);
   // Loading and allocating take long and may not happen while a stream is captured: now is the
@@ -148,6 +149,7 @@ void PlanOnGpu::use(Handle stream, device::AttentionArgs& args) {
   args.items = static_cast<const WorkItem*>(at(layout_.items));
   args.merges = static_cast<const MergeItem*>(at(layout_.merges));
   args.counters = static_cast<uint32_t*>(at(layout_.counters));
+  args.tickets = args.counters + num_merges_;
   args.partial_values = static_cast<float*>(at(layout_.partial_values));
   args.partial_stats = static_cast<float*>(at(layout_.partial_stats));
   args.partial_rows = num_partial_rows_;

@@ -67,6 +67,7 @@ class PlanOnGpu {
   int num_heads_, num_kv_heads_, head_dim_, head_dim_v_;
   ElementType dtype_, kv_dtype_;
   int num_partial_rows_;
+  size_t num_merges_;
   bool is_paged_;
   std::vector<Segment> segments_;
   std::vector<std::byte> staged_;

@@ -65,7 +65,7 @@ inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& p
   const size_t rows = static_cast<size_t>(plan.num_partials) * plan.partial_rows;
   workspace.values.assign(rows * kernel.head_dim, NAN);
   workspace.stats.assign(rows * 2, NAN);
-  workspace.counters.assign(plan.merges.size(), 0);
+  workspace.counters.assign(plan.merges.size() + 1, 0);
   device::BoxedAttentionArgs boxed{};
   device::AttentionArgs& args = boxed.attention;
   args.params = params;
@@ -76,6 +76,7 @@ inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& p
   args.partial_stats = workspace.stats.data();
   args.partial_rows = plan.partial_rows;
   args.counters = workspace.counters.data();
+  args.tickets = args.counters + plan.merges.size();
   args.is_aligned = is_aligned;
   boxed.box_rows = cuda::box_rows(params, is_aligned, kernel.box_rows);
   if (boxed.box_rows > 0) {

@@ -32,6 +32,7 @@ TEST_CASE("plain and causal") {
 
 TEST_CASE("every option") {
   check_options(kernel<Float16, 64, 128, 128, 3, Mode::kFull>(), base(64));
+  check_options(kernel<BFloat16, 128, 128, 64, 4, Mode::kFull>(), base(128));
 }
 
 TEST_CASE("chunks of keys") {
