@@ -115,8 +115,11 @@ class CudaBackend final : public Backend {
       args.num_items = segment.count;
       const Kernel& kernel = *on_gpu->kernels().kernels[segment.phase][mode];
       if (kernel.box_rows > 0) set_boxes(gpu.driver(), kernel.box_rows, boxed);
-      // A block an item: the device deals them out in order, the longest first.
-      gpu.launch(kernel, segment.count, &boxed, stream.handle);
+      // A block an item: the device deals them out in order, the longest first. Or as many blocks
+      // as fit at once, which ask for items in that order.
+      const int fit = gpu.info().parallelism * kernel.blocks_per_multiprocessor;
+      gpu.launch(kernel, kernel.takes_tickets ? std::min(segment.count, fit) : segment.count,
+                 &boxed, stream.handle);
     }
   }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "host/order.h"
 #include "quire/error.h"
 
 namespace quire::cuda {
@@ -94,6 +95,9 @@ void PlanOnGpu::stage(const AttentionPlan& plan) {
     for (const WorkItem& item : plan.items)
       if (phase_of(item) == phase) sorted.push_back(item);
     const int count = static_cast<int>(sorted.size()) - first;
+    if (phase == kWide && count > 0 && kernels_.kernels[kWide][0]->takes_tickets)
+      walk_in_sections(sorted.begin() + first, sorted.end(), plan.sequences, num_kv_heads_,
+                       int64_t{head_dim_ + head_dim_v_} * 2);
     if (count > 0) segments_.push_back({phase, first, count});
   }
   put(layout_.sequences, plan.sequences);

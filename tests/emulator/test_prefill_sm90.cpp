@@ -65,6 +65,14 @@ TEST_CASE("windows: blocks that no query sees are not read") {
   }
 }
 
+TEST_CASE("more items without keys than the queue holds, after one that was gathered") {
+  AttentionCase c = base(64);
+  c.batch.assign(12, {2, 0});
+  c.batch.push_back({3, 20});
+  for (const AsyncMode async : {AsyncMode::kLazy, AsyncMode::kEager, AsyncMode::kRandom})
+    check_case(kernel<Float16, 64, 128, 128, 3, Mode::kFast>(), c, async);
+}
+
 TEST_CASE("bits do not depend on how the work is cut") {
   AttentionCase c = base(64);
   c.batch = {{5, 1300}, {1, 530}, {80, 700}};

@@ -207,6 +207,8 @@ QUIRE_DEVICE void produce(const BoxedAttentionArgs& args) {
         producer.template load<Side::kValues>(row, tile);
         producer.ring.advance();
       }
+      // Else items without keys could fill the queue while consumers wait for what is unpublished.
+      if (tiles.begin == tiles.end) producer.template publish<0>();
     }
     items.advance();
   }
