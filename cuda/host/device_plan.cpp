@@ -96,9 +96,7 @@ void DevicePlan::add_segments() {
   const int64_t most_q = batch_.cu_seqlens_q ? max_total_q_ : std::min(1, max_total_q_);
   const int64_t wide = kernels_.wide_rows(), items = bounds_.pieces * num_kv_heads_;
   const auto add = [&](Phase phase) {
-    const Kernel& kernel = *kernels_.kernels[phase][0];
-    const int64_t resident = int64_t{gpu_.info().parallelism} * kernel.blocks_per_multiprocessor;
-    add_segment(phase, 0, 0, std::min(items, resident));
+    add_segment(phase, 0, 0, std::min(items, resident_blocks(phase)));
   };
   if (most_q == 0 || batch_.batch_size == 0) return;
   if (most_q * group >= wide) add(kWide);
@@ -120,6 +118,7 @@ size_t DevicePlan::lay_out(DeviceAddress base) {
   place(args_.items, bounds_.pieces * num_kv_heads_);
   place(args_.merges, bounds_.merges);
   place(args_.counters, bounds_.merges);
+  place(args_.tickets, 1);
   place(args_.first_tiles, batch_.batch_size);
   place(args_.tiles, bounds_.tiles);
   const int64_t rows = bounds_.partials * bounds_.partial_rows;
@@ -160,6 +159,7 @@ void DevicePlan::use(Handle stream, device::AttentionArgs& args) {
   args.range = args_.counts->ranges;
   args.merges = args_.merges;
   args.counters = args_.counters;
+  args.tickets = args_.tickets;
   args.partial_values = partial_values_;
   args.partial_stats = partial_stats_;
   args.partial_rows = bounds_.partial_rows;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "host/order.h"
 #include "quire/error.h"
 
 namespace quire::cuda {
@@ -30,7 +31,7 @@ PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim) {
   items = add(plan.items.size(), sizeof(WorkItem));
   merges = add(plan.merges.size(), sizeof(MergeItem));
   block_ids = add(plan.block_ids.size(), sizeof(int32_t));
-  counters = add(plan.merges.size(), sizeof(uint32_t));
+  counters = add(plan.merges.size() + 1, sizeof(uint32_t));  // and one for tickets
   staged_bytes = end;
   partial_values = add(rows * head_dim, sizeof(float));
   partial_stats = add(rows * 2, sizeof(float));
@@ -53,8 +54,15 @@ void PlanOnGpu::add_segment(Phase phase, int first, int count, int64_t blocks) {
   for (const Kernel* kernel : kernels_.kernels[phase]) gpu_.function(*kernel);
 }
 
+int64_t PlanOnGpu::resident_blocks(Phase phase) const {
+  return int64_t{gpu_.info().parallelism} * kernels_.kernels[phase][0]->blocks_per_multiprocessor;
+}
+
 SentPlan::SentPlan(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& plan)
-    : PlanOnGpu(gpu, desc), layout_(plan, kernels_.head_dim), num_partial_rows_(plan.partial_rows) {
+    : PlanOnGpu(gpu, desc),
+      layout_(plan, kernels_.head_dim),
+      num_partial_rows_(plan.partial_rows),
+      num_merges_(plan.merges.size()) {
   const ContextScope scope(gpu_);
   stage(plan);
   if (layout_.total_bytes > 0)
@@ -99,8 +107,15 @@ void SentPlan::stage(const AttentionPlan& plan) {
     for (const WorkItem& item : plan.items)
       if (phase_of(item) == phase) sorted.push_back(item);
     const int count = static_cast<int>(sorted.size()) - first;
-    // A block an item: the device deals them out in order, the longest first.
-    if (count > 0) add_segment(phase, first, count, count);
+    if (count == 0) continue;
+    const bool takes_tickets = kernels_.kernels[phase][0]->takes_tickets;
+    if (takes_tickets)
+      walk_in_sections(sorted.begin() + first, sorted.end(), plan.sequences, num_kv_heads_,
+                       int64_t{head_dim_ + head_dim_v_} * 2);
+    // A block an item: the device deals them out in order, the longest first. Or as many blocks as
+    // fit at once, which ask for items in that order.
+    add_segment(phase, first, count,
+                takes_tickets ? std::min<int64_t>(count, resident_blocks(phase)) : count);
   }
   put(layout_.sequences, plan.sequences);
   put(layout_.items, sorted);
@@ -151,6 +166,7 @@ void SentPlan::use(Handle stream, device::AttentionArgs& args) {
   args.items = static_cast<const WorkItem*>(at(layout_.items));
   args.merges = static_cast<const MergeItem*>(at(layout_.merges));
   args.counters = static_cast<uint32_t*>(at(layout_.counters));
+  args.tickets = args.counters + num_merges_;
   args.partial_values = static_cast<float*>(at(layout_.partial_values));
   args.partial_stats = static_cast<float*>(at(layout_.partial_stats));
   args.partial_rows = num_partial_rows_;

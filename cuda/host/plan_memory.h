@@ -60,6 +60,7 @@ class PlanOnGpu {
   PlanOnGpu(Gpu& gpu, const AttentionDesc& desc);
   // Loading takes long and may not happen while a stream is captured: plans do it when made.
   void add_segment(Phase phase, int first, int count, int64_t blocks);
+  int64_t resident_blocks(Phase phase) const;  // that the GPU runs at once
 
   Gpu& gpu_;
   const KernelSet kernels_;
@@ -96,6 +97,7 @@ class SentPlan final : public PlanOnGpu {
 
   PlanLayout layout_;
   int num_partial_rows_;
+  size_t num_merges_;
   std::vector<std::byte> staged_;
   std::mutex mutex_;  // of copies_
   std::vector<Copy> copies_;

@@ -25,6 +25,7 @@ struct Kernel {
   int blocks_per_multiprocessor;  // that registers are left for
   const char* arch = nullptr;     // the only one it is compiled for, "90a"; null: all
   int box_rows = 0;               // at most; 0: its only argument is AttentionArgs
+  bool takes_tickets = false;     // a block asks for items one by one
 };
 
 namespace rows {
@@ -61,6 +62,7 @@ constexpr Kernel sm90_prefill(const char* name) {
   Kernel kernel = attention<Traits>(name, Family::kPrefill);
   kernel.arch = "90a";
   kernel.box_rows = Traits::kWarpKeys;
+  kernel.takes_tickets = true;
   return kernel;
 }
 

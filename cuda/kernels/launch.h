@@ -24,6 +24,7 @@ struct AttentionArgs {
   float* partial_stats;   // [slots, partial_rows, 2]
   int32_t partial_rows;
   uint32_t* counters;  // [merges], zero; every launch leaves them zero
+  uint32_t* tickets;   // likewise, one: items that blocks have asked for, where they do
   bool is_aligned;     // rows of q, k, v and out begin at multiples of 16 bytes
 };
 
@@ -73,7 +74,8 @@ struct PlanArgs {
   Sequence* sequences;  // [num_sequences]
   WorkItem* items;
   MergeItem* merges;
-  uint32_t* counters;  // of the merges, made zero
+  uint32_t* counters;  // of the merges, made zero,
+  uint32_t* tickets;   // and so is this one
   PlanCounts* counts;
   // scratch
   int32_t* first_tiles;  // [num_sequences]

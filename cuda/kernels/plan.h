@@ -364,6 +364,7 @@ template <class Traits>
 QUIRE_DEVICE void plan(const PlanArgs& args) {
   for (int i = thread_index(); i < 2 * kNumPhases; i += Traits::kThreads)
     st_global(&args.counts->ranges[0].begin + i, 0);
+  if (thread_index() == 0) st_global(args.tickets, 0u);
   const int num_tiles = place_tiles<Traits>(args);
   const int num_pieces = place_pieces<Traits>(args, num_tiles);
   sort_pieces<Traits>(args, num_tiles, num_pieces);

@@ -93,14 +93,18 @@ struct RowStats {
 // -inf - -inf is not a number, so a row that has seen nothing yet is compared with 0.
 QUIRE_DEVICE float finite_or_zero(float max) { return max == -kInfinity ? 0.0f : max; }
 
-// Scores times `factor` (> 0) become weights 2^(score - max), times the tokens' scales of V; what
-// was summed before is rescaled to the new maximum. A tile in which a row sees nothing changes
-// nothing of it, bit by bit.
+// By what the sums so far of a thread's two rows are to be multiplied.
+struct Rescale {
+  float rows[2];
+};
+
+// Scores times `factor` (> 0) become weights 2^(score - max), times the tokens' scales of V. A tile
+// in which a row sees nothing changes nothing of it, bit by bit.
 template <class Traits>
-QUIRE_DEVICE void add_to_softmax(float factor, const TokenScales& tokens, RowStats (&rows)[2],
-                                 float (&scores)[Traits::kKeys / 8][4],
-                                 float (&sums)[Traits::kHeadDim / 8][4]) {
-  constexpr int kKeys = Traits::kKeys, kHeadDim = Traits::kHeadDim;
+QUIRE_DEVICE Rescale to_weights(float factor, const TokenScales& tokens, RowStats (&rows)[2],
+                                float (&scores)[Traits::kKeys / 8][4]) {
+  constexpr int kKeys = Traits::kKeys;
+  Rescale rescale;
   const bool is_scaled = Traits::kIsQuantised && tokens.exist;
   const int lane_key = thread_index() % 4 * 2;
   QUIRE_UNROLL
@@ -120,8 +124,8 @@ QUIRE_DEVICE void add_to_softmax(float factor, const TokenScales& tokens, RowSta
     top = max(top, shuffle_xor(top, 2));
     const float base = mul(finite_or_zero(top), factor);
     // Not an fma: an unchanged maximum must give exactly 1.
-    const float rescale = exp2(mul(rows[h].max, factor) - base);
-    float sum = rows[h].sum * rescale;
+    rescale.rows[h] = exp2(mul(rows[h].max, factor) - base);
+    float sum = rows[h].sum * rescale.rows[h];
     QUIRE_UNROLL
     for (int n = 0; n < kKeys / 8; ++n) {
       QUIRE_UNROLL
@@ -136,12 +140,23 @@ QUIRE_DEVICE void add_to_softmax(float factor, const TokenScales& tokens, RowSta
       }
     }
     rows[h] = {top, sum};
-    QUIRE_UNROLL
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      sums[n][2 * h] *= rescale;
-      sums[n][2 * h + 1] *= rescale;
-    }
   }
+  return rescale;
+}
+
+// What was summed before, to the new maximum.
+template <class Traits>
+QUIRE_DEVICE void rescale_sums(const Rescale& rescale, float (&sums)[Traits::kHeadDim / 8][4]) {
+  QUIRE_UNROLL
+  for (int n = 0; n < Traits::kHeadDim / 8; ++n) QUIRE_UNROLL
+  for (int e = 0; e < 4; ++e) sums[n][e] *= rescale.rows[e / 2];
+}
+
+template <class Traits>
+QUIRE_DEVICE void add_to_softmax(float factor, const TokenScales& tokens, RowStats (&rows)[2],
+                                 float (&scores)[Traits::kKeys / 8][4],
+                                 float (&sums)[Traits::kHeadDim / 8][4]) {
+  rescale_sums<Traits>(to_weights<Traits>(factor, tokens, rows, scores), sums);
 }
 
 }  // namespace quire::device

@@ -116,8 +116,8 @@ struct Sm90PrefillTraits {
   static constexpr int kThreads = kConsumerThreads + 4 * kWarpSize;
   static constexpr int kWarpKeys = kKeys / 4;  // of a tile, that one warp of the producer brings
   // Registers a thread; two times the first and the second are three times the 168 of the launch.
-  static constexpr int kConsumerRegisters = 216;
-  static constexpr int kProducerRegisters = 72;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 40;
 
   // Shared memory, in bytes from its begin.
   static constexpr int kColumnBytes = kKeys * 128;  // 64 columns of a tile of keys
@@ -127,7 +127,9 @@ struct Sm90PrefillTraits {
   static constexpr int kTotalOffset = kStageOffset + 2 * kStages * kKeyTileBytes;
   static constexpr int kStatsOffset = kTotalOffset + kRows * kHeadDim * 4;
   static constexpr int kBarrierOffset = kStatsOffset + kRows * 8;  // [K, V][full, empty][kStages]
-  static constexpr int kFlagOffset = kBarrierOffset + 4 * kStages * 8;
+  static constexpr int kItemOffset = kBarrierOffset + 4 * kStages * 8;  // of ItemQueue
+  static constexpr int kItemSlots = 4;
+  static constexpr int kFlagOffset = kItemOffset + kItemSlots * (8 + 8 + 4);
   static constexpr int kSharedBytes = kFlagOffset + 16;
 
   static_assert(kConsumers == 2);

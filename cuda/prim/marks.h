@@ -7,9 +7,12 @@
 #if defined(__CUDACC__)
 #define QUIRE_DEVICE __device__ __forceinline__
 #define QUIRE_UNROLL _Pragma("unroll")
+#define QUIRE_UNROLL_BY(count) QUIRE_PRAGMA(unroll count)
+#define QUIRE_PRAGMA(text) _Pragma(#text)
 #else
 #define QUIRE_DEVICE inline
 #define QUIRE_UNROLL
+#define QUIRE_UNROLL_BY(count)
 #endif
 
 namespace quire::device {

@@ -99,7 +99,21 @@ QUIRE_DEVICE uint32_t atomic_increment(uint32_t* counter, uint32_t last, Site si
                : "memory");
   return before;
 #else
-  return emulator::atomic_increment(counter, last, site);
+  return emulator::atomic_increment(counter, last, true, site);
+#endif
+}
+
+// The same, where what was stored before is nobody's business.
+QUIRE_DEVICE uint32_t take_ticket(uint32_t* counter, uint32_t last, Site site = Site::here()) {
+#if defined(__CUDACC__)
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(last)
+               : "memory");
+  return before;
+#else
+  return emulator::atomic_increment(counter, last, false, site);
 #endif
 }
 
@@ -122,6 +136,12 @@ QUIRE_DEVICE int shuffle(int value, int lane, Site site = Site::here()) {
 #else
   return static_cast<int>(emulator::shuffle(static_cast<uint32_t>(value), lane, false, site));
 #endif
+}
+
+QUIRE_DEVICE int64_t shuffle(int64_t value, int lane, Site site = Site::here()) {
+  const int low = shuffle(static_cast<int>(value), lane, site);
+  const int high = shuffle(static_cast<int>(value >> 32), lane, site);
+  return int64_t{high} << 32 | static_cast<uint32_t>(low);
 }
 
 // --- Memory --------------------------------------------------------------------------------------

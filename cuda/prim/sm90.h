@@ -87,14 +87,25 @@ QUIRE_DEVICE void fence_proxy_async() {
 #endif
 }
 
-// A barrier of `kThreads` threads. Number 0 is sync_block()'s.
-template <int kNumber, int kThreads>
-QUIRE_DEVICE void sync_threads(Site site = Site::here()) {
-  static_assert(kNumber > 0 && kNumber < 16 && kThreads % kWarpSize == 0);
+// A barrier of `kThreads` threads. Of the numbers 0 to 15, 0 is sync_block()'s.
+template <int kThreads>
+QUIRE_DEVICE void sync_threads(int number, Site site = Site::here()) {
+  static_assert(kThreads % kWarpSize == 0);
 #if defined(__CUDACC__)
-  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kThreads) : "memory");
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
 #else
-  emulator::Block::current().sync_named(kNumber, kThreads, site);
+  emulator::Block::current().sync_named(number, kThreads, true, site);
+#endif
+}
+
+// Arrives there, and does not wait: for those who do.
+template <int kThreads>
+QUIRE_DEVICE void arrive_threads(int number, Site site = Site::here()) {
+  static_assert(kThreads % kWarpSize == 0);
+#if defined(__CUDACC__)
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
+#else
+  emulator::Block::current().sync_named(number, kThreads, false, site);
 #endif
 }
 

@@ -3,6 +3,7 @@
 // what is never done.
 #include <doctest/doctest.h>
 
+#include <map>
 #include <set>
 #include <thread>
 
@@ -156,6 +157,42 @@ TEST_CASE("a mixed batch: kernels by sequence, grids, shared memory, arguments")
   CHECK(promised - static_cast<size_t>(end - begin) < 64);
 }
 
+TEST_CASE("on sm_90 blocks ask for items: heads in sections of the L2 cache, the longest first") {
+  Setup s;
+  Seen<device::AttentionArgs> seen(s.driver);
+  AttentionDesc desc = model();
+  desc.num_heads = desc.num_kv_heads = 8;
+  const Batch batch({{3000, 3000}, {20000, 20000}});
+  const AttentionPlan plan = make_plan(s.backend(), desc, batch);
+  s.backend().run(plan, params_of(desc, plan), {kGpu, kStream});
+  REQUIRE(s.driver.launches.size() == 1);
+  const FakeLaunch& launch = s.driver.launches[0];
+  const device::AttentionArgs& args = seen.all[0];
+  CHECK(launch.blocks == 132);
+  CHECK(*args.tickets == 0);
+  REQUIRE(args.num_items == static_cast<int>(plan.items.size()));
+  // 20,000 keys of a head are 10.24 MB: three heads a section, then the 8 x 1.5 MB of the other
+  // sequence fill up what is left.
+  std::map<std::pair<int, int>, int> section_of;
+  std::multiset<std::pair<int, int>> now, before;
+  int section = 0;
+  int64_t cost = INT64_MAX;
+  for (int i = 0; i < args.num_items; ++i) {
+    const WorkItem& item = args.items[i];
+    const std::pair pair{item.sequence, item.kv_head};
+    const int64_t own = int64_t{item.kv_end - item.kv_begin} * (item.q_end - item.q_begin);
+    if (own > cost) ++section;
+    cost = own;
+    CHECK(section_of.try_emplace(pair, section).first->second == section);
+    now.insert({item.q_begin, item.kv_head + 8 * item.sequence});
+  }
+  CHECK(section == 2);
+  for (const WorkItem& item : plan.items)
+    before.insert({item.q_begin, item.kv_head + 8 * item.sequence});
+  CHECK(now == before);
+  for (int head = 0; head < 8; ++head) CHECK(section_of[{1, head}] == head / 3);
+}
+
 TEST_CASE("on sm_90 a prompt's keys come by boxes where their layout allows it") {
   Setup s;
   Seen<device::BoxedAttentionArgs> seen(s.driver);
@@ -166,7 +203,7 @@ TEST_CASE("on sm_90 a prompt's keys come by boxes where their layout allows it")
     AttentionParams params = params_of(desc, plan);
     change(params);
     s.backend().run(plan, params, {kGpu, nullptr});
-    CHECK(contains(s.driver.launches.back().kernel, "prefill_sm90_BFloat16_128_128_128_2_k"));
+    CHECK(contains(s.driver.launches.back().kernel, "prefill_sm90_BFloat16_128_128_"));
     return seen.all.back().box_rows;
   };
   const auto as_it_is = [](AttentionParams&) {};

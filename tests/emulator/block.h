@@ -147,17 +147,18 @@ class Block {
     for (Thread& t : threads_) t.state = State::kReady;
   }
 
-  // Of `count` threads, whichever they are.
-  void sync_named(int id, int count, Site site) {
-    at("bar.sync", site);
+  // Of `count` threads, whichever they are and whether they wait for the others or not.
+  void sync_named(int id, int count, bool waits, Site site) {
+    at(waits ? "bar.sync" : "bar.arrive", site);
     NamedBarrier& barrier = hopper_.named[id];
-    if (barrier.waiting.empty()) barrier.count = count;
-    if (barrier.count != count) fail("threads that expect another number of threads are waiting");
-    barrier.waiting.push_back(thread());
-    if (static_cast<int>(barrier.waiting.size()) < count) return park(State::kParked);
-    shared_.races().synchronize(barrier.waiting);
-    ++report_.collectives;
-    for (int waiting : std::exchange(barrier.waiting, {})) threads_[waiting].state = State::kReady;
+    if (const char* error = barrier.arrive(thread(), count, waits)) fail(error);
+    shared_.races().release(thread(), barrier.arriving);
+    if (barrier.arrived < count) return waits ? park(State::kParked) : void();
+    const NamedBarrier complete = std::exchange(barrier, {});
+    for (int waiting : complete.waiting) {
+      shared_.races().acquire(waiting, complete.arriving);
+      threads_[waiting].state = State::kReady;
+    }
   }
 
   // run(Argument* (&)[128], group) is called once, with what each thread of the warpgroup gave.

@@ -85,7 +85,18 @@ struct Warpgroup {
 
 struct NamedBarrier {
   std::vector<int> waiting;  // threads
+  int arrived = 0;           // threads, those that wait among them
   int count = 0;
+  RaceDetector::Clock arriving;
+
+  // What is wrong, or null.
+  const char* arrive(int thread, int of, bool waits) {
+    if (arrived > 0 && count != of) return "threads that expect another number are waiting";
+    count = of;
+    if (waits) waiting.push_back(thread);
+    if (++arrived == count && waiting.empty()) return "all have arrived and nobody waits";
+    return nullptr;
+  }
 };
 
 // Copies in flight: each lands when the block says so.

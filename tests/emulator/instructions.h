@@ -46,12 +46,13 @@ void store_global(T* pointer, const T& value, Site site) {
   *pointer = value;
 }
 
-// atom.inc: counts 0, 1, ..., last, 0. Returns the value before.
-inline uint32_t atomic_increment(uint32_t* pointer, uint32_t last, Site site) {
+// atom.inc: counts 0, 1, ..., last, 0. Returns the value before. `releases`: tells other blocks of
+// what this one has stored.
+inline uint32_t atomic_increment(uint32_t* pointer, uint32_t last, bool releases, Site site) {
   Block& block = Block::current();
   block.at("atom.inc", site);
   block.check_global(pointer, sizeof(*pointer), sizeof(*pointer));
-  block.announce();
+  if (releases) block.announce();
   const uint32_t before = *pointer;
   *pointer = before >= last ? 0 : before + 1;
   return before;

@@ -33,7 +33,7 @@ class Mutation:
 
 P, D, T, S, K, A = (f"cuda/kernels/{x}.h" for x in "prefill decode tile softmax keys args".split())
 STATE, SCALES, TRAITS = (f"cuda/kernels/{x}.h" for x in "state scales traits".split())
-H = "cuda/kernels/sm90/prefill.h"
+H, PR = (f"cuda/kernels/sm90/{x}.h" for x in "prefill producer".split())
 
 MUTATIONS = [
     Mutation("prefill: no barrier before a tile is read", P,
@@ -125,12 +125,12 @@ MUTATIONS = [
              "values[e] = scales.apply(values[e], chunk[e]);", "values[e] += chunk[e];"),
     Mutation("the rescale is not exactly 1", S, "exp2(mul(rows[h].max, factor) - base)",
              "exp2(fma(rows[h].max, factor, -base))"),
-    Mutation("sm90: bytes of boxes are not announced", H,
+    Mutation("sm90: bytes of boxes are not announced", PR,
              "mbarrier_arrive_expect(full, Traits::kWarpKeys * Traits::kHeadDim * 2);",
              "mbarrier_arrive(full);"),
-    Mutation("sm90: half of the bytes are announced", H,
+    Mutation("sm90: half of the bytes are announced", PR,
              "Traits::kHeadDim * 2);", "Traits::kHeadDim);"),
-    Mutation("sm90: the producer waits for the wrong parity", H,
+    Mutation("sm90: the producer waits for the wrong parity", PR,
              "ring.parity ^ 1);", "ring.parity);"),
     Mutation("sm90: keys are waited for with the wrong parity", H,
              "barrier<Side::kKeys, Handover::kFull>(), ring.parity)",
@@ -140,40 +140,85 @@ MUTATIONS = [
              "ring.parity);\n", ""),
     Mutation("sm90: no fence before the first product", H,
              "ring.parity);\n  wgmma_fence();", "ring.parity);"),
+    Mutation("sm90: the first scores are read before the products are done", H,
+             "    wgmma_wait<0>();\n    release_stage<Traits, Side::kKeys>",
+             "    release_stage<Traits, Side::kKeys>"),
     Mutation("sm90: scores are read before the products are done", H,
-             "  wgmma_wait<0>();\n  release_stage<Traits, Side::kKeys>",
-             "  release_stage<Traits, Side::kKeys>"),
+             "wgmma_wait<1>();", "wgmma_wait<2>();"),
+    Mutation("sm90: sums are rescaled before the products are done", H,
+             "      wgmma_wait<0>();\n      release_stage<Traits, Side::kValues>(before);\n"
+             "      weights.round(scores);\n      take(tile, rescale, stats);",
+             "      take(tile, rescale, stats);\n      wgmma_wait<0>();\n"
+             "      release_stage<Traits, Side::kValues>(before);\n      weights.round(scores);"),
+    Mutation("sm90: values of the next tile where those of this are meant", H,
+             "issue_values<Traits>(state.sums, weights, before);",
+             "issue_values<Traits>(state.sums, weights, ring);"),
+    Mutation("sm90: the last values are left out", H,
+             "    issue_values<Traits>(state.sums, weights, ring);\n", ""),
+    Mutation("sm90: a stage is released before its last products are done", H,
+             "    wgmma_wait<0>();\n    release_stage<Traits, Side::kValues>(ring);",
+             "    release_stage<Traits, Side::kValues>(ring);\n    wgmma_wait<0>();"),
     Mutation("sm90: a stage is released before its products are done", H,
-             "  wgmma_wait<0>();\n  release_stage<Traits, Side::kValues>(ring);",
-             "  release_stage<Traits, Side::kValues>(ring);\n  wgmma_wait<0>();"),
+             "      wgmma_wait<0>();\n      release_stage<Traits, Side::kValues>(before);",
+             "      release_stage<Traits, Side::kValues>(before);\n      wgmma_wait<0>();"),
+    Mutation("sm90: a chunk goes on with the maximum of the one before", H,
+             "tile % kTilesPerChunk == 0 ? RowStats{} : state.chunk[h]", "state.chunk[h]"),
+    Mutation("sm90: a chunk is finished with the sums of the next", H,
+             "finish_chunks(tile / kTilesPerChunk);", "finish_chunks(tile / kTilesPerChunk - 1);"),
+    Mutation("sm90: nobody has the first turn", H,
+             "  if (thread_index() >= 128) give_turn<Traits>();", ""),
+    Mutation("sm90: a turn is not passed on", H, "      give_turn<Traits>();\n", ""),
+    Mutation("sm90: a warpgroup gives its turn to itself", H,
+             "kTurnBarrier + 1 - thread_index() / 128", "kTurnBarrier + thread_index() / 128"),
     Mutation("sm90: one warpgroup releases a stage for both", H,
              "4 * Traits::kConsumers", "4"),
-    Mutation("sm90: swizzle forgotten by the gathering", H,
+    Mutation("sm90: swizzle forgotten by the gathering", PR,
              "((piece ^ row) & 7) * 16", "(piece & 7) * 16"),
     Mutation("sm90: groups of eight keys at half their distance", H,
              "describe_matrix(keys + key, 16, 1024)", "describe_matrix(keys + key, 16, 512)"),
     Mutation("sm90: columns of values at half their distance", H,
              "Traits::kColumnBytes,", "Traits::kColumnBytes / 2,"),
-    Mutation("sm90: the producer stays in its stage", H,
-             "    ring.advance();\n  }\n};", "  }\n};"),
+    Mutation("sm90: the producer stays in its stage", PR,
+             "        producer.ring.advance();\n", ""),
     Mutation("sm90: the consumers are one stage ahead", H,
-             "  Ring<Traits> ring;\n  for (int i", "  Ring<Traits> ring{1};\n  for (int i"),
-    Mutation("sm90: gathered rows are published before they have landed", H,
+             "  Ring<Traits> ring;\n  if (thread", "  Ring<Traits> ring{1};\n  if (thread"),
+    Mutation("sm90: gathered rows are published before they have landed", PR,
              "cp_async_wait<kGroups>();", "cp_async_wait<kGroups + 1>();"),
-    Mutation("sm90: gathered rows are not fenced for products", H,
+    Mutation("sm90: gathered rows are not fenced for products", PR,
              "    fence_proxy_async();\n    sync_warp();", "    sync_warp();"),
-    Mutation("sm90: a lane publishes what others have gathered", H,
+    Mutation("sm90: a lane publishes what others have gathered", PR,
              "    fence_proxy_async();\n    sync_warp();", "    fence_proxy_async();"),
+    Mutation("sm90: gathered rows are the lane's own", PR,
+             "shuffle(exists ? own : kAbsent, row)", "shuffle(exists ? own : kAbsent, lane)"),
+    Mutation("sm90: gathered rows stay unpublished through items without keys", PR,
+             "if (tiles.begin == tiles.end) producer.template publish<0>();", ""),
     Mutation("sm90: queries are not fenced for products", H,
              "  fence_proxy_async();\n  sync_consumers<Traits>();", "  sync_consumers<Traits>();"),
     Mutation("sm90: queries in use are overwritten", H,
              "  sync_consumers<Traits>();  // before the queries in use are overwritten\n", ""),
     Mutation("sm90: mbarriers are not fenced for copies", H, "    fence_mbarrier_init();\n", ""),
-    Mutation("sm90: boxes reach beyond the sequence", H,
+    Mutation("sm90: boxes reach beyond the sequence", PR,
              "first_key + Traits::kWarpKeys <= item.sequence.seq_len",
              "first_key < item.sequence.seq_len"),
-    Mutation("sm90: every box brings the first columns", H,
+    Mutation("sm90: every box brings the first columns", PR,
              "map, full, column, at.row", "map, full, 0, at.row"),
+    Mutation("sm90: an item's number is overwritten in use", PR,
+             "    mbarrier_wait(barrier<Handover::kEmpty>(), parity() ^ 1);\n    st_shared",
+             "    st_shared"),
+    Mutation("sm90: an item's number is given up while lanes read it", PR,
+             "    sync_warp();\n    if (thread_index() % kWarpSize == 0) "
+             "mbarrier_arrive(barrier<Handover::kEmpty>());",
+             "    if (thread_index() % kWarpSize == 0) "
+             "mbarrier_arrive(barrier<Handover::kEmpty>());"),
+    Mutation("sm90: an item's number is not waited for", PR,
+             "    mbarrier_wait(barrier<Handover::kFull>(), parity());\n    return current",
+             "    return current"),
+    Mutation("sm90: the producer alone gives a number up", H,
+             "Traits::kThreads / kWarpSize);", "4);"),
+    Mutation("sm90: an item is dealt out twice", PR,
+             "put(num_blocks() + static_cast<int>(ticket))", "put(static_cast<int>(ticket))"),
+    Mutation("sm90: tickets do not come back to zero", PR,
+             "static_cast<uint32_t>(num_items - 1)", "static_cast<uint32_t>(num_items)"),
 ]  # fmt: skip
 
 
@@ -199,7 +244,7 @@ def build_and_run(folder: Path, name: str) -> tuple[int, str]:
 
 
 def program_of(mutation: Mutation) -> str:
-    return "test_mutation_sm90" if mutation.file == H else "test_mutation"
+    return "test_mutation_sm90" if mutation.file in (H, PR) else "test_mutation"
 
 
 def planted(source: str, mutation: Mutation) -> str:

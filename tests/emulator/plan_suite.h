@@ -97,7 +97,7 @@ inline Planned plan_on_device(const Planner& planner, const PlanArgs& given,
   made.sequences.assign(given.num_sequences, {-7, -7, -7, -7});
   made.items.assign(host.items.size(), {-7, -7, -7, -7, -7, -7, -7, -7});
   made.merges.assign(host.merges.size(), {-7, -7, -7, -7, -7, -7, -7});
-  made.counters.assign(host.merges.size(), 7);
+  made.counters.assign(host.merges.size() + 1, 7);
   std::memset(&made.counts, 0x77, sizeof made.counts);
   std::vector<int32_t> first_tiles(given.num_sequences, -7);
   std::vector<PlanTile> tiles(max_tiles);
@@ -107,6 +107,7 @@ inline Planned plan_on_device(const Planner& planner, const PlanArgs& given,
   args.items = made.items.data();
   args.merges = made.merges.data();
   args.counters = made.counters.data();
+  args.tickets = args.counters + host.merges.size();
   args.counts = &made.counts;
   args.first_tiles = first_tiles.data();
   args.tiles = tiles.data();

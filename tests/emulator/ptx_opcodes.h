@@ -84,7 +84,8 @@ inline void store(M& m, const I& i) { access(m, i, true, i.operands[0], i.operan
 inline void atom(M& m, const I& i) {
   auto* counter = reinterpret_cast<uint32_t*>(m.address(i.operands[1]));
   m.set(i.operands[0],
-        atomic_increment(counter, static_cast<uint32_t>(m.get(i.operands[2])), m.site(i)));
+        atomic_increment(counter, static_cast<uint32_t>(m.get(i.operands[2])), i.has("acq_rel"),
+                         m.site(i)));
 }
 
 inline void cp(M& m, const I& i) {
@@ -275,7 +276,8 @@ inline void bar(M& m, const I& i) {
   if (i.has("warp")) return Block::current().sync_warp(m.site(i));
   if (i.operands.size() > 1)
     return Block::current().sync_named(static_cast<int>(m.get(i.operands[0])),
-                                       static_cast<int>(m.get(i.operands[1])), m.site(i));
+                                       static_cast<int>(m.get(i.operands[1])), !i.has("arrive"),
+                                       m.site(i));
   Block::current().sync_block({"ptx", 0});
 }
 

@@ -61,16 +61,6 @@ class RaceDetector {
     if (!from.empty()) join(clock(thread), from.data());
   }
 
-  // Like synchronize(), of the threads listed.
-  void synchronize(const std::vector<int>& threads) {
-    std::fill(joined_.begin(), joined_.end(), 0);
-    for (int thread : threads) join(joined_.data(), clock(thread));
-    for (int thread : threads) {
-      std::copy(joined_.begin(), joined_.end(), clock(thread));
-      ++clock(thread)[thread];
-    }
-  }
-
   // Everything that threads [begin, end) whose bit in `mask` is set have done happens before all
   // that they do from now on. Bit i is thread begin + i % 32.
   void synchronize(int begin, int end, uint32_t mask) {

@@ -53,10 +53,13 @@ inline device::TensorMap tensor_map(const AttentionParams& params, bool is_k, in
   return map;
 }
 
-// Partial results, which begin as NaN, and the counters.
+// Partial results, which begin as NaN, the counters, and the items as a device that plans says
+// them: a range of a list.
 struct Workspace {
   std::vector<float> values, stats;
   std::vector<uint32_t> counters;
+  std::vector<WorkItem> items;
+  device::ItemRange range;
 };
 
 inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& params,
@@ -65,17 +68,26 @@ inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& p
   const size_t rows = static_cast<size_t>(plan.num_partials) * plan.partial_rows;
   workspace.values.assign(rows * kernel.head_dim, NAN);
   workspace.stats.assign(rows * 2, NAN);
-  workspace.counters.assign(plan.merges.size(), 0);
+  workspace.counters.assign(plan.merges.size() + 1, 0);
   device::BoxedAttentionArgs boxed{};
   device::AttentionArgs& args = boxed.attention;
   args.params = params;
   args.items = plan.items.data();
   args.num_items = static_cast<int32_t>(plan.items.size());
+  if (options.seed % 2 == 1) {
+    workspace.items.assign(1, {1 << 30, 1 << 30, 0, 1 << 30, 0, 1 << 30, -1, -1});
+    workspace.items.insert(workspace.items.end(), plan.items.begin(), plan.items.end());
+    workspace.range = {1, args.num_items + 1};
+    args.items = workspace.items.data();
+    args.num_items = 0;
+    args.range = &workspace.range;
+  }
   args.merges = plan.merges.data();
   args.partial_values = workspace.values.data();
   args.partial_stats = workspace.stats.data();
   args.partial_rows = plan.partial_rows;
   args.counters = workspace.counters.data();
+  args.tickets = args.counters + plan.merges.size();
   args.is_aligned = is_aligned;
   boxed.box_rows = cuda::box_rows(params, is_aligned, kernel.box_rows);
   if (boxed.box_rows > 0) {
@@ -88,6 +100,7 @@ inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& p
     };
     allow(plan.sequences), allow(plan.items), allow(plan.merges), allow(plan.block_ids);
     allow(workspace.values), allow(workspace.stats), allow(workspace.counters);
+    allow(workspace.items), options.global.allow(&workspace.range, sizeof workspace.range);
   }
   return launch({blocks, kernel.threads, kernel.shared_bytes}, options, [&] { kernel.run(boxed); });
 }

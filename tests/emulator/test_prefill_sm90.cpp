@@ -32,6 +32,7 @@ TEST_CASE("plain and causal") {
 
 TEST_CASE("every option") {
   check_options(kernel<Float16, 64, 128, 128, 3, Mode::kFull>(), base(64));
+  check_options(kernel<BFloat16, 128, 128, 64, 4, Mode::kFull>(), base(128));
 }
 
 TEST_CASE("chunks of keys") {
@@ -62,6 +63,14 @@ TEST_CASE("windows: blocks that no query sees are not read") {
     c.window_left = left;
     check_case(k, c, AsyncMode::kRandom, static_cast<uint32_t>(left));
   }
+}
+
+TEST_CASE("more items without keys than the queue holds, after one that was gathered") {
+  AttentionCase c = base(64);
+  c.batch.assign(12, {2, 0});
+  c.batch.push_back({3, 20});
+  for (const AsyncMode async : {AsyncMode::kLazy, AsyncMode::kEager, AsyncMode::kRandom})
+    check_case(kernel<Float16, 64, 128, 128, 3, Mode::kFast>(), c, async);
 }
 
 TEST_CASE("bits do not depend on how the work is cut") {

@@ -152,7 +152,7 @@ TEST_CASE("named barriers order their threads, and no others") {
       const Report report = emulator::launch({1, 96, 64}, {AsyncMode::kLazy, seed, true, {}}, [&] {
         const int warp = thread_index() / kWarpSize;
         if (thread_index() == 0) st_shared<uint32_t>(shared_base(), 1);
-        if (warp < 2) sync_threads<1, 64>();
+        if (warp < 2) sync_threads<64>(1);
         if (thread_index() == (takes_part ? 32 : 64)) ld_shared<uint32_t>(shared_base());
       });
       CHECK(report.ok() == takes_part);
