@@ -25,6 +25,7 @@ struct Kernel {
   int blocks_per_multiprocessor;  // that registers are left for
   const char* arch = nullptr;     // the only one it is compiled for, "90a"; null: all
   int box_rows = 0;               // at most; 0: its only argument is AttentionArgs
+  bool is_latent = false;         // V must be the first columns of K; a block takes one tile of rows
 };
 
 namespace rows {
@@ -64,6 +65,14 @@ constexpr Kernel sm90_prefill(const char* name) {
   return kernel;
 }
 
+template <class Traits>
+constexpr Kernel mla_decode(const char* name) {
+  Kernel kernel = attention<Traits>(
+      name, Traits::kRows == device::kTile ? Family::kDecode : Family::kPrefill);
+  kernel.is_latent = true;
+  return kernel;
+}
+
 constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, ElementType kv_dtype,
                           int threads) {
   return {name, family, dtype, kv_dtype, 0, 0, Mode::kFull, threads, 0, 1};
@@ -84,6 +93,9 @@ constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, El
 #define QUIRE_DECODE_E4M3(type, head_dim, warps, stages, mode)                                    \
   attention<device::DecodeTraits<type, head_dim, warps, stages, Mode::mode, device::Float8E4M3>>( \
       "decode_e4m3_" #type "_" #head_dim "_" #warps "_" #stages "_" #mode, Family::kDecode),
+#define QUIRE_MLA_DECODE(type, head_dim, rows, keys, stages, mode)                     \
+  mla_decode<device::MlaTraits<type, head_dim, rows, keys, stages, Mode::mode>>(       \
+      "mla_decode_" #type "_" #head_dim "_" #rows "_" #keys "_" #stages "_" #mode),
 #define QUIRE_APPEND_KV_E4M3(type, threads)                                        \
   cache_op("append_kv_e4m3_" #type "_" #threads, Family::kAppend, element<type>(), \
            ElementType::kFloat8E4M3, threads),
@@ -106,6 +118,7 @@ inline constexpr Kernel kKernels[] = {
 #undef QUIRE_DECODE
 #undef QUIRE_PREFILL_E4M3
 #undef QUIRE_DECODE_E4M3
+#undef QUIRE_MLA_DECODE
 #undef QUIRE_APPEND_KV
 #undef QUIRE_APPEND_KV_E4M3
 #undef QUIRE_COPY_BLOCKS

@@ -11,6 +11,7 @@ struct AttentionArgs {
   AttentionParams params;
   const WorkItem* items;
   int32_t num_items;
+  int32_t item_rows;  // of the item that has the most of them
   const MergeItem* merges;
   // Results of chunks of split rows, by slot: unnormalised sums and, in units of log2, their
   // maximum and denominator. kHeadDim is that of the kernel.

@@ -2,6 +2,7 @@
 // Runs an attention kernel on the emulator over a plan.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <stdexcept>
 #include <vector>
@@ -59,18 +60,28 @@ struct Workspace {
   std::vector<uint32_t> counters;
 };
 
+// Of an item.
+inline int most_rows(const AttentionPlan& plan, const AttentionParams& params) {
+  int most = 0;
+  for (const WorkItem& item : plan.items)
+    most = std::max(most, (item.q_end - item.q_begin) * params.num_heads / params.num_kv_heads);
+  return most;
+}
+
 inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& params,
                          const AttentionPlan& plan, bool is_aligned, Workspace& workspace,
                          Options options, int blocks) {
+  const int row_tiles = device::ceil_div(most_rows(plan, params), kernel.rows);
   const size_t rows = static_cast<size_t>(plan.num_partials) * plan.partial_rows;
   workspace.values.assign(rows * kernel.head_dim, NAN);
   workspace.stats.assign(rows * 2, NAN);
-  workspace.counters.assign(plan.merges.size(), 0);
+  workspace.counters.assign(plan.merges.size() * row_tiles, 0);
   device::BoxedAttentionArgs boxed{};
   device::AttentionArgs& args = boxed.attention;
   args.params = params;
   args.items = plan.items.data();
   args.num_items = static_cast<int32_t>(plan.items.size());
+  args.item_rows = most_rows(plan, params);
   args.merges = plan.merges.data();
   args.partial_values = workspace.values.data();
   args.partial_stats = workspace.stats.data();
