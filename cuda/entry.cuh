@@ -46,11 +46,11 @@
                   DecodeTraits<quire::device::type, head_dim, warps, stages,             \
                                quire::device::Mode::mode, quire::device::Float8E4M3>)
 
-#define QUIRE_MLA_DECODE(type, head_dim, rows, keys, stages, mode)                          \
-  QUIRE_ATTENTION(mla_decode_##type##_##head_dim##_##rows##_##keys##_##stages##_##mode,     \
-                  mla_decode, AttentionArgs,                                                \
-                  MlaTraits<quire::device::type, head_dim, rows, keys, stages,              \
-                            quire::device::Mode::mode>)
+#define QUIRE_MLA_DECODE(type, head_dim, rows, keys, stages, mode)                      \
+  QUIRE_ATTENTION(                                                                      \
+      mla_decode_##type##_##head_dim##_##rows##_##keys##_##stages##_##mode, mla_decode, \
+      AttentionArgs,                                                                    \
+      MlaTraits<quire::device::type, head_dim, rows, keys, stages, quire::device::Mode::mode>)
 
 #define QUIRE_APPEND_KV_E4M3(type, threads)                                                       \
   extern "C" __global__ void __launch_bounds__(threads)                                           \

@@ -11,9 +11,19 @@ namespace {
 
 const Handle kPerThreadStream = reinterpret_cast<Handle>(2);
 
+int rows_of(const WorkItem& item, int group) { return (item.q_end - item.q_begin) * group; }
+
+// At most: the tiles of decode have the fewest rows.
+int row_tiles(const AttentionPlan& plan, const KernelSet& kernels, int group) {
+  int most = 1;
+  for (const WorkItem& item : plan.items)
+    most = std::max(most, kernels.row_tiles(kDecode, rows_of(item, group)));
+  return most;
+}
+
 }  // namespace
 
-PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim) {
+PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim, int counters_a_merge) {
   constexpr size_t kAlignment = 64;
   size_t end = 0;
   const auto add = [&end](size_t count, size_t bytes) {
@@ -26,7 +36,7 @@ PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim) {
   items = add(plan.items.size(), sizeof(WorkItem));
   merges = add(plan.merges.size(), sizeof(MergeItem));
   block_ids = add(plan.block_ids.size(), sizeof(int32_t));
-  counters = add(plan.merges.size(), sizeof(uint32_t));
+  counters = add(plan.merges.size() * counters_a_merge, sizeof(uint32_t));
   staged_bytes = end;
   partial_values = add(rows * head_dim, sizeof(float));
   partial_stats = add(rows * 2, sizeof(float));
@@ -36,7 +46,8 @@ PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim) {
 PlanOnGpu::PlanOnGpu(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& plan)
     : gpu_(gpu),
       kernels_(select(desc, gpu.info().isa)),
-      layout_(plan, kernels_.head_dim),
+      layout_(plan, kernels_.head_dim,
+              row_tiles(plan, kernels_, desc.num_heads / desc.num_kv_heads)),
       num_heads_(desc.num_heads),
       num_kv_heads_(desc.num_kv_heads),
       head_dim_(desc.head_dim),
@@ -90,10 +101,14 @@ void PlanOnGpu::stage(const AttentionPlan& plan) {
   sorted.reserve(plan.items.size());
   for (const Phase phase : {kWide, kNarrow, kDecode}) {
     const int first = static_cast<int>(sorted.size());
-    for (const WorkItem& item : plan.items)
-      if (phase_of(item) == phase) sorted.push_back(item);
+    int rows = 0;
+    for (const WorkItem& item : plan.items) {
+      if (phase_of(item) != phase) continue;
+      sorted.push_back(item);
+      rows = std::max(rows, rows_of(item, group));
+    }
     const int count = static_cast<int>(sorted.size()) - first;
-    if (count > 0) segments_.push_back({phase, first, count});
+    if (count > 0) segments_.push_back({phase, first, count, rows});
   }
   put(layout_.sequences, plan.sequences);
   put(layout_.items, sorted);

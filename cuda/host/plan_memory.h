@@ -20,7 +20,8 @@ struct PlanLayout {
   size_t sequences, items, merges, block_ids, counters, staged_bytes;
   size_t partial_values, partial_stats, total_bytes;
 
-  PlanLayout(const AttentionPlan& plan, int head_dim);
+  // `counters_a_merge`: one for each of the blocks that share the rows of an item.
+  PlanLayout(const AttentionPlan& plan, int head_dim, int counters_a_merge);
 };
 
 // Made by plan(), before any stream is known; the first run on a stream sends the lists ahead of
@@ -32,6 +33,7 @@ class PlanOnGpu {
   struct Segment {
     Phase phase;
     int first, count;
+    int rows;  // of the item that has the most
   };
 
   PlanOnGpu(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& plan);

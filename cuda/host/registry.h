@@ -25,7 +25,8 @@ struct Kernel {
   int blocks_per_multiprocessor;  // that registers are left for
   const char* arch = nullptr;     // the only one it is compiled for, "90a"; null: all
   int box_rows = 0;               // at most; 0: its only argument is AttentionArgs
-  bool is_latent = false;         // V must be the first columns of K; a block takes one tile of rows
+  int latent_dim = 0;  // > 0: V is the first columns of K, at most so many; a block takes one tile
+                       // of rows
 };
 
 namespace rows {
@@ -67,9 +68,9 @@ constexpr Kernel sm90_prefill(const char* name) {
 
 template <class Traits>
 constexpr Kernel mla_decode(const char* name) {
-  Kernel kernel = attention<Traits>(
-      name, Traits::kRows == device::kTile ? Family::kDecode : Family::kPrefill);
-  kernel.is_latent = true;
+  Kernel kernel =
+      attention<Traits>(name, Traits::kRows == device::kTile ? Family::kDecode : Family::kPrefill);
+  kernel.latent_dim = Traits::kHeadDimV;
   return kernel;
 }
 
@@ -93,8 +94,8 @@ constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, El
 #define QUIRE_DECODE_E4M3(type, head_dim, warps, stages, mode)                                    \
   attention<device::DecodeTraits<type, head_dim, warps, stages, Mode::mode, device::Float8E4M3>>( \
       "decode_e4m3_" #type "_" #head_dim "_" #warps "_" #stages "_" #mode, Family::kDecode),
-#define QUIRE_MLA_DECODE(type, head_dim, rows, keys, stages, mode)                     \
-  mla_decode<device::MlaTraits<type, head_dim, rows, keys, stages, Mode::mode>>(       \
+#define QUIRE_MLA_DECODE(type, head_dim, rows, keys, stages, mode)               \
+  mla_decode<device::MlaTraits<type, head_dim, rows, keys, stages, Mode::mode>>( \
       "mla_decode_" #type "_" #head_dim "_" #rows "_" #keys "_" #stages "_" #mode),
 #define QUIRE_APPEND_KV_E4M3(type, threads)                                        \
   cache_op("append_kv_e4m3_" #type "_" #threads, Family::kAppend, element<type>(), \

@@ -40,26 +40,25 @@ class MlaRing {
         item_(item),
         source_(args.params, item),
         keys_(keys),
-        next_(keys.begin / Traits::kKeys),
-        next_location_(locate_own(next_)) {
-    for (int i = 0; i < Traits::kStages - 1; ++i) load_next();
+        next_location_(locate_own(keys.begin / Traits::kKeys)) {
+    for (int i = 0; i < Traits::kStages - 1; ++i) load(keys.begin / Traits::kKeys + i, i);
   }
 
-  // Waits for the oldest tile on its way, and for all warps to be done with the one before it,
-  // whose stage is then refilled.
-  QUIRE_DEVICE SharedAddress advance() {
+  // Waits for a tile, the next one, and for all warps to be done with the one before it, whose
+  // stage is then refilled.
+  QUIRE_DEVICE SharedAddress advance(int tile) {
     cp_async_wait<Traits::kStages - 2>();
     sync_block();
-    load_next();
-    const SharedAddress tile = stage(read_stage_);
-    read_stage_ = (read_stage_ + 1) % Traits::kStages;
-    return tile;
+    load(tile + Traits::kStages - 1, (stage_ + Traits::kStages - 1) % Traits::kStages);
+    const SharedAddress at = address(stage_);
+    stage_ = (stage_ + 1) % Traits::kStages;
+    return at;
   }
 
  private:
-  QUIRE_DEVICE static SharedAddress stage(int index) {
+  QUIRE_DEVICE static SharedAddress address(int stage) {
     return shared_base() +
-           static_cast<uint32_t>(Traits::kStageOffset + index * Traits::kStageBytes);
+           static_cast<uint32_t>(Traits::kStageOffset + stage * Traits::kStageBytes);
   }
   // Of a tile, the row that this lane brings with seven others, every eighth piece of it.
   QUIRE_DEVICE static int own_row() { return fresh_thread_index() / kLanes; }
@@ -68,12 +67,11 @@ class MlaRing {
   }
 
   // Beyond the last tile there is nothing to copy, but the groups are counted on.
-  QUIRE_DEVICE void load_next() {
-    if (next_ * Traits::kKeys < keys_.end) {
-      const int row = own_row(), key = next_ * Traits::kKeys + row;
+  QUIRE_DEVICE void load(int tile, int stage) {
+    if (tile * Traits::kKeys < keys_.end) {
+      const int row = own_row(), key = tile * Traits::kKeys + row;
       const int first_piece = fresh_thread_index() % kLanes;
-      const SharedAddress to =
-          stage(write_stage_) + piece_offset<Traits::kKeyBytes>(row, first_piece);
+      const SharedAddress to = address(stage) + piece_offset<Traits::kKeyBytes>(row, first_piece);
       QUIRE_UNROLL
       for (int i = 0; i < Traits::kKeyBytes / kPieceBytes / kLanes; ++i) {
         source_.load_key(args_, next_location_, key >= keys_.begin && key < keys_.end,
@@ -81,9 +79,7 @@ class MlaRing {
       }
     }
     cp_async_commit();
-    ++next_;
-    write_stage_ = (write_stage_ + 1) % Traits::kStages;
-    next_location_ = locate_own(next_);
+    next_location_ = locate_own(tile + 1);
   }
 
   static constexpr int kLanes = Traits::kThreads / Traits::kKeys;  // that bring one row
@@ -91,10 +87,8 @@ class MlaRing {
   const Item& item_;
   KeySource<Traits> source_;
   KeyRange keys_;
-  int next_;  // tile to be sent next, and where this lane's row of it lies
-  Location next_location_;
-  int write_stage_ = 0;
-  int read_stage_ = 0;
+  Location next_location_;  // of this lane's row of the tile to be sent next
+  int stage_ = 0;           // of the tile to be read next
 };
 
 // --- A tile --------------------------------------------------------------------------------------
@@ -106,16 +100,16 @@ QUIRE_DEVICE void multiply_key_columns(float (&scores)[Traits::kKeys / 8][4],
                                        SharedAddress keys) {
   const int lane = fresh_thread_index() % kWarpSize;
   // Pieces are permuted within eight, which are one step of all warps that share the rows.
-  const SharedAddress first = keys + piece_offset<Traits::kKeyBytes>(
-                                         lane % 8 + lane / 16 * 8,
-                                         2 * column_warp<Traits>() + lane / 8 % 2);
+  const SharedAddress first =
+      keys + piece_offset<Traits::kKeyBytes>(lane % 8 + lane / 16 * 8,
+                                             2 * column_warp<Traits>() + lane / 8 % 2);
   QUIRE_UNROLL
   for (int step = 0; step < Traits::kSteps; ++step) {
     QUIRE_UNROLL
     for (int n = 0; n < Traits::kKeys / kTile; ++n) {
       uint32_t key[4];
-      ldmatrix<Transposed::kNo>(
-          key, first + (step * 8 * kPieceBytes + n * kTile * Traits::kKeyBytes));
+      ldmatrix<Transposed::kNo>(key,
+                                first + (step * 8 * kPieceBytes + n * kTile * Traits::kKeyBytes));
       mma<typename Traits::Type>(scores[2 * n], queries[step], key[0], key[1]);
       mma<typename Traits::Type>(scores[2 * n + 1], queries[step], key[2], key[3]);
     }
@@ -220,8 +214,7 @@ QUIRE_DEVICE void write_total(const AttentionArgs& args, const Item& item,
   QUIRE_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int row = lane / 4 + 8 * h;
-    if (lane % 4 == 0)
-      st_shared(stats + row * 8, F32x2{total.rows[h].max, total.rows[h].sum});
+    if (lane % 4 == 0) st_shared(stats + row * 8, F32x2{total.rows[h].max, total.rows[h].sum});
     QUIRE_UNROLL
     for (int n = 0; n < Traits::kColumns / 8; ++n)
       st_shared(total_slot(total, row, 8 * n + lane % 4 * 2),
@@ -264,24 +257,24 @@ QUIRE_DEVICE void mla_decode_rows(const AttentionArgs& args, const Item& item, i
     load_query_fragment<Traits::kHeadDim>(queries[step], query_tile, warp_row,
                                           Traits::kColumnWarps * step + column_warp<Traits>());
 
-  MlaSums<Traits> total;
-  constexpr int kTilesPerChunk = kKvChunk / Traits::kKeys;
-  const int first_tile = keys.begin / Traits::kKeys;
-  const int end_tile = keys.begin < keys.end ? ceil_div(keys.end, Traits::kKeys) : first_tile;
-  const int first_chunk = item.kv_begin / kKvChunk;
-  const int end_chunk = max(first_chunk + 1, ceil_div(item.kv_end, kKvChunk));
-  for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
-    MlaSums<Traits> sums;
-    ScoreRow rows[2];
-    QUIRE_UNROLL
-    for (int h = 0; h < 2; ++h)
-      rows[h] = make_score_row(p, item, min(first_row + warp_row + lane / 4 + 8 * h, last_row));
-    const int end = min(end_tile, (chunk + 1) * kTilesPerChunk);
-    for (int tile = max(first_tile, chunk * kTilesPerChunk); tile < end; ++tile)
-      attend_tile<Traits>(p, sums, rows, queries, factor, tile, ring.advance());
-    const int slot = item.partial < 0 ? -1 : item.partial + chunk - first_chunk;
-    finish_chunk<Traits>(args, item, sums, total, factor, slot, first_row);
+  ScoreRow rows[2];
+  QUIRE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    rows[h] = make_score_row(p, item, min(first_row + warp_row + lane / 4 + 8 * h, last_row));
+    if (Traits::kMode == Mode::kFast) rows[h].mask = nullptr;  // it is: no registers for it
   }
+  MlaSums<Traits> total;
+  int tile = keys.begin / Traits::kKeys;
+  const int end_tile = keys.begin < keys.end ? ceil_div(keys.end, Traits::kKeys) : tile;
+  int slot = item.partial, chunk = item.kv_begin / kKvChunk;
+  do {
+    MlaSums<Traits> sums;
+    const int end = min(end_tile, (chunk + 1) * (kKvChunk / Traits::kKeys));
+    for (; tile < end; ++tile)
+      attend_tile<Traits>(p, sums, rows, queries, factor, tile, ring.advance(tile));
+    finish_chunk<Traits>(args, item, sums, total, factor, slot, first_row);
+    if (slot >= 0) ++slot;
+  } while (++chunk * kKvChunk < item.kv_end);
   cp_async_wait<0>();
   sync_block();
   if (item.partial < 0) {

@@ -145,7 +145,8 @@ struct MlaTraits : KeyTiles<Type_, Type_, kHeadDim_, kKeys_> {
 
   static_assert(kStages >= 2 && kRows <= kKeys, "queries fit one stage");
   static_assert(kHeadDim % (kTile * kColumnWarps) == 0 && kHeadDimV % (kTile * kColumnWarps) == 0);
-  static_assert(2 * kColumnWarps == 8 && kThreads == 8 * kKeys && Base::kKeyBytes % (8 * kPieceBytes) == 0);
+  static_assert(2 * kColumnWarps == 8 && kThreads == 8 * kKeys &&
+                Base::kKeyBytes % (8 * kPieceBytes) == 0);
   static_assert(kWarps * kTile * kColumns * 4 <= kStages * kStageBytes, "results fit the stages");
   static_assert(kKvChunk % kKeys == 0, "a tile belongs to one chunk");
 };

@@ -38,7 +38,7 @@ struct AttentionCase {
   bool mask = false, mask_is_tree = false;
   Codes codes = Codes::kNone;
   bool is_latent = false;  // V is the first head_dim_v columns of K
-  int parallelism = 1;  // of the planner: more cuts keys into more work items
+  int parallelism = 1;     // of the planner: more cuts keys into more work items
 };
 
 inline constexpr uint16_t kNan = 0xFFFF;  // in both 16-bit types
