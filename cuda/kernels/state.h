@@ -114,6 +114,11 @@ QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item, const Merge
   }
 }
 
+template <class Traits>
+QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item) {
+  merge<Traits, 1>(args, item, {item.merge, 0, item.num_rows});
+}
+
 // Called by a block that has stored its partial results: the last of those that share the rows
 // merges. `flag`: a word of shared memory.
 template <class Traits, int kAhead>
