@@ -18,6 +18,8 @@ namespace quire::cuda {
 namespace {
 
 constexpr const char* kFeatures = "dense ragged paged causal window softcap alibi sinks mask lse";
+constexpr const char* kLatentFeatures =  // v = k[..., :head_dim_v]
+    "dense ragged paged causal window softcap alibi sinks mask lse latent";
 constexpr const char* kQuantisedFeatures =
     "paged causal window softcap alibi sinks mask lse scales";
 
@@ -38,6 +40,18 @@ bool is_aligned(const AttentionParams& p) {
 device::Mode mode_of(const AttentionParams& p, bool aligned) {
   const bool is_plain = p.scale > 0 && p.softcap == 0 && !p.alibi_slopes && !p.mask;
   return is_plain && aligned ? device::Mode::kFast : device::Mode::kFull;
+}
+
+// What V has to be for kernels that read K alone.
+void check_latent(const AttentionParams& p) {
+  const bool same_rows = p.v_stride_seq == p.k_stride_seq && p.v_stride_block == p.k_stride_block &&
+                         p.v_stride_row == p.k_stride_row &&
+                         (p.num_kv_heads == 1 || p.v_stride_head == p.k_stride_head);
+  if (p.v != p.k || !same_rows)
+    throw Unsupported(concat("attention: v: head_dim ", p.head_dim,
+                             " is implemented where v is the first columns of k, the same memory: "
+                             "v = k[..., :",
+                             p.head_dim_v, "]; got other memory or other strides"));
 }
 
 // Tensor maps of K and V for boxes of at most `most` rows. Where the driver takes the tensors for
@@ -108,6 +122,7 @@ class CudaBackend final : public Backend {
         on_gpu && on_gpu->gpu().info().device == stream.device && on_gpu->was_made_for(params),
         "attention: plan: expected one that plan() of this Attention has made for ",
         to_string(stream.device));
+    if (on_gpu->kernels().is_latent()) check_latent(params);
     Gpu& gpu = on_gpu->gpu();
     const ContextScope scope(gpu);
     device::BoxedAttentionArgs boxed{};
@@ -121,6 +136,7 @@ class CudaBackend final : public Backend {
     for (const PlanOnGpu::Segment& segment : on_gpu->segments()) {
       args.items = items + segment.first;
       args.num_items = segment.count;
+      args.item_rows = segment.rows;
       args.range = ranges ? ranges + segment.phase : nullptr;
       const Kernel& kernel = *on_gpu->kernels().kernels[segment.phase][mode];
       if (kernel.box_rows > 0) set_boxes(gpu.driver(), kernel.box_rows, boxed);
@@ -166,9 +182,15 @@ class CudaBackend final : public Backend {
                                          [&](const auto& gpu) { return gpu->arch() == arch; });
       for (const DType dtype : {DType::kFloat16, DType::kBFloat16})
         for (const DType kv : {dtype, DType::kFloat8E4M3})
-          if (const auto dims = head_dims(element_type(kv)); !dims.empty())
-            rows.push_back({"cuda", "sm_" + arch, name_of(dtype), name_of(kv), 1, dims.back(),
-                            is_quantised(kv) ? kQuantisedFeatures : kFeatures, available});
+          if (const auto dims = head_dims(element_type(kv)); !dims.empty()) {
+            const auto add = [&](int least, int most, const char* features) {
+              rows.push_back({"cuda", "sm_" + arch, name_of(dtype), name_of(kv), least, most,
+                              features, available});
+            };
+            const int most = max_head_dim(kv);
+            add(1, most, is_quantised(kv) ? kQuantisedFeatures : kFeatures);
+            if (dims.back() > most) add(most + 1, dims.back(), kLatentFeatures);
+          }
     }
     return rows;
   }

@@ -5,6 +5,7 @@
 
 #include "kernels/cache_ops.h"
 #include "kernels/decode.h"
+#include "kernels/mla_decode.h"
 #include "kernels/plan.h"
 #include "kernels/prefill.h"
 #include "kernels/sm90/prefill.h"
@@ -45,6 +46,12 @@
                   AttentionArgs,                                                         \
                   DecodeTraits<quire::device::type, head_dim, warps, stages,             \
                                quire::device::Mode::mode, quire::device::Float8E4M3>)
+
+#define QUIRE_MLA_DECODE(type, head_dim, rows, keys, stages, mode)                      \
+  QUIRE_ATTENTION(                                                                      \
+      mla_decode_##type##_##head_dim##_##rows##_##keys##_##stages##_##mode, mla_decode, \
+      AttentionArgs,                                                                    \
+      MlaTraits<quire::device::type, head_dim, rows, keys, stages, quire::device::Mode::mode>)
 
 #define QUIRE_APPEND_KV_E4M3(type, threads)                                                       \
   extern "C" __global__ void __launch_bounds__(threads)                                           \

@@ -96,12 +96,13 @@ void DevicePlan::add_segments() {
   const int64_t most_q = batch_.cu_seqlens_q ? max_total_q_ : std::min(1, max_total_q_);
   const int64_t wide = kernels_.wide_rows(), items = bounds_.pieces * num_kv_heads_;
   const auto add = [&](Phase phase) {
-    add_segment(phase, 0, 0, std::min(items, resident_blocks(phase)));
+    const int64_t blocks = items * kernels_.row_tiles(phase, bounds_.partial_rows);
+    add_segment({phase, 0, 0, bounds_.partial_rows, std::min(blocks, resident_blocks(phase))});
   };
   if (most_q == 0 || batch_.batch_size == 0) return;
   if (most_q * group >= wide) add(kWide);
-  if (std::min(most_q, (wide - 1) / group) * group > kDecodeRows) add(kNarrow);
-  if (group <= kDecodeRows) add(kDecode);
+  if (std::min(most_q, (wide - 1) / group) * group > kernels_.decode_rows()) add(kNarrow);
+  if (group <= kernels_.decode_rows()) add(kDecode);
 }
 
 // Returns the bytes from `base` on that the plan takes.
@@ -117,7 +118,7 @@ size_t DevicePlan::lay_out(DeviceAddress base) {
   place(args_.sequences, batch_.batch_size);
   place(args_.items, bounds_.pieces * num_kv_heads_);
   place(args_.merges, bounds_.merges);
-  place(args_.counters, bounds_.merges);
+  place(args_.counters, bounds_.merges * counters_a_merge());
   place(args_.tickets, 1);
   place(args_.first_tiles, batch_.batch_size);
   place(args_.tiles, bounds_.tiles);
@@ -125,6 +126,10 @@ size_t DevicePlan::lay_out(DeviceAddress base) {
   place(partial_values_, rows * kernels_.head_dim);
   place(partial_stats_, rows * 2);
   return end;
+}
+
+int DevicePlan::counters_a_merge() const {
+  return kernels_.row_tiles(kDecode, bounds_.partial_rows);
 }
 
 void DevicePlan::launch_planner(Handle stream, const AttentionDesc& desc) {
@@ -139,8 +144,9 @@ void DevicePlan::launch_planner(Handle stream, const AttentionDesc& desc) {
   args_.window_right = desc.causal ? 0 : desc.window_right;
   args_.parallelism = gpu_.info().parallelism;
   args_.tile_rows = std::max(1, kernels_.max_rows() / args_.group);
-  args_.decode_rows = kDecodeRows;
+  args_.decode_rows = kernels_.decode_rows();
   args_.wide_rows = kernels_.wide_rows();
+  args_.counters_a_merge = counters_a_merge();
   args_.max_tiles = static_cast<int32_t>(bounds_.tiles);
   gpu_.launch(planner(), 1, &args_, stream);
 }

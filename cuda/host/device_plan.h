@@ -32,6 +32,7 @@ class DevicePlan final : public PlanOnGpu {
 
  private:
   void add_segments();
+  int counters_a_merge() const;
   size_t lay_out(DeviceAddress base);
   void launch_planner(Handle stream, const AttentionDesc& desc);
 

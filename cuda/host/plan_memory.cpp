@@ -12,13 +12,23 @@ namespace {
 
 const Handle kPerThreadStream = reinterpret_cast<Handle>(2);
 
+int rows_of(const WorkItem& item, int group) { return (item.q_end - item.q_begin) * group; }
+
+// At most: the tiles of decode have the fewest rows.
+int row_tiles(const AttentionPlan& plan, const KernelSet& kernels, int group) {
+  int most = 1;
+  for (const WorkItem& item : plan.items)
+    most = std::max(most, kernels.row_tiles(kDecode, rows_of(item, group)));
+  return most;
+}
+
 }  // namespace
 
 StreamId::StreamId(Handle handle)
     : handle(handle),
       thread(handle == kPerThreadStream ? std::this_thread::get_id() : std::thread::id()) {}
 
-PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim) {
+PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim, int counters_a_merge) {
   constexpr size_t kAlignment = 64;
   size_t end = 0;
   const auto add = [&end](size_t count, size_t bytes) {
@@ -31,7 +41,8 @@ PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim) {
   items = add(plan.items.size(), sizeof(WorkItem));
   merges = add(plan.merges.size(), sizeof(MergeItem));
   block_ids = add(plan.block_ids.size(), sizeof(int32_t));
-  counters = add(plan.merges.size() + 1, sizeof(uint32_t));  // and one for tickets
+  counters = add(plan.merges.size() * counters_a_merge, sizeof(uint32_t));
+  tickets = add(plan.items.empty() ? 0 : 1, sizeof(uint32_t));
   staged_bytes = end;
   partial_values = add(rows * head_dim, sizeof(float));
   partial_stats = add(rows * 2, sizeof(float));
@@ -49,9 +60,9 @@ PlanOnGpu::PlanOnGpu(Gpu& gpu, const AttentionDesc& desc)
       kv_dtype_(element_type(desc.kv_dtype)),
       is_paged_(desc.block_size > 0) {}
 
-void PlanOnGpu::add_segment(Phase phase, int first, int count, int64_t blocks) {
-  segments_.push_back({phase, first, count, blocks});
-  for (const Kernel* kernel : kernels_.kernels[phase]) gpu_.function(*kernel);
+void PlanOnGpu::add_segment(const Segment& segment) {
+  segments_.push_back(segment);
+  for (const Kernel* kernel : kernels_.kernels[segment.phase]) gpu_.function(*kernel);
 }
 
 int64_t PlanOnGpu::resident_blocks(Phase phase) const {
@@ -60,9 +71,8 @@ int64_t PlanOnGpu::resident_blocks(Phase phase) const {
 
 SentPlan::SentPlan(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& plan)
     : PlanOnGpu(gpu, desc),
-      layout_(plan, kernels_.head_dim),
-      num_partial_rows_(plan.partial_rows),
-      num_merges_(plan.merges.size()) {
+      layout_(plan, kernels_.head_dim, row_tiles(plan, kernels_, num_heads_ / num_kv_heads_)),
+      num_partial_rows_(plan.partial_rows) {
   const ContextScope scope(gpu_);
   stage(plan);
   if (layout_.total_bytes > 0)
@@ -104,18 +114,23 @@ void SentPlan::stage(const AttentionPlan& plan) {
   sorted.reserve(plan.items.size());
   for (const Phase phase : {kWide, kNarrow, kDecode}) {
     const int first = static_cast<int>(sorted.size());
-    for (const WorkItem& item : plan.items)
-      if (phase_of(item) == phase) sorted.push_back(item);
+    int rows = 0;
+    for (const WorkItem& item : plan.items) {
+      if (phase_of(item) != phase) continue;
+      sorted.push_back(item);
+      rows = std::max(rows, rows_of(item, group));
+    }
     const int count = static_cast<int>(sorted.size()) - first;
     if (count == 0) continue;
     const bool takes_tickets = kernels_.kernels[phase][0]->takes_tickets;
     if (takes_tickets)
       walk_in_sections(sorted.begin() + first, sorted.end(), plan.sequences, num_kv_heads_,
                        int64_t{head_dim_ + head_dim_v_} * 2);
-    // A block an item: the device deals them out in order, the longest first. Or as many blocks as
-    // fit at once, which ask for items in that order.
-    add_segment(phase, first, count,
-                takes_tickets ? std::min<int64_t>(count, resident_blocks(phase)) : count);
+    // A block an item, or a tile of its rows: the device deals them out in order, the longest
+    // first. Or as many blocks as fit at once, which ask for items in that order.
+    const int64_t blocks = int64_t{count} * kernels_.row_tiles(phase, rows);
+    add_segment({phase, first, count, rows,
+                 takes_tickets ? std::min(blocks, resident_blocks(phase)) : blocks});
   }
   put(layout_.sequences, plan.sequences);
   put(layout_.items, sorted);
@@ -166,7 +181,7 @@ void SentPlan::use(Handle stream, device::AttentionArgs& args) {
   args.items = static_cast<const WorkItem*>(at(layout_.items));
   args.merges = static_cast<const MergeItem*>(at(layout_.merges));
   args.counters = static_cast<uint32_t*>(at(layout_.counters));
-  args.tickets = args.counters + num_merges_;
+  args.tickets = static_cast<uint32_t*>(at(layout_.tickets));
   args.partial_values = static_cast<float*>(at(layout_.partial_values));
   args.partial_stats = static_cast<float*>(at(layout_.partial_stats));
   args.partial_rows = num_partial_rows_;

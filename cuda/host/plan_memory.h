@@ -25,12 +25,13 @@ struct StreamId {
 };
 
 // Where the parts of a plan lie, in bytes from the begin of a slab. The first `staged_bytes` are
-// sent from the host; counters are among them, as they begin as zero.
+// sent from the host; counters and tickets are among them, as they begin as zero.
 struct PlanLayout {
-  size_t sequences, items, merges, block_ids, counters, staged_bytes;
+  size_t sequences, items, merges, block_ids, counters, tickets, staged_bytes;
   size_t partial_values, partial_stats, total_bytes;
 
-  PlanLayout(const AttentionPlan& plan, int head_dim);
+  // `counters_a_merge`: one for each of the blocks that share the rows of an item.
+  PlanLayout(const AttentionPlan& plan, int head_dim, int counters_a_merge);
 };
 
 class PlanOnGpu {
@@ -40,6 +41,7 @@ class PlanOnGpu {
   struct Segment {
     Phase phase;
     int first, count;
+    int rows;  // of the item that has the most
     int64_t blocks;
   };
 
@@ -59,7 +61,7 @@ class PlanOnGpu {
  protected:
   PlanOnGpu(Gpu& gpu, const AttentionDesc& desc);
   // Loading takes long and may not happen while a stream is captured: plans do it when made.
-  void add_segment(Phase phase, int first, int count, int64_t blocks);
+  void add_segment(const Segment& segment);
   int64_t resident_blocks(Phase phase) const;  // that the GPU runs at once
 
   Gpu& gpu_;
@@ -97,7 +99,6 @@ class SentPlan final : public PlanOnGpu {
 
   PlanLayout layout_;
   int num_partial_rows_;
-  size_t num_merges_;
   std::vector<std::byte> staged_;
   std::mutex mutex_;  // of copies_
   std::vector<Copy> copies_;

@@ -26,6 +26,8 @@ struct Kernel {
   const char* arch = nullptr;     // the only one it is compiled for, "90a"; null: all
   int box_rows = 0;               // at most; 0: its only argument is AttentionArgs
   bool takes_tickets = false;     // a block asks for items one by one
+  int latent_dim = 0;  // > 0: V is the first columns of K, at most so many; a block takes one tile
+                       // of rows
 };
 
 namespace rows {
@@ -72,6 +74,14 @@ constexpr Kernel planner(const char* name) {
           0,    Mode::kFull,   Traits::kThreads,      Traits::kSharedBytes,  1};
 }
 
+template <class Traits>
+constexpr Kernel mla_decode(const char* name) {
+  Kernel kernel =
+      attention<Traits>(name, Traits::kRows == device::kTile ? Family::kDecode : Family::kPrefill);
+  kernel.latent_dim = Traits::kHeadDimV;
+  return kernel;
+}
+
 constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, ElementType kv_dtype,
                           int threads) {
   return {name, family, dtype, kv_dtype, 0, 0, Mode::kFull, threads, 0, 1};
@@ -92,6 +102,9 @@ constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, El
 #define QUIRE_DECODE_E4M3(type, head_dim, warps, stages, mode)                                    \
   attention<device::DecodeTraits<type, head_dim, warps, stages, Mode::mode, device::Float8E4M3>>( \
       "decode_e4m3_" #type "_" #head_dim "_" #warps "_" #stages "_" #mode, Family::kDecode),
+#define QUIRE_MLA_DECODE(type, head_dim, rows, keys, stages, mode)               \
+  mla_decode<device::MlaTraits<type, head_dim, rows, keys, stages, Mode::mode>>( \
+      "mla_decode_" #type "_" #head_dim "_" #rows "_" #keys "_" #stages "_" #mode),
 #define QUIRE_APPEND_KV_E4M3(type, threads)                                        \
   cache_op("append_kv_e4m3_" #type "_" #threads, Family::kAppend, element<type>(), \
            ElementType::kFloat8E4M3, threads),
@@ -115,6 +128,7 @@ inline constexpr Kernel kKernels[] = {
 #undef QUIRE_DECODE
 #undef QUIRE_PREFILL_E4M3
 #undef QUIRE_DECODE_E4M3
+#undef QUIRE_MLA_DECODE
 #undef QUIRE_APPEND_KV
 #undef QUIRE_APPEND_KV_E4M3
 #undef QUIRE_COPY_BLOCKS

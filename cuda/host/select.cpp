@@ -15,6 +15,19 @@ namespace {
 // written for the architecture.
 constexpr int kWideTiles = 4;
 
+// Why kernels for values that are columns of the keys can't take a description; `least`: the head
+// dims up to there have kernels of their own.
+std::string reason_against_latent(const AttentionDesc& desc, int latent_dim, int least) {
+  if (desc.head_dim <= least)
+    return concat("head_dim ", desc.head_dim, ": for more than ", least,
+                  " where v is the first columns of k");
+  const int dim_v = desc.head_dim_v ? desc.head_dim_v : desc.head_dim;
+  if (dim_v >= desc.head_dim || dim_v > latent_dim)
+    return concat("head_dim_v ", dim_v, ": v is the first columns of k, fewer than head_dim ",
+                  desc.head_dim, " and at most ", latent_dim);
+  return "";
+}
+
 std::string reason_against(const AttentionDesc& desc, int head_dim, const std::string& isa,
                            const std::string& archs) {
   const int wanted = std::max(desc.head_dim, desc.head_dim_v);
@@ -28,11 +41,14 @@ std::string reason_against(const AttentionDesc& desc, int head_dim, const std::s
   if (desc.kv_dtype != desc.dtype && desc.block_size == 0)
     return concat("kv_dtype: ", name_of(desc.kv_dtype), " KV is implemented for paged caches only");
   if (head_dim < wanted) return concat("head_dim ", wanted, ": at most ", head_dim);
-  if (!kernels_for(element_type(desc.dtype), element_type(desc.kv_dtype), head_dim, isa)
-           .is_complete())
+  const KernelSet set =
+      kernels_for(element_type(desc.dtype), element_type(desc.kv_dtype), head_dim, isa);
+  if (!set.is_complete())
     return concat("needs more shared memory than the ", shared_bytes_per_block(isa),
                   " bytes a block of ", isa);
-  return "";
+  const int latent_dim = set.kernels[kDecode][0]->latent_dim;
+  return latent_dim == 0 ? ""
+                         : reason_against_latent(desc, latent_dim, max_head_dim(desc.kv_dtype));
 }
 
 }  // namespace
@@ -59,8 +75,27 @@ int64_t KernelSet::wide_rows() const {
   return int64_t{wide.arch ? 1 : kWideTiles} * wide.rows;
 }
 
+int64_t KernelSet::decode_rows() const {
+  const Kernel& decode = *kernels[kDecode][0];
+  return decode.latent_dim > 0 ? decode.rows : kDecodeRows;
+}
+
 Phase KernelSet::phase_of(int64_t rows) const {
-  return rows <= kDecodeRows ? kDecode : rows >= wide_rows() ? kWide : kNarrow;
+  return rows <= decode_rows() ? kDecode : rows >= wide_rows() ? kWide : kNarrow;
+}
+
+int max_head_dim(DType kv_dtype) {
+  int most = 0;
+  for (const Kernel& kernel : kKernels)
+    if (kernel.family == Family::kDecode && kernel.kv_dtype == element_type(kv_dtype) &&
+        kernel.latent_dim == 0)
+      most = std::max(most, kernel.head_dim);
+  return most;
+}
+
+int KernelSet::row_tiles(Phase phase, int rows) const {
+  const int tile = kernels[phase][0]->rows;
+  return is_latent() ? (rows + tile - 1) / tile : 1;
 }
 
 std::vector<int> head_dims(ElementType kv_dtype) {
@@ -122,7 +157,7 @@ std::vector<Candidate> candidates(const AttentionDesc& desc, const std::string& 
       for (const int phase : {kDecode, kNarrow, kWide})
         if (const Kernel* kernel = set.kernels[phase][0])
           name += concat(phase == kDecode ? "" : ", ", kernel->name);
-      name += ")";
+      name += set.is_latent() ? "; v = k[..., :head_dim_v], the same memory)" : ")";
     }
     result.push_back({name, reason});
   }

@@ -26,15 +26,22 @@ struct KernelSet {
   const Kernel* kernels[kNumPhases][2] = {};
 
   bool is_complete() const;
+  bool is_latent() const { return kernels[kDecode][0]->latent_dim > 0; }
   bool has_wide() const { return kernels[kWide][0] != nullptr; }
   int max_rows() const;  // of a work item
   // Rows, of a sequence: its query rows times heads of a kv head.
-  int64_t wide_rows() const;  // from here on kWide
+  int64_t decode_rows() const;  // up to here kDecode
+  int64_t wide_rows() const;    // from here on kWide
   Phase phase_of(int64_t rows) const;
+  // Blocks that share a work item of so many rows.
+  int row_tiles(Phase phase, int rows) const;
 };
 
 // The head dims there are kernels for, ascending.
 std::vector<int> head_dims(ElementType kv_dtype);
+
+// The most of those whose V may be any tensor.
+int max_head_dim(DType kv_dtype);
 
 // In the order of kernels.def, what fits the shared memory of `isa`.
 KernelSet kernels_for(ElementType dtype, ElementType kv_dtype, int head_dim,

@@ -36,12 +36,20 @@ struct KeySource {
                          SharedAddress k_to, SharedAddress v_to) const {
     const AttentionParams& p = args.params;
     const int column = piece * Traits::kKvPiece;
-    load_piece<Traits::kMode>(k_to,
-                              k + at.block * p.k_stride_block + at.row * p.k_stride_row + column,
-                              exists ? p.head_dim - column : 0, args.is_aligned);
+    load_key(args, at, exists, piece, k_to);
     load_piece<Traits::kMode>(v_to,
                               v + at.block * p.v_stride_block + at.row * p.v_stride_row + column,
                               exists ? p.head_dim_v - column : 0, args.is_aligned);
+  }
+
+  // That of the K row alone.
+  QUIRE_DEVICE void load_key(const AttentionArgs& args, Location at, bool exists, int piece,
+                             SharedAddress to) const {
+    const AttentionParams& p = args.params;
+    const int column = piece * Traits::kKvPiece;
+    load_piece<Traits::kMode>(to,
+                              k + at.block * p.k_stride_block + at.row * p.k_stride_row + column,
+                              exists ? p.head_dim - column : 0, args.is_aligned);
   }
 };
 

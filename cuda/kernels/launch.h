@@ -17,6 +17,7 @@ struct AttentionArgs {
   const WorkItem* items;
   int32_t num_items;
   const ItemRange* range;  // of the items that are meant, where the list was made by the device
+  int32_t item_rows;       // of the item that has the most of them
   const MergeItem* merges;
   // Results of chunks of split rows, by slot: unnormalised sums and, in units of log2, their
   // maximum and denominator. kHeadDim is that of the kernel.
@@ -69,12 +70,13 @@ struct PlanArgs {
   int32_t parallelism;
   int32_t tile_rows;               // query rows
   int64_t decode_rows, wide_rows;  // of a sequence, times group: at most, and at least
-  int32_t max_tiles;               // what follows has room for
+  int32_t counters_a_merge;
+  int32_t max_tiles;  // what follows has room for
   // results
   Sequence* sequences;  // [num_sequences]
   WorkItem* items;
   MergeItem* merges;
-  uint32_t* counters;  // of the merges, made zero,
+  uint32_t* counters;  // [merges, counters_a_merge], made zero,
   uint32_t* tickets;   // and so is this one
   PlanCounts* counts;
   // scratch

@@ -356,7 +356,8 @@ QUIRE_DEVICE void write_merges(const PlanArgs& args, int num_tiles) {
     st_global(&to->partial, tile.partial + head * chunks);
     st_global(&to->num_partials, chunks);
     st_global(&to->num_items, tile.num_pieces);
-    st_global(args.counters + tile.merge + head, 0u);
+    for (int c = 0; c < args.counters_a_merge; ++c)
+      st_global(args.counters + (tile.merge + head) * args.counters_a_merge + c, 0u);
   }
 }
 

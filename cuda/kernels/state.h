@@ -77,42 +77,68 @@ QUIRE_DEVICE void store_floats(float* to, const float (&values)[kPiece]) {
   st_global(reinterpret_cast<F32x4*>(to) + 1, F32x4{values[4], values[5], values[6], values[7]});
 }
 
-// Folds all slots of the item's rows in chunk order and writes the rows.
-template <class Traits>
-QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item) {
+// Rows of an item that blocks leave results of, and the counter where they meet.
+struct MergeRows {
+  int counter, first, count;
+};
+
+// Folds all slots of the rows in chunk order and writes the rows. kAhead slots are loaded at once:
+// what a thread waits for is one of them after the other.
+template <class Traits, int kAhead>
+QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item, const MergeRows& rows) {
   constexpr int kPieces = Traits::kHeadDim / kPiece;
   const MergeItem* work = args.merges + item.merge;
   const int first_slot = ld_global(&work->partial), num_slots = ld_global(&work->num_partials);
-  for (int i = thread_index(); i < item.num_rows * kPieces; i += Traits::kThreads) {
-    const int row = i / kPieces, column = i % kPieces * kPiece;
+  for (int i = thread_index(); i < rows.count * kPieces; i += Traits::kThreads) {
+    const int row = rows.first + i / kPieces, column = i % kPieces * kPiece;
     RowStats total;
     float values[kPiece] = {};
-    for (int slot = first_slot; slot < first_slot + num_slots; ++slot) {
-      const F32x2 stats = ld_global(partial_stats(args, slot, row));
-      const FoldScales scales = fold(total, {stats.x, stats.y});
-      float chunk[kPiece];
-      load_floats(chunk, partial_values<Traits>(args, slot, row) + column);
+    for (int slot = first_slot; slot < first_slot + num_slots; slot += kAhead) {
+      F32x2 stats[kAhead];
+      float chunk[kAhead][kPiece];
       QUIRE_UNROLL
-      for (int e = 0; e < kPiece; ++e) values[e] = scales.apply(values[e], chunk[e]);
+      for (int a = 0; a < kAhead; ++a) {
+        const int there = min(slot + a, first_slot + num_slots - 1);
+        stats[a] = ld_global(partial_stats(args, there, row));
+        load_floats(chunk[a], partial_values<Traits>(args, there, row) + column);
+      }
+      QUIRE_UNROLL
+      for (int a = 0; a < kAhead; ++a) {
+        if (slot + a >= first_slot + num_slots) break;
+        const FoldScales scales = fold(total, {stats[a].x, stats[a].y});
+        QUIRE_UNROLL
+        for (int e = 0; e < kPiece; ++e) values[e] = scales.apply(values[e], chunk[a][e]);
+      }
     }
     write_row<Traits>(args, item, row, column, total, values);
   }
 }
 
+template <class Traits>
+QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item) {
+  merge<Traits, 1>(args, item, {item.merge, 0, item.num_rows});
+}
+
 // Called by a block that has stored its partial results: the last of those that share the rows
 // merges. `flag`: a word of shared memory.
-template <class Traits>
-QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, SharedAddress flag) {
+template <class Traits, int kAhead>
+QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, SharedAddress flag,
+                                const MergeRows& rows) {
   fence_gpu();
   sync_block();
   if (thread_index() == 0) {
     const auto last = static_cast<uint32_t>(ld_global(&args.merges[item.merge].num_items) - 1);
-    st_shared<uint32_t>(flag, atomic_increment(args.counters + item.merge, last) == last);
+    st_shared<uint32_t>(flag, atomic_increment(args.counters + rows.counter, last) == last);
   }
   sync_block();
   if (!ld_shared<uint32_t>(flag)) return;
   fence_gpu();
-  merge<Traits>(args, item);
+  merge<Traits, kAhead>(args, item, rows);
+}
+
+template <class Traits>
+QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, SharedAddress flag) {
+  merge_if_last<Traits, 1>(args, item, flag, {item.merge, 0, item.num_rows});
 }
 
 }  // namespace quire::device

@@ -135,12 +135,13 @@ QUIRE_DEVICE void multiply_keys(float (&scores)[Traits::kKeys / 8][4], Queries<T
   }
 }
 
-// values[16 queries][kHeadDim] += weights x values. The accumulator of one mma has the layout of
-// the next one's left operand, so the weights need only be rounded.
+// sums[16 queries][kHeadDim] += weights x values, whose rows of kKeyBytes have those columns from
+// piece `first_piece` on. The accumulator of one mma has the layout of the next one's left operand,
+// so the weights need only be rounded.
 template <class Traits>
 QUIRE_DEVICE void multiply_values(float (&sums)[Traits::kHeadDim / 8][4],
                                   const float (&weights)[Traits::kKeys / 8][4],
-                                  SharedAddress values) {
+                                  SharedAddress values, int first_piece = 0) {
   using Product = typename Traits::Product;
   const int lane = fresh_thread_index() % kWarpSize;
   QUIRE_UNROLL
@@ -151,10 +152,11 @@ QUIRE_DEVICE void multiply_values(float (&sums)[Traits::kHeadDim / 8][4],
                                 pack<Product>(right[0], right[1]),
                                 pack<Product>(right[2], right[3])};
     QUIRE_UNROLL
-    for (int n = 0; n < Traits::kKeyBytes / 32; ++n) {
+    for (int n = 0; n < Traits::kHeadDim / (2 * Traits::kKvPiece); ++n) {
       uint32_t value[4];
-      ldmatrix<Transposed::kYes>(value, values + piece_offset<Traits::kKeyBytes>(
-                                                     k * kTile + lane % 16, 2 * n + lane / 16));
+      ldmatrix<Transposed::kYes>(
+          value, values + piece_offset<Traits::kKeyBytes>(k * kTile + lane % 16,
+                                                          first_piece + 2 * n + lane / 16));
       if constexpr (Traits::kIsQuantised) {
         // A lane has columns 2g and 2g + 1 of two keys: even and odd columns apart.
         QUIRE_UNROLL

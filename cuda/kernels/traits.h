@@ -99,6 +99,58 @@ struct DecodeTraits : KeyTiles<Type_, KvType_, kHeadDim_, kTile> {
   static_assert(kKvChunk / kKeys % kWarps == 0, "every chunk is dealt alike");
 };
 
+// Decode over a latent cache: the first kHeadDim - 64 columns of a key are its value.
+template <class Type_, int kHeadDim_, int kRows_, int kKeys_, int kStages_, Mode kMode_>
+struct MlaTraits : KeyTiles<Type_, Type_, kHeadDim_, kKeys_> {
+  using Base = KeyTiles<Type_, Type_, kHeadDim_, kKeys_>;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDim - 64;
+  static constexpr int kRows = kRows_;
+  static constexpr int kKeys = kKeys_;
+  static constexpr int kStages = kStages_;
+  static constexpr Mode kMode = kMode_;
+  static constexpr int kColumnWarps = 4;  // that share 16 rows
+  static constexpr int kWarps = kRows / kTile * kColumnWarps;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kSteps = kHeadDim / kTile / kColumnWarps;  // of the product with keys
+  static constexpr int kColumns = kHeadDimV / kColumnWarps;       // of that with values
+  static constexpr int kMergeAhead = 4;
+
+  // Shared memory, in bytes from its begin. Queries are in registers before the last stage is
+  // first filled.
+  static constexpr int kStageBytes = Base::kKeyTileBytes;  // K alone
+  static constexpr int kStageOffset = 0;
+  static constexpr int kQueryOffset = kStageOffset + (kStages - 1) * kStageBytes;
+  static constexpr int kScoreOffset = kStageOffset + kStages * kStageBytes;  // [kWarps]
+  static constexpr int kStatsOffset = kScoreOffset + kWarps * kTile * kKeys * 4;
+  static constexpr int kFlagOffset = kStatsOffset + kWarps * kTile * 8;
+  static constexpr int kSharedBytes = kFlagOffset + 16;
+
+  // What the parts that kernels share see: results of all columns, and those of one warp.
+  struct Values {
+    using Type = Type_;
+    static constexpr bool kIsQuantised = false;
+    static constexpr int kHeadDim = kHeadDimV;
+    static constexpr Mode kMode = kMode_;
+    static constexpr int kThreads = MlaTraits::kThreads;
+  };
+  struct Columns {
+    using Product = Type_;
+    static constexpr bool kIsQuantised = false;
+    static constexpr int kHeadDim = kColumns;
+    static constexpr int kKeys = kKeys_;
+    static constexpr int kKvPiece = kPiece;
+    static constexpr int kKeyBytes = Base::kKeyBytes;
+  };
+
+  static_assert(kStages >= 2 && kRows <= kKeys, "queries fit one stage");
+  static_assert(kHeadDim % (kTile * kColumnWarps) == 0 && kHeadDimV % (kTile * kColumnWarps) == 0);
+  static_assert(2 * kColumnWarps == 8 && kThreads == 8 * kKeys &&
+                Base::kKeyBytes % (8 * kPieceBytes) == 0);
+  static_assert(kWarps * kTile * kColumns * 4 <= kStages * kStageBytes, "results fit the stages");
+  static_assert(kKvChunk % kKeys == 0, "a tile belongs to one chunk");
+};
+
 // Prefill on compute capability 9.0a: consumers are warpgroups of 64 rows each, and one warpgroup
 // more brings keys and values. Tiles lie in columns of 64 elements, rows of 128 bytes.
 template <class Type_, int kHeadDim_, int kRows_, int kKeys_, int kStages_, Mode kMode_>

@@ -92,7 +92,7 @@ TEST_CASE("ragged and paged, any page size and memory layout") {
 }
 
 TEST_CASE("any head dimension") {
-  for (int dim : {1, 7, 40, 80, 128, 192, 256, 512})
+  for (int dim : {1, 7, 40, 80, 128, 192, 256, 512, 576})
     check_types([&](Case& c) {
       CAPTURE(dim);
       c.desc.head_dim = c.desc.head_dim_v = dim;

@@ -102,7 +102,7 @@ def check(kernels: list[str], resources: dict, opcodes: dict) -> list[str]:
             if (kernel, arch) not in resources:
                 errors.append(f"{name}: not compiled")
                 continue
-            if not kernel.startswith(("prefill", "decode")):
+            if not kernel.startswith(("prefill", "decode", "mla_decode")):
                 continue
             _, stack = resources[kernel, arch]
             allowed = allowed_stack(kernel)

@@ -37,7 +37,8 @@ struct AttentionCase {
   bool alibi = false, sinks = false;
   bool mask = false, mask_is_tree = false;
   Codes codes = Codes::kNone;
-  int parallelism = 1;  // of the planner: more cuts keys into more work items
+  bool is_latent = false;  // V is the first head_dim_v columns of K
+  int parallelism = 1;     // of the planner: more cuts keys into more work items
 };
 
 inline constexpr uint16_t kNan = 0xFFFF;  // in both 16-bit types
@@ -64,6 +65,7 @@ class AttentionProblem {
   }
   double v(int b, int j, int head, int d) const {
     const int64_t at = v_offset(b, j, head / group()) + d;
+    if (c.is_latent) return value(k_[at]);
     return c.codes == Codes::kNone ? value(v_[at])
                                    : code_value(v_codes_, at, params.v_scale, b, j, head);
   }
@@ -160,7 +162,7 @@ class AttentionProblem {
     set(c.num_heads, c.head_dim, p.q_stride_row, p.q_stride_head);
     set(c.num_heads, c.head_dim_v, p.out_stride_row, p.out_stride_head);
     set(c.num_kv_heads, c.head_dim, p.k_stride_row, p.k_stride_head);
-    set(c.num_kv_heads, c.head_dim_v, p.v_stride_row, p.v_stride_head);
+    set(c.num_kv_heads, c.is_latent ? c.head_dim : c.head_dim_v, p.v_stride_row, p.v_stride_head);
     if (c.layout == Layout::kPaged) {
       p.k_stride_block = c.block_size * p.k_stride_row;
       p.v_stride_block = c.block_size * p.v_stride_row;
@@ -268,7 +270,8 @@ class AttentionProblem {
           continue;
         }
         for (int d = 0; d < c.head_dim; ++d) k_[k_offset(b, j, head) + d] = draw();
-        for (int d = 0; d < c.head_dim_v; ++d) v_[v_offset(b, j, head) + d] = draw();
+        for (int d = 0; d < c.head_dim_v && !c.is_latent; ++d)
+          v_[v_offset(b, j, head) + d] = draw();
       }
   }
 
@@ -278,6 +281,7 @@ class AttentionProblem {
     p.q = q_.data();
     p.k = has_codes ? static_cast<const void*>(k_codes_.data()) : k_.data();
     p.v = has_codes ? static_cast<const void*>(v_codes_.data()) : v_.data();
+    if (c.is_latent) p.v = p.k;
     p.out = out_.data(), p.lse = lse_.data();
     p.alibi_slopes = c.alibi ? slopes_.data() : nullptr;
     p.sinks = c.sinks ? sinks_.data() : nullptr;

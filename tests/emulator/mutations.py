@@ -4,7 +4,7 @@
     python tests/emulator/mutations.py [--only TEXT]
 
 A mutation is a change of one place of the kernels' source. The kernel is built with it and run by
-test_mutation.cpp, or test_mutation_sm90.cpp, over a few cases, several seeds and all modes of
+test_mutation.cpp, test_mutation_sm90.cpp or test_mutation_mla.cpp, over a few cases, several seeds and all modes of
 asynchronous copies; it counts as caught when every seed reports an error of the emulator or a wrong
 result in some case. The unchanged source must pass every one. Takes about ten seconds a mutation,
 so it is not part of the ordinary tests."""
@@ -34,6 +34,8 @@ class Mutation:
 P, D, T, S, K, A = (f"cuda/kernels/{x}.h" for x in "prefill decode tile softmax keys args".split())
 STATE, SCALES, TRAITS = (f"cuda/kernels/{x}.h" for x in "state scales traits".split())
 H, PR = (f"cuda/kernels/sm90/{x}.h" for x in "prefill producer".split())
+L = "cuda/kernels/mla_decode.h"
+PROGRAMS = {H: "test_mutation_sm90", PR: "test_mutation_sm90", L: "test_mutation_mla"}
 
 MUTATIONS = [
     Mutation("prefill: no barrier before a tile is read", P,
@@ -122,7 +124,7 @@ MUTATIONS = [
     Mutation("the counter does not come back to zero", STATE,
              "num_items) - 1);", "num_items));"),
     Mutation("partial results folded without their scale", STATE,
-             "values[e] = scales.apply(values[e], chunk[e]);", "values[e] += chunk[e];"),
+             "values[e] = scales.apply(values[e], chunk[a][e]);", "values[e] += chunk[a][e];"),
     Mutation("the rescale is not exactly 1", S, "exp2(mul(rows[h].max, factor) - base)",
              "exp2(fma(rows[h].max, factor, -base))"),
     Mutation("sm90: bytes of boxes are not announced", PR,
@@ -219,6 +221,40 @@ MUTATIONS = [
              "put(num_blocks() + static_cast<int>(ticket))", "put(static_cast<int>(ticket))"),
     Mutation("sm90: tickets do not come back to zero", PR,
              "static_cast<uint32_t>(num_items - 1)", "static_cast<uint32_t>(num_items)"),
+    Mutation("mla: a tile is read before it has landed", L,
+             "cp_async_wait<Traits::kStages - 2>();", "cp_async_wait<Traits::kStages - 1>();"),
+    Mutation("mla: no barrier before a tile is read", L,
+             "cp_async_wait<Traits::kStages - 2>();\n    sync_block();",
+             "cp_async_wait<Traits::kStages - 2>();"),
+    Mutation("mla: a tile goes to the stage in use", L,
+             "(stage_ + Traits::kStages - 1) % Traits::kStages", "stage_"),
+    Mutation("mla: a stage is read twice", L, "stage_ = (stage_ + 1) % Traits::kStages;", ""),
+    Mutation("mla: locations of the tile before", L, "next_location_ = locate_own(tile + 1);", ""),
+    Mutation("mla: swizzle forgotten by the copies", L,
+             "piece_offset<Traits::kKeyBytes>(row, first_piece)",
+             "static_cast<uint32_t>(row * Traits::kKeyBytes + first_piece * 16)"),
+    Mutation("mla: queries are read before they have landed", L,
+             "cp_async_wait<Traits::kStages - 1>();", "cp_async_wait<Traits::kStages>();"),
+    Mutation("mla: a warp has the queries of another", L,
+             "Traits::kColumnWarps * step + column_warp<Traits>());",
+             "Traits::kColumnWarps * step);"),
+    Mutation("mla: scores are read before they are written", L,
+             "  sync_block();\n  QUIRE_UNROLL", "  QUIRE_UNROLL"),
+    Mutation("mla: scores of other rows", L,
+             "row_warp<Traits>() * Traits::kColumnWarps;", "0;"),
+    Mutation("mla: every warp multiplies the first columns", L,
+             "column_warp<Traits>() * (Traits::kColumns / kPiece)", "0"),
+    Mutation("mla: partial results in the first columns", L,
+             "(args, slot, row) + first_column;", "(args, slot, row);"),
+    Mutation("mla: chunks in one slot", L, "if (slot >= 0) ++slot;", ""),
+    Mutation("mla: results overwrite a tile in use", L,
+             "cp_async_wait<0>();\n  sync_block();", "cp_async_wait<0>();"),
+    Mutation("mla: the next rows overwrite results in use", L,
+             "total, first_row);\n    sync_block();", "total, first_row);"),
+    Mutation("mla: results are read without a warp sync", L, "  sync_warp();\n", ""),
+    Mutation("mla: tiles of rows share a counter", L, "item.merge * tiles + tile,", "item.merge,"),
+    Mutation("mla: a tile merges the rows of another", L,
+             "item.merge * tiles + tile, first_row,", "item.merge * tiles + tile, 0,"),
 ]  # fmt: skip
 
 
@@ -244,7 +280,7 @@ def build_and_run(folder: Path, name: str) -> tuple[int, str]:
 
 
 def program_of(mutation: Mutation) -> str:
-    return "test_mutation_sm90" if mutation.file in (H, PR) else "test_mutation"
+    return PROGRAMS.get(mutation.file, "test_mutation")
 
 
 def planted(source: str, mutation: Mutation) -> str:

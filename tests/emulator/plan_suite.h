@@ -88,6 +88,7 @@ inline PlanArgs args_of(const PlanCase& c, const PlanLengths& lengths) {
   args.tile_rows = std::max(1, c.cut.max_rows / args.group);
   args.decode_rows = 32;
   args.wide_rows = c.wide_rows;
+  args.counters_a_merge = 3;
   return args;
 }
 
@@ -97,7 +98,7 @@ inline Planned plan_on_device(const Planner& planner, const PlanArgs& given,
   made.sequences.assign(given.num_sequences, {-7, -7, -7, -7});
   made.items.assign(host.items.size(), {-7, -7, -7, -7, -7, -7, -7, -7});
   made.merges.assign(host.merges.size(), {-7, -7, -7, -7, -7, -7, -7});
-  made.counters.assign(host.merges.size() + 1, 7);
+  made.counters.assign(host.merges.size() * given.counters_a_merge + 1, 7);
   std::memset(&made.counts, 0x77, sizeof made.counts);
   std::vector<int32_t> first_tiles(given.num_sequences, -7);
   std::vector<PlanTile> tiles(max_tiles);
@@ -107,7 +108,7 @@ inline Planned plan_on_device(const Planner& planner, const PlanArgs& given,
   args.items = made.items.data();
   args.merges = made.merges.data();
   args.counters = made.counters.data();
-  args.tickets = args.counters + host.merges.size();
+  args.tickets = &made.counters.back();
   args.counts = &made.counts;
   args.first_tiles = first_tiles.data();
   args.tiles = tiles.data();

@@ -2,6 +2,7 @@
 // Runs an attention kernel on the emulator over a plan.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <stdexcept>
 #include <vector>
@@ -62,18 +63,28 @@ struct Workspace {
   device::ItemRange range;
 };
 
+// Of an item.
+inline int most_rows(const AttentionPlan& plan, const AttentionParams& params) {
+  int most = 0;
+  for (const WorkItem& item : plan.items)
+    most = std::max(most, (item.q_end - item.q_begin) * params.num_heads / params.num_kv_heads);
+  return most;
+}
+
 inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& params,
                          const AttentionPlan& plan, bool is_aligned, Workspace& workspace,
                          Options options, int blocks) {
+  const int row_tiles = device::ceil_div(most_rows(plan, params), kernel.rows);
   const size_t rows = static_cast<size_t>(plan.num_partials) * plan.partial_rows;
   workspace.values.assign(rows * kernel.head_dim, NAN);
   workspace.stats.assign(rows * 2, NAN);
-  workspace.counters.assign(plan.merges.size() + 1, 0);
+  workspace.counters.assign(plan.merges.size() * row_tiles + 1, 0);
   device::BoxedAttentionArgs boxed{};
   device::AttentionArgs& args = boxed.attention;
   args.params = params;
   args.items = plan.items.data();
   args.num_items = static_cast<int32_t>(plan.items.size());
+  args.item_rows = most_rows(plan, params);
   if (options.seed % 2 == 1) {
     workspace.items.assign(1, {1 << 30, 1 << 30, 0, 1 << 30, 0, 1 << 30, -1, -1});
     workspace.items.insert(workspace.items.end(), plan.items.begin(), plan.items.end());
@@ -87,7 +98,7 @@ inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& p
   args.partial_stats = workspace.stats.data();
   args.partial_rows = plan.partial_rows;
   args.counters = workspace.counters.data();
-  args.tickets = args.counters + plan.merges.size();
+  args.tickets = &workspace.counters.back();
   args.is_aligned = is_aligned;
   boxed.box_rows = cuda::box_rows(params, is_aligned, kernel.box_rows);
   if (boxed.box_rows > 0) {

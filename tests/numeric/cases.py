@@ -23,7 +23,9 @@ class Case:
     head_dim: int = 64
     head_dim_v: int = 64
     block_size: int = 16
-    cache: str = "nhd"  # nhd, hnd, pool (K and V of all heads interleaved in one allocation)
+    # nhd, hnd, pool (K and V of all heads interleaved in one allocation), latent (V is the first
+    # head_dim_v columns of K)
+    cache: str = "nhd"
     batch: tuple[tuple[int, int], ...] = ((1, 40),)  # (q_len, seq_len)
     causal: bool = True
     window: tuple[int, int] = (-1, -1)
@@ -66,6 +68,8 @@ class Problem:
         qs = [normal(q, case.num_heads, case.head_dim) for q, _ in case.batch]
         ks = [normal(s, case.num_kv_heads, case.head_dim) for _, s in case.batch]
         vs = [normal(s, case.num_kv_heads, case.head_dim_v) for _, s in case.batch]
+        if case.cache == "latent":
+            vs = [k[..., : case.head_dim_v] for k in ks]
         options = Options(
             causal=case.causal,
             window=case.window,
@@ -139,6 +143,9 @@ def poisoned_caches(case: Case, num_blocks: int) -> tuple[np.ndarray, np.ndarray
     if case.cache == "hnd":
         k, v = np.full((n, h, b, d), nan), np.full((n, h, b, dv), nan)
         return k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    if case.cache == "latent":
+        k = np.full((n, b, h, d), nan)
+        return k, k[..., :dv]
     pool = np.full((n, b, h, d + dv + 3), nan)  # odd strides
     return pool[..., 1 : d + 1], pool[..., d + 2 : d + dv + 2]
 
@@ -199,6 +206,33 @@ def sweeps() -> list[Case]:
                 cases.append(Case("dense", dtype, batch=(shape,) * 2, causal=causal))
             cases.append(Case("ragged", dtype, batch=MIXED, causal=causal))
         cases.append(Case("dense", dtype, batch=((40, 40),) * 2, mask="full", alibi=True))
+    return cases
+
+
+def latent_cases() -> list[Case]:
+    """Latent attention as it is decoded: every query head sees one row of 512 + 64 columns, whose
+    first 512 are also the value; one token at a time, or a few drafted ones."""
+    cases = []
+    for dtype in DTYPES:
+        base = Case(
+            dtype=dtype, num_heads=16, num_kv_heads=1, head_dim=576, head_dim_v=512, cache="latent"
+        )
+        one = replace(base, batch=tuple((1, s) for s in (0, 1, 17, 513, 1100)))
+        drafts = replace(base, batch=((2, 37), (4, 600), (3, 3), (0, 9), (4, 2)))
+        for block_size in (1, 16, 64):
+            cases += [replace(case, block_size=block_size) for case in (one, drafts)]
+            for num_heads in (1, 128):
+                cases += [
+                    replace(base, block_size=block_size, num_heads=num_heads, batch=batch)
+                    for batch in (((1, 70), (1, 530)), ((3, 21), (2, 65)))
+                ]
+        cases += [
+            replace(drafts, mask="tree"),
+            replace(drafts, window=(100, 0), softcap=5.0, sinks=True),
+            replace(one, num_heads=40, alibi=True, causal=False),
+            replace(base, layout="ragged", batch=((5, 5), (1, 90), (70, 70))),
+            replace(base, layout="dense", num_heads=3, batch=((4, 33),) * 2),
+        ]
     return cases
 
 

@@ -79,9 +79,20 @@ class Transfer:
         if not isinstance(array, np.ndarray):
             return array
         if id(array) not in self._moved:
-            moved = EmulatedTensor(array) if DEVICE == "emulator" else _to_torch(array)
+            moved = EmulatedTensor(array) if DEVICE == "emulator" else self._to_torch(array)
             self._moved[id(array)] = array, moved
         return self._moved[id(array)][1]
+
+    def _to_torch(self, array: np.ndarray) -> Any:
+        """Leading columns of an array that is there already stay that."""
+        for other, moved in self._moved.values():
+            if (
+                array.size
+                and other.ctypes.data == array.ctypes.data
+                and (other.strides, other.shape[:-1]) == (array.strides, array.shape[:-1])
+            ):
+                return moved[..., : array.shape[-1]]
+        return _to_torch(array)
 
     def back(self, *arrays: Any) -> None:
         for array in arrays:

@@ -20,7 +20,6 @@ namespace quire {
 namespace cpu {
 namespace {
 
-constexpr int kMaxHeadDim = 512;
 constexpr const char* kFeatures = "dense ragged paged causal window softcap alibi sinks mask lse";
 constexpr const char* kQuantisedFeatures =
     "paged causal window softcap alibi sinks mask lse scales";

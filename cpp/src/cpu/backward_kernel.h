@@ -208,7 +208,7 @@ class Backward {
 
   // Keys that no row sees become zeros, unread.
   void pack_keys() {
-    static constexpr T kZeros[512] = {};
+    static constexpr T kZeros[kMaxHeadDim] = {};
     const T *k_rows[kBackwardKeys], *v_rows[kBackwardKeys];
     std::fill_n(k_rows, kBackwardKeys, kZeros);
     std::fill_n(v_rows, kBackwardKeys, kZeros);

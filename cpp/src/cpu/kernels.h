@@ -11,6 +11,10 @@
 
 namespace quire::cpu {
 
+// Of queries, keys and values; 576 is a row of a latent cache: 512 of the latent and 64 that RoPE
+// turns.
+inline constexpr int kMaxHeadDim = 576;
+
 // What the work items of one run share.
 struct Run {
   const AttentionParams& params;

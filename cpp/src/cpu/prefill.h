@@ -93,7 +93,7 @@ class Prefill {
   // Keys [first, last) of the chunk; others in the same panels become zeros, unread. Quantised ones
   // are packed times their scales: that is done once for all rows of q.
   void pack(int64_t chunk_begin, int first, int last) {
-    static constexpr T kZeros[512] = {};
+    static constexpr T kZeros[kMaxHeadDim] = {};
     const T* rows[kKvChunk + kWidth];
     float scales[kKvChunk + kWidth];
     std::fill(rows, rows + kKvChunk + kWidth, kZeros);

@@ -12,6 +12,7 @@ using KernelBody = void (*)(const void* args);
 KernelBody prefill_body(const std::string& name);
 KernelBody prefill_sm90_body(const std::string& name);
 KernelBody decode_body(const std::string& name);
+KernelBody mla_decode_body(const std::string& name);
 KernelBody cache_op_body(const std::string& name);
 
 }  // namespace quire::cuda

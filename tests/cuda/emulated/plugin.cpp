@@ -20,7 +20,7 @@ const Image kImages[] = {
     {"prefill_sm90_64", ""},  {"prefill_sm90_128", ""}, {"decode_64", ""},
     {"decode_128", ""},       {"decode_256", ""},       {"prefill_e4m3_128", ""},
     {"prefill_e4m3_256", ""}, {"decode_e4m3_128", ""},  {"decode_e4m3_256", ""},
-    {"cache_ops", ""}};
+    {"mla_decode_576", ""},   {"cache_ops", ""}};
 const Images kAll = {std::begin(kImages), std::end(kImages), "90a"};
 
 // Runs the kernel, every time with another order of blocks and warps and another fate of the
@@ -30,6 +30,7 @@ void run_on_emulator(const FakeLaunch& launch) {
   KernelBody body = prefill_body(launch.kernel);
   if (!body) body = prefill_sm90_body(launch.kernel);
   if (!body) body = decode_body(launch.kernel);
+  if (!body) body = mla_decode_body(launch.kernel);
   if (!body) body = cache_op_body(launch.kernel);
   if (!body) throw std::runtime_error("emulated GPU: no kernel " + launch.kernel);
   emulator::Options options;

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// Likewise the decode kernel over latent caches, with items of two tiles of rows.
+#include "emulator/mutation.h"
+#include "kernels/mla_decode.h"
+
+namespace quire::emulator {
+namespace {
+
+std::string run_all(uint32_t seed) {
+  using Decode = device::MlaTraits<device::Float16, 576, 32, 32, 2, device::Mode::kFast>;
+  AttentionCase c;
+  c.head_dim = 576, c.head_dim_v = 512;
+  c.num_heads = 40, c.num_kv_heads = 1;
+  c.is_latent = true;
+  c.batch = {{1, 1}, {2, 133}, {1, 0}, {1, 1060}};
+  c.block_size = 7;
+  return run(bind<Decode>(device::mla_decode<Decode>), c, 32, seed);
+}
+
+}  // namespace
+}  // namespace quire::emulator
+
+int main() { return quire::emulator::run_seeds(quire::emulator::run_all); }
