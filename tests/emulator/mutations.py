@@ -4,7 +4,7 @@
     python tests/emulator/mutations.py [--only TEXT]
 
 A mutation is a change of one place of the kernels' source. The kernel is built with it and run by
-test_mutation.cpp, or test_mutation_sm90.cpp, over a few cases, several seeds and all modes of
+test_mutation*.cpp over a few cases, several seeds and all modes of
 asynchronous copies; it counts as caught when every seed reports an error of the emulator or a wrong
 result in some case. The unchanged source must pass every one. Takes about ten seconds a mutation,
 so it is not part of the ordinary tests."""
@@ -34,6 +34,7 @@ class Mutation:
 P, D, T, S, K, A = (f"cuda/kernels/{x}.h" for x in "prefill decode tile softmax keys args".split())
 STATE, SCALES, TRAITS = (f"cuda/kernels/{x}.h" for x in "state scales traits".split())
 H = "cuda/kernels/sm90/prefill.h"
+L = "cuda/kernels/plan.h"
 
 MUTATIONS = [
     Mutation("prefill: no barrier before a tile is read", P,
@@ -174,6 +175,47 @@ MUTATIONS = [
              "first_key < item.sequence.seq_len"),
     Mutation("sm90: every box brings the first columns", H,
              "map, full, column, at.row", "map, full, 0, at.row"),
+    Mutation("plan: sums are overwritten while they are read", L,
+             "  sync_block();  // before the sums may be overwritten\n", ""),
+    Mutation("plan: sums are read before they are there", L,
+             "inclusive);\n  sync_block();", "inclusive);"),
+    Mutation("plan: sequences are read before they are there", L,
+             "  sync_block();  // what is in memory is read by other threads from here on\n", ""),
+    Mutation("plan: tiles are read before they are there", L,
+             "num_partials);\n  }\n  sync_block();", "num_partials);\n  }"),
+    Mutation("plan: pieces are sorted before they are there", L,
+             "    st_shared(Order::piece(i), i);\n  }\n  sync_block();",
+             "    st_shared(Order::piece(i), i);\n  }"),
+    Mutation("plan: no barrier between two steps of the sort", L,
+             "(low & size) == 0);\n      }\n      sync_block();", "(low & size) == 0);\n      }"),
+    Mutation("plan: equal pieces in any order", L,
+             "(low_key == high_key && low_piece < high_piece)", "low_key == high_key"),
+    Mutation("plan: the cheap ones first", L, "(kMost - cost)", "cost"),
+    Mutation("plan: a sum includes the thread's own value", L,
+             "before + inclusive - value;", "before + inclusive;"),
+    Mutation("plan: the second pass forgets the first", L,
+             "num_pieces += pieces,", "num_pieces = pieces,"),
+    Mutation("plan: reading a key costs nothing", L, "kReadCost = 16", "kReadCost = 1"),
+    Mutation("plan: a share of one kv head", L,
+             "tile.kv_end - tile.kv_begin) * args.num_kv_heads;", "tile.kv_end - tile.kv_begin);"),
+    Mutation("plan: tiles are cut one part too late", L,
+             "(cost > 1 ? cost - 1 : 0) / share", "cost / (share + 1)"),
+    Mutation("plan: the last row's keys are those of the next", L,
+             "tile.q_end - 1, last_begin", "tile.q_end, last_begin"),
+    Mutation("plan: a tile begins inside a chunk", L,
+             "begin / kKvChunk * kKvChunk", "begin"),
+    Mutation("plan: a counter keeps what it held", L,
+             "    st_global(args.counters + tile.merge + head, 0u);\n", ""),
+    Mutation("plan: ranges of a plan before stay", L,
+             "    st_global(&args.counts->ranges[0].begin + i, 0);", "    (void)i;"),
+    Mutation("plan: decode rows are one too few", L, "rows <= args.decode_rows",
+             "rows < args.decode_rows"),
+    Mutation("plan: wide rows are one too many", L, "rows >= args.wide_rows",
+             "rows > args.wide_rows"),
+    Mutation("plan: partial results of one kv head only", L,
+             "num_chunks(tile) * heads : 0", "num_chunks(tile) : 0"),
+    Mutation("plan: one worker's tiles are cut", L,
+             "  if (args.parallelism == 1) return INT64_MAX;\n", ""),
 ]  # fmt: skip
 
 
@@ -199,7 +241,7 @@ def build_and_run(folder: Path, name: str) -> tuple[int, str]:
 
 
 def program_of(mutation: Mutation) -> str:
-    return "test_mutation_sm90" if mutation.file == H else "test_mutation"
+    return {H: "test_mutation_sm90", L: "test_mutation_plan"}.get(mutation.file, "test_mutation")
 
 
 def planted(source: str, mutation: Mutation) -> str:
