@@ -82,6 +82,8 @@ def capabilities() -> list[dict[str, Any]]:
 class AttentionPlan:
     """
     One step's list of work, made by Attention.plan(). Immutable: it serves every layer of the step, from any thread.
+
+    Its figures are 0 where the GPU has made it: only the GPU knows them.
     """
 
     @property

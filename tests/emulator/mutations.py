@@ -4,7 +4,7 @@
     python tests/emulator/mutations.py [--only TEXT]
 
 A mutation is a change of one place of the kernels' source. The kernel is built with it and run by
-test_mutation.cpp, test_mutation_sm90.cpp or test_mutation_mla.cpp, over a few cases, several seeds and all modes of
+test_mutation*.cpp over a few cases, several seeds and all modes of
 asynchronous copies; it counts as caught when every seed reports an error of the emulator or a wrong
 result in some case. The unchanged source must pass every one. Takes about ten seconds a mutation,
 so it is not part of the ordinary tests."""
@@ -35,7 +35,13 @@ P, D, T, S, K, A = (f"cuda/kernels/{x}.h" for x in "prefill decode tile softmax 
 STATE, SCALES, TRAITS = (f"cuda/kernels/{x}.h" for x in "state scales traits".split())
 H, PR = (f"cuda/kernels/sm90/{x}.h" for x in "prefill producer".split())
 L = "cuda/kernels/mla_decode.h"
-PROGRAMS = {H: "test_mutation_sm90", PR: "test_mutation_sm90", L: "test_mutation_mla"}
+PL = "cuda/kernels/plan.h"
+PROGRAMS = {
+    H: "test_mutation_sm90",
+    PR: "test_mutation_sm90",
+    L: "test_mutation_mla",
+    PL: "test_mutation_plan",
+}
 
 MUTATIONS = [
     Mutation("prefill: no barrier before a tile is read", P,
@@ -218,9 +224,9 @@ MUTATIONS = [
     Mutation("sm90: the producer alone gives a number up", H,
              "Traits::kThreads / kWarpSize);", "4);"),
     Mutation("sm90: an item is dealt out twice", PR,
-             "put(num_blocks() + static_cast<int>(ticket))", "put(static_cast<int>(ticket))"),
+             "item_at(num_blocks() + static_cast<int>(ticket))", "item_at(static_cast<int>(ticket))"),
     Mutation("sm90: tickets do not come back to zero", PR,
-             "static_cast<uint32_t>(num_items - 1)", "static_cast<uint32_t>(num_items)"),
+             "range.end - range.begin - 1)", "range.end - range.begin)"),
     Mutation("mla: a tile is read before it has landed", L,
              "cp_async_wait<Traits::kStages - 2>();", "cp_async_wait<Traits::kStages - 1>();"),
     Mutation("mla: no barrier before a tile is read", L,
@@ -255,6 +261,47 @@ MUTATIONS = [
     Mutation("mla: tiles of rows share a counter", L, "item.merge * tiles + tile,", "item.merge,"),
     Mutation("mla: a tile merges the rows of another", L,
              "item.merge * tiles + tile, first_row,", "item.merge * tiles + tile, 0,"),
+    Mutation("plan: sums are overwritten while they are read", PL,
+             "  sync_block();  // before the sums may be overwritten\n", ""),
+    Mutation("plan: sums are read before they are there", PL,
+             "inclusive);\n  sync_block();", "inclusive);"),
+    Mutation("plan: sequences are read before they are there", PL,
+             "  sync_block();  // what is in memory is read by other threads from here on\n", ""),
+    Mutation("plan: tiles are read before they are there", PL,
+             "num_partials);\n  }\n  sync_block();", "num_partials);\n  }"),
+    Mutation("plan: pieces are sorted before they are there", PL,
+             "    st_shared(Order::piece(i), i);\n  }\n  sync_block();",
+             "    st_shared(Order::piece(i), i);\n  }"),
+    Mutation("plan: no barrier between two steps of the sort", PL,
+             "(low & size) == 0);\n      }\n      sync_block();", "(low & size) == 0);\n      }"),
+    Mutation("plan: equal pieces in any order", PL,
+             "(low_key == high_key && low_piece < high_piece)", "low_key == high_key"),
+    Mutation("plan: the cheap ones first", PL, "(kMost - cost)", "cost"),
+    Mutation("plan: a sum includes the thread's own value", PL,
+             "before + inclusive - value;", "before + inclusive;"),
+    Mutation("plan: the second pass forgets the first", PL,
+             "num_pieces += pieces,", "num_pieces = pieces,"),
+    Mutation("plan: reading a key costs nothing", PL, "kReadCost = 16", "kReadCost = 1"),
+    Mutation("plan: a share of one kv head", PL,
+             "tile.kv_end - tile.kv_begin) * args.num_kv_heads;", "tile.kv_end - tile.kv_begin);"),
+    Mutation("plan: tiles are cut one part too late", PL,
+             "(cost > 1 ? cost - 1 : 0) / share", "cost / (share + 1)"),
+    Mutation("plan: the last row's keys are those of the next", PL,
+             "tile.q_end - 1, last_begin", "tile.q_end, last_begin"),
+    Mutation("plan: a tile begins inside a chunk", PL,
+             "begin / kKvChunk * kKvChunk", "begin"),
+    Mutation("plan: a counter keeps what it held", PL,
+             "args.counters_a_merge + c, 0u);", "args.counters_a_merge, 0u);"),
+    Mutation("plan: ranges of a plan before stay", PL,
+             "    st_global(&args.counts->ranges[0].begin + i, 0);", "    (void)i;"),
+    Mutation("plan: decode rows are one too few", PL, "rows <= args.decode_rows",
+             "rows < args.decode_rows"),
+    Mutation("plan: wide rows are one too many", PL, "rows >= args.wide_rows",
+             "rows > args.wide_rows"),
+    Mutation("plan: partial results of one kv head only", PL,
+             "num_chunks(tile) * heads : 0", "num_chunks(tile) : 0"),
+    Mutation("plan: one worker's tiles are cut", PL,
+             "  if (args.parallelism == 1) return INT64_MAX;\n", ""),
 ]  # fmt: skip
 
 

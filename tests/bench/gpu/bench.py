@@ -149,8 +149,9 @@ def small_operations(clock: Clock, device: str, report: Report, copy: float) -> 
     report.row("merge_states 8 x 64 x 64 x 128", times, 2 * outs.numel() * 9 / 8, "TB/s", copy)
 
 
-def plans(device: str, report: Report) -> None:
-    """On the host: a step's plan, and with it whatever the device will need of it."""
+def plans(clock: Clock, device: str, report: Report) -> None:
+    """On the host: a step's plan, and with it whatever the device will need of it. On the device:
+    the planner alone, replayed as a graph."""
     for batch, seq in ((64, 8192), (256, 1024), (1, 1024)) if device == "cuda" else ((4, 90),):
         attn = quire.Attention(
             num_heads=64, num_kv_heads=8, head_dim=128, block_size=16, device=device
@@ -162,9 +163,12 @@ def plans(device: str, report: Report) -> None:
             begin = time.perf_counter()
             attn.plan(table, seq_lens)
             times.append(time.perf_counter() - begin)
-        report.line(
-            f"{f'plan {batch}x{seq} 64/8':34} quire {1e6 * float(np.median(times)):8.1f} us"
-        )
+        text = f"{f'plan {batch}x{seq} 64/8':34} quire {1e6 * float(np.median(times)):8.1f} us"
+        if device == "cuda":
+            arrays = [torch.from_numpy(x).to(device) for x in (table, seq_lens)]
+            call = {"quire": lambda _, a=attn, x=arrays: a.plan(*x)}
+            text += f" | on the device {1e6 * interleave(clock, call, 8, 9)['quire']:8.1f} us"
+        report.line(text)
 
 
 def main() -> None:
@@ -183,7 +187,7 @@ def main() -> None:
     pairs = [prefills(args.device), decodes(args.device)]
     cases = [case for both in zip(*pairs, strict=False) for case in both]
     cases += [case for group in pairs for case in group[len(min(pairs, key=len)) :]]
-    plans(args.device, report)
+    plans(clock, args.device, report)
     small_operations(clock, args.device, report, roofs[0])
     for case in cases:
         if time.monotonic() - begin > args.seconds:

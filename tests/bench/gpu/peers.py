@@ -102,6 +102,13 @@ def decode_calls(p: Decode) -> dict[str, Call]:
         return attn.run(plan, p.q, *p.caches[i % len(p.caches)], out=out)
 
     calls: dict[str, Call] = {"quire": run}
+    if p.device == "cuda":
+        on_gpu = [torch.from_numpy(x).to(p.device) for x in (p.table, p.seq_lens)]
+
+        def plan_and_run(i: int) -> torch.Tensor:
+            return attn.run(attn.plan(*on_gpu), p.q, *p.caches[i % len(p.caches)], out=out)
+
+        calls["quire, plan too"] = plan_and_run
     if p.is_uniform and p.has_room_for_dense and has_floats:
         dense = [p.dense(i) for i in range(len(p.caches))]
         call = sdpa_call(SDPBackend.FLASH_ATTENTION, p.q[:, :, None], dense)

@@ -3,9 +3,17 @@
 # Everything that a GPU is wanted for, in stages that run alone and in bounded time; one that fails
 # does not stop the next ones.
 #
-#   tests/bench/gpu/run.sh [build] [golden] [suite] [interop] [sanitize] [bench]      (all: none given)
+#   tests/bench/gpu/run.sh [build] [smoke] [golden] [bench] [suite] [interop] [sanitize]    (all: none given)
 #
-# Results go to $OUT (default: build-gpu/results). $CUDA_ARCH is taken from the GPU unless it is set. With
+# Where a command may take ten minutes and the machine may be gone after it, three of them, the most
+# telling first, each of which fits: `build smoke golden bench`, `build suite interop` (what is built
+# is not built again), `build sanitize`.
+#
+# Needs nvcc, CMake, Ninja, a C++20 compiler and, for the Python of $PYTHON, torch, numpy, ml_dtypes,
+# pytest, hypothesis, nanobind and scikit-build-core. Nothing is fetched.
+#
+# Results go to $OUT (default: build-gpu/results): log.txt, summary.txt, bench.txt, bench.jsonl and the
+# golden vectors, sm_*.txt. $CUDA_ARCH is taken from the GPU unless it is set. With
 # DRY_RUN=1 nothing needs a GPU: the build is for 90a and the benchmark runs tiny cases on the CPU.
 set -uo pipefail
 cd "$(dirname "$0")/../../.."
@@ -21,6 +29,7 @@ arch_of_gpu() {
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
   case $capability in
     90) echo 90a ;;
+    89) echo 89 ;;
     8?) echo 80 ;;
     10?) echo 100 ;;
     12?) echo 120 ;;
@@ -30,6 +39,7 @@ arch_of_gpu() {
 ARCH=${CUDA_ARCH:-$(arch_of_gpu)}
 
 stage_build() {
+  $PYTHON -m pip list 2>/dev/null | grep -iE '^(nanobind|scikit.build.core|cmake|ninja|torch|numpy|ml.dtypes) '
   $PYTHON -m pip install -q --no-build-isolation --no-deps --no-index --upgrade --target "$SITE" . \
     -C build-dir="$PWD/build-gpu/wheel" -C cmake.define.QUIRE_CUDA=ON \
     -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$ARCH" &&
@@ -42,6 +52,9 @@ stage_golden() {
   [ "$DRY_RUN" = 1 ] && return
   build-gpu/record >"$OUT/sm_${ARCH%a}.txt" && wc -l "$OUT/sm_${ARCH%a}.txt"
 }
+
+# One small call of every kernel: a kernel that hangs is the last one named.
+stage_smoke() { $PYTHON tests/bench/gpu/sanitize.py "$(device)"; }
 
 device() { if [ "$DRY_RUN" = 1 ]; then echo cpu; else echo cuda; fi; }
 
@@ -64,17 +77,18 @@ stage_sanitize() {
 }
 
 stage_bench() {
-  $PYTHON tests/bench/gpu/bench.py --device "$(device)" --seconds "${BENCH_SECONDS:-300}" \
+  $PYTHON tests/bench/gpu/bench.py --device "$(device)" --seconds "${BENCH_SECONDS:-190}" \
     --out "$OUT"
 }
 
 limit_of() { # seconds
   case $1 in
-    build) echo 400 ;;
-    suite) echo 300 ;;
-    sanitize) echo 330 ;;
-    bench) echo $((${BENCH_SECONDS:-300} + 60)) ;;
-    *) echo 120 ;;
+    build) echo 240 ;;
+    smoke | golden) echo 60 ;;
+    suite) echo 260 ;;
+    sanitize) echo 315 ;;
+    bench) echo $((${BENCH_SECONDS:-190} + 45)) ;;
+    *) echo 90 ;;
   esac
 }
 
@@ -84,16 +98,16 @@ if [ "${QUIRE_GPU_STAGE:-}" ]; then
 fi
 
 stages=("$@")
-[ $# -eq 0 ] && stages=(build golden suite interop bench sanitize)
+[ $# -eq 0 ] && stages=(build smoke golden bench suite interop sanitize)
 summary=""
 for stage in "${stages[@]}"; do
   if ! declare -F "stage_$stage" >/dev/null; then
-    echo "run.sh: stage: expected build, golden, suite, interop, sanitize or bench, got $stage" >&2
+    echo "run.sh: stage: expected build, smoke, golden, bench, suite, interop or sanitize, got $stage" >&2
     exit 2
   fi
-  printf '\n== %s (%ss)\n' "$stage" "$SECONDS"
+  printf '\n== %s (%ss)\n' "$stage" "$SECONDS" | tee -a "$OUT/log.txt"
   QUIRE_GPU_STAGE=$stage timeout -k 5 "$(limit_of "$stage")" bash "$0" 2>&1 |
-    tee "$OUT/$stage.log" | tail -60
+    tee -a "$OUT/log.txt" | tail -60
   status=${PIPESTATUS[0]}
   case $status in
     0) result=passed ;;
