@@ -15,64 +15,13 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/element.h"
+#include "array.h"
 #include "quire/attention.h"
 
 namespace quire::test {
 
 inline constexpr float kInf = std::numeric_limits<float>::infinity();
 inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-// Elements of any float type, read and written as floats.
-class Array {
- public:
-  Array(DType dtype, int64_t size, float fill) : dtype_(dtype), bytes_(size * size_of(dtype)) {
-    for (int64_t i = 0; i < size; ++i) set(i, fill);
-  }
-  void set(int64_t i, float x) {
-    if (dtype_ == DType::kFloat32) std::memcpy(&bytes_[4 * i], &x, 4);
-    if (dtype_ == DType::kFloat16) put<cpu::Float16>(i, x);
-    if (dtype_ == DType::kBFloat16) put<cpu::BFloat16>(i, x);
-  }
-  float get(int64_t i) const {
-    if (dtype_ == DType::kFloat16) return at<cpu::Float16>(i);
-    if (dtype_ == DType::kBFloat16) return at<cpu::BFloat16>(i);
-    return at<float>(i);
-  }
-  void* data() { return bytes_.data(); }
-  int64_t size() const { return static_cast<int64_t>(bytes_.size() / size_of(dtype_)); }
-  bool operator==(const Array& other) const { return bytes_ == other.bytes_; }
-
- private:
-  template <class T>
-  void put(int64_t i, float x) {
-    T element;
-    cpu::from_float(x, element);
-    std::memcpy(&bytes_[sizeof(T) * i], &element, sizeof(T));
-  }
-  template <class T>
-  float at(int64_t i) const {
-    T element;
-    std::memcpy(&element, &bytes_[sizeof(T) * i], sizeof(T));
-    return cpu::to_float(element);
-  }
-
-  DType dtype_;
-  std::vector<uint8_t> bytes_;
-};
-
-template <class T>
-float rounded_as(float x) {
-  T element;
-  cpu::from_float(x, element);
-  return cpu::to_float(element);
-}
-inline float rounded(DType dtype, double x) {
-  const float single = static_cast<float>(x);
-  if (dtype == DType::kFloat16) return rounded_as<cpu::Float16>(single);
-  if (dtype == DType::kBFloat16) return rounded_as<cpu::BFloat16>(single);
-  return single;
-}
 
 enum class Mask { kNone, kFull, kTree };
 
@@ -84,6 +33,7 @@ struct Case {
   // Several, with rising tokens: what it has in common with more, then with fewer others.
   std::vector<std::vector<std::pair<int, int>>> prefixes;
   bool head_major = false;
+  bool token_scales = false;  // of a quantised cache; else one for k and one for v
   bool alibi = false;
   bool sinks = false;
   Mask mask = Mask::kNone;
@@ -116,8 +66,8 @@ class Problem {
       : case_(c),
         desc_(c.desc),
         q_(desc_.dtype, 0, 0),
-        k_(desc_.dtype, 0, 0),
-        v_(desc_.dtype, 0, 0) {
+        k_{Array(desc_.kv_dtype, 0, 0), {}, good_scale()},
+        v_{Array(desc_.kv_dtype, 0, 0), {}, good_scale()} {
     cu_q_ = cu_k_ = {0};
     for (const auto& [q_len, seq_len] : c.batch) {
       cu_q_.push_back(cu_q_.back() + q_len);
@@ -166,10 +116,8 @@ class Problem {
     p.num_kv_heads = desc_.num_kv_heads;
     p.head_dim = desc_.head_dim;
     p.head_dim_v = desc_.head_dim_v;
-    p.dtype = desc_.dtype == DType::kFloat32   ? ElementType::kFloat32
-              : desc_.dtype == DType::kFloat16 ? ElementType::kFloat16
-                                               : ElementType::kBFloat16;
-    p.kv_dtype = p.dtype;
+    p.dtype = element_type(desc_.dtype);
+    p.kv_dtype = element_type(desc_.kv_dtype);
     p.scale = desc_.scale;
     p.softcap = desc_.softcap;
     p.window_left = desc_.window_left;
@@ -179,8 +127,10 @@ class Problem {
     p.block_table_stride = 1;
     p.block_size = desc_.block_size;
     p.q = q_.data();
-    p.k = k_.data();
-    p.v = v_.data();
+    p.k = k_.elements.data();
+    p.v = v_.elements.data();
+    p.k_scale = scale_of(k_);
+    p.v_scale = scale_of(v_);
     p.out = result.out.data();
     p.lse = result.lse.data();
     p.q_stride_row = int64_t{desc_.num_heads} * desc_.head_dim;
@@ -222,7 +172,41 @@ class Problem {
   }
 
  private:
+  // What a key or value is worth is element * scale, of its token or of all.
+  struct Cache {
+    Array elements;
+    std::vector<float> scales;  // [num_blocks, block_size, num_kv_heads], or empty
+    float scale;
+  };
+
   int total_q() const { return cu_q_.back(); }
+
+  // So that normal numbers make use of many elements and none is bounded; no power of two.
+  float good_scale() const {
+    switch (desc_.kv_dtype) {
+      case DType::kInt8:
+        return 0.05f;
+      case DType::kFloat8E4M3:
+      case DType::kFloat8E5M2:
+        return 0.03f;
+      default:
+        return 1;
+    }
+  }
+  KvScale scale_of(const Cache& cache) const {
+    if (cache.scales.empty()) return {nullptr, 0, 0, 0, cache.scale, false};
+    const int64_t heads = desc_.num_kv_heads;
+    return {cache.scales.data(), desc_.block_size * heads, heads, 1, 1, true};
+  }
+  double value(const Cache& cache, int b, int key, int head, int64_t row, int d) const {
+    const double element = cache.elements.get(row + d);
+    const float scale = cache.scales.empty() ? cache.scale : cache.scales[scale_at(b, key, head)];
+    return element * double{scale};
+  }
+  size_t scale_at(int b, int key, int head) const {
+    const int id = table_[b * max_blocks_ + key / desc_.block_size];
+    return (int64_t{id} * desc_.block_size + key % desc_.block_size) * desc_.num_kv_heads + head;
+  }
 
   void place_keys() {
     if (desc_.block_size == 0) {
@@ -270,15 +254,19 @@ class Problem {
     return id * block + key % desc_.block_size * row + kv_head * head;
   }
 
-  void fill(Array& array, int dim, std::mt19937& rng) {
+  void fill(Cache& cache, int dim, std::mt19937& rng) {
     std::normal_distribution<float> normal;
     const int64_t rows = int64_t{num_blocks_} * std::max(1, desc_.block_size);
-    array = Array(desc_.dtype, rows * desc_.num_kv_heads * dim, case_.poison);
-    for (size_t b = 0; b < seq_lens_.size(); ++b)
+    cache.elements = Array(desc_.kv_dtype, rows * desc_.num_kv_heads * dim, case_.poison);
+    if (case_.token_scales) cache.scales.assign(rows * desc_.num_kv_heads, case_.poison);
+    for (int b = 0; b < static_cast<int>(seq_lens_.size()); ++b)
       for (int key = 0; key < seq_lens_[b]; ++key)
-        for (int head = 0; head < desc_.num_kv_heads; ++head)
-          for (int d = 0; d < dim; ++d)
-            array.set(offset(static_cast<int>(b), key, head, dim) + d, normal(rng));
+        for (int head = 0; head < desc_.num_kv_heads; ++head) {
+          const float scale = cache.scale * static_cast<float>(1 + (key + head) % 3);
+          if (case_.token_scales) cache.scales[scale_at(b, key, head)] = scale;
+          const int64_t row = offset(b, key, head, dim);
+          for (int d = 0; d < dim; ++d) cache.elements.set(row + d, normal(rng) / cache.scale);
+        }
   }
 
   bool is_seen(int b, int i, int key) const {
@@ -298,7 +286,7 @@ class Problem {
     const int64_t k_row = offset(b, key, kv_head, desc_.head_dim);
     double x = 0;
     for (int d = 0; d < desc_.head_dim; ++d)
-      x += double{q_.get(q_row + d)} * double{k_.get(k_row + d)};
+      x += double{q_.get(q_row + d)} * value(k_, b, key, kv_head, k_row, d);
     x *= double{desc_.scale};
     if (desc_.softcap > 0) x = double{desc_.softcap} * std::tanh(x / double{desc_.softcap});
     const int position = seq_lens_[b] - (cu_q_[b + 1] - cu_q_[b]) + i;
@@ -335,8 +323,9 @@ class Problem {
       const double naive_p =
           rounded(desc_.dtype, std::exp(rounded(desc_.dtype, x[j]) - top) / naive_sum);
       for (int d = 0; d < desc_.head_dim_v; ++d) {
-        out[d] += p * double{v_.get(row + d)};
-        naive[d] += naive_p * double{v_.get(row + d)};
+        const double v = value(v_, b, keys[j], kv_head, row, d);
+        out[d] += p * v;
+        naive[d] += naive_p * v;
       }
     }
     exact_.insert(exact_.end(), out.begin(), out.end());
@@ -347,7 +336,8 @@ class Problem {
 
   Case case_;
   AttentionDesc desc_;
-  Array q_, k_, v_;
+  Array q_;
+  Cache k_, v_;
   std::vector<int32_t> cu_q_, cu_k_, seq_lens_, table_;
   int max_blocks_ = 0, num_blocks_ = 0;
   std::vector<float> slopes_, sinks_;

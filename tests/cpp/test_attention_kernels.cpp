@@ -145,6 +145,27 @@ TEST_CASE("softcap, ALiBi, sinks, masks, and all at once") {
   });
 }
 
+TEST_CASE("quantised caches, scales of tokens or of all") {
+  for (DType kv_dtype : {DType::kFloat8E4M3, DType::kFloat8E5M2, DType::kInt8})
+    for (int block_size : {1, 5, 16})
+      for (int dim : {7, 64, 80})
+        for (bool token_scales : {false, true}) {
+          Case c;
+          c.desc.dtype = dim == 64 ? DType::kBFloat16 : DType::kFloat32;
+          c.desc.kv_dtype = kv_dtype;
+          c.desc.block_size = block_size;
+          c.desc.head_dim = c.desc.head_dim_v = dim;
+          c.token_scales = token_scales;
+          c.head_major = block_size == 5;
+          c.batch = {{1, 37}, {0, 9}, {3, 0}, {11, 45}, {2, 530}};
+          CAPTURE(name_of(kv_dtype));
+          CAPTURE(block_size);
+          CAPTURE(dim);
+          CAPTURE(token_scales);
+          check_everywhere(c);
+        }
+}
+
 TEST_CASE("what is not used may hold anything") {
   for (int q_len : {1, 40}) {
     Case c;
@@ -213,6 +234,16 @@ TEST_CASE("sharing the keys of a common prefix changes no bit") {
       CAPTURE(change);
       check_sharing(c);
     }
+}
+
+TEST_CASE("nor does it for quantised caches") {
+  for (DType kv_dtype : {DType::kFloat8E4M3, DType::kFloat8E5M2, DType::kInt8}) {
+    Case c = shared_case();
+    c.desc.kv_dtype = kv_dtype;
+    c.token_scales = kv_dtype != DType::kFloat8E5M2;
+    CAPTURE(name_of(kv_dtype));
+    check_sharing(c);
+  }
 }
 
 TEST_CASE("a host's threads may run the parts of a plan") {

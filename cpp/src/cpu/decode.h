@@ -160,14 +160,16 @@ QUIRE_INLINE void with_rows(int count, F f) {
 inline int computed_rows(int count) { return count % kTileRows == 3 ? count + 1 : count; }
 
 // The rows of one sequence for one kv head, or for several that follow each other: `heads` are
-// their tasks. A few keys are read for all heads before the next ones, so that token-major caches
-// are read in the order in which they lie.
+// their tasks. A few keys are read for all heads before the next ones, so that heads whose keys
+// lie side by side are read in the order in which they lie.
 template <class T>
 class Decode {
  public:
-  // How many heads of the rows of one are computed together.
+  // How many heads of the rows of one are computed together: those that lie side by side.
   static size_t most_heads(const Task& task) {
-    return static_cast<size_t>(kMaxRows / computed_rows(task.rows));
+    const auto apart = static_cast<int64_t>(sizeof(T)) * std::abs(task.p.k_stride_head);
+    const int64_t close = kBytesTogether / std::max<int64_t>(apart, 1);
+    return std::clamp<int64_t>(close, 1, kMaxRows / computed_rows(task.rows));
   }
 
   static size_t scratch_floats(const Task& task, size_t num_heads) {
@@ -188,6 +190,11 @@ class Decode {
     const size_t bytes_a_key = task_.p.head_dim * sizeof(T) * heads.size();
     const auto visits = std::clamp<size_t>(kBytesAhead / (bytes_a_key * kVisitKeys), 1, kMaxVisits);
     ahead_ = static_cast<int>(visits) * kVisitKeys;
+    const auto k_address = reinterpret_cast<intptr_t>(task_.p.k);
+    const int64_t step = task_.p.block_size == 1 ? task_.p.v_stride_block : task_.p.v_stride_row;
+    sum_keys_ =
+        static_cast<int64_t>(sizeof(T)) * std::abs(step) < kFarRow ? kVisitKeys : kVisitKeys / 2;
+    v_is_close_ = std::abs(reinterpret_cast<intptr_t>(task_.p.v) - k_address) <= kBytesClose;
     std::fill_n(q_, num_rows() * q_stride_, 0.0f);
     for (size_t h = 0; h < heads.size(); ++h) {
       const float scale = task_.q_scale() * item_scale<T>(heads[h], task_.p.k_scale);
@@ -215,11 +222,12 @@ class Decode {
     for (size_t h = 0; h < heads_.size(); ++h) {
       const float v_scale = item_scale<T>(heads_[h], task_.p.v_scale);
       for (int r = 0; r < task_.rows; ++r) {
-        Fold& fold = folds[row(h, r)];
-        if (kIsQuantised<T>) fold.take *= v_scale;
         float* values = values_ + row(h, r) * v_stride_;
         from_loaded_order<T>(values, task_.p.head_dim_v);
-        fold_values(states[h].row(r), values, task_.p.head_dim_v, fold);
+        if (kIsQuantised<T>)  // not in the fold: what meets there may come from a slot
+          for (int d = 0; d < v_stride_; d += kWidth)
+            store(values + d, mul(load(values + d), set(v_scale)));
+        fold_values(states[h].row(r), values, task_.p.head_dim_v, folds[row(h, r)]);
       }
     }
   }
@@ -229,7 +237,14 @@ class Decode {
   static constexpr int kMaxRows = 64;            // of all heads: their scores stay in the L2 cache
   static constexpr int kVisitKeys = 16;          // read for all heads before the next ones
   static constexpr int kMaxVisits = 4;
-  static constexpr size_t kBytesAhead = 16384;  // from use to prefetch
+  static constexpr size_t kBytesAhead = 16384;      // from use to prefetch
+  static constexpr int64_t kBytesTogether = 32768;  // between the heads that are read together
+  // Values are added up column by column: rows as far apart as this share few places of the L1
+  // cache, which half a visit fits.
+  static constexpr int64_t kFarRow = 2048;
+  // With its v this close, a key's k and v are fetched at once: memory is slow to hand out short
+  // pieces, and until v is used the L3 cache keeps it.
+  static constexpr int64_t kBytesClose = 1024;
   static_assert(kVisitKeys % kTileKeys == 0 && kKvChunk % kVisitKeys == 0);
 
   size_t row(size_t h, int r) const { return h * head_rows_ + r; }  // over all heads
@@ -273,17 +288,24 @@ class Decode {
         score_visit(h, offset, t, std::min(t + kVisitKeys, count), count);
   }
 
+  static void fetch(const T* row, int dim) {
+    for (size_t byte = 0; byte < dim * sizeof(T); byte += 64)
+      prefetch_far(reinterpret_cast<const char*>(row) + byte);
+  }
+
   // Logits of keys [t, end) for head h.
   void score_visit(size_t h, int offset, int t, int end, int count) {
     const int64_t shift = static_cast<int64_t>(h) * task_.p.k_stride_head;
+    const int64_t v_shift = static_cast<int64_t>(h) * task_.p.v_stride_head;
     const float* q = q_ + row(h, 0) * q_stride_;
     float* s = s_ + row(h, 0) * kScores + offset;
     for (; t < end; t += kTileKeys) {
       const T* keys[kTileKeys];  // beyond the last: the last again
       for (int i = 0; i < kTileKeys; ++i) {
         keys[i] = rows_[std::min(t + i, count - 1)] + shift;
-        for (size_t byte = 0; byte < task_.p.head_dim * sizeof(T); byte += 64)
-          prefetch_far(reinterpret_cast<const char*>(rows_[t + i + ahead_] + shift) + byte);
+        fetch(rows_[t + i + ahead_] + shift, task_.p.head_dim);
+        if (v_is_close_)
+          fetch(rows_[count + std::min(t + i + ahead_, count - 1)] + v_shift, task_.p.head_dim_v);
       }
       for (int r = 0; r < task_.rows; r += kTileRows)
         with_rows(task_.rows - r, [&]<int R>() {
@@ -306,10 +328,11 @@ class Decode {
   QUIRE_INLINE void weigh_visit(size_t h, int r, int offset, int t, int count) {
     const int64_t shift = static_cast<int64_t>(h) * task_.p.v_stride_head;
     with_rows(task_.rows - r, [&]<int R>() {
-      weigh_rows<R, kAhead>(
-          s_ + row(h, r) * kScores + offset + t, kScores,
-          ValueRows<T>{rows_ + count + t, shift, std::min(kVisitKeys, count - t), ahead_},
-          task_.p.head_dim_v, {values_ + row(h, r) * v_stride_, v_stride_});
+      for (const int end = std::min(t + kVisitKeys, count); t < end; t += sum_keys_)
+        weigh_rows<R, kAhead>(
+            s_ + row(h, r) * kScores + offset + t, kScores,
+            ValueRows<T>{rows_ + count + t, shift, std::min(sum_keys_, end - t), ahead_},
+            task_.p.head_dim_v, {values_ + row(h, r) * v_stride_, v_stride_});
     });
   }
 
@@ -322,5 +345,7 @@ class Decode {
   float* values_;                // [heads][head_rows][v_stride] of a chunk
   int64_t first_key_, end_key_;  // seen by any row
   int ahead_;                    // keys from use to prefetch
+  int sum_keys_;                 // whose values are added up at a time: see kFarRow
+  bool v_is_close_;              // to its k: see kBytesClose
   const T* rows_[2 * kKvChunk + (kMaxVisits + 1) * kVisitKeys];  // of head 0, in order of use
 };
