@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import abc
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -33,11 +34,34 @@ _Operation = Literal[
     "fetched",
     "swap_out",
     "swap_in",
+    "pin",
+    "unpin",
+    "open",
+    "attach",
+    "detach",
+    "clear_cache",
+    "set_time",
 ]
 _OPERATIONS: tuple[_Operation, ...] = get_args(_Operation)
 _EVICTIONS = ("lru", "reuse_lru")
 _TIERS = ("device", "host", "file")
 _DONE, _OUT_OF_BLOCKS, _REFUSED = range(3)
+_Seqs: TypeAlias = "list[Sequence] | npt.NDArray[np.int64]"
+
+
+def _ids(seqs: _Seqs) -> list[int]:
+    if isinstance(seqs, list):
+        return [seq.id for seq in seqs]
+    ids: list[int] = np.asarray(seqs).ravel().tolist()
+    return ids
+
+
+def _is_usable(seqs: _Seqs) -> bool:
+    """Whether the manager reads it: what it can't read changes nothing, and is not recorded."""
+    if isinstance(seqs, list):
+        return all(isinstance(seq, Sequence) for seq in seqs)
+    array = np.asarray(seqs)
+    return array.dtype == np.int64 and array.ndim == 1 and array.flags.c_contiguous
 
 
 def _int32(values: npt.ArrayLike) -> list[int]:
@@ -51,8 +75,6 @@ class RecordedKVCacheManager:
     `path` is written anew; the other arguments and all methods are those of KVCacheManager. Each
     call is in the file when it returns. `quire.replay_calls` runs the file again, without stores:
     what fetch() found is in the log. Token ids are in the log as they are.
-
-    pin() and unpin() are not recorded: a replay of a manager with pins may differ.
 
     Raises OSError where the file can't be written.
 
@@ -97,8 +119,9 @@ class RecordedKVCacheManager:
             num_host_blocks,
             list(groups),
         )
-        self._births: dict[Sequence, int] = {}
+        self._births: dict[int, int] = {}  # by Sequence.id
         self._num_births = 0
+        self._needs_time = False  # some sequence has a time to live
 
     def __getattr__(self, name: str) -> Any:
         """Whatever changes nothing is the manager's own."""
@@ -108,7 +131,7 @@ class RecordedKVCacheManager:
         self,
         operation: _Operation,
         outcome: int,
-        seqs: list[Sequence],
+        seqs: _Seqs,
         values: npt.ArrayLike = (),
         counts: npt.ArrayLike = (),
         salt: str | None = None,
@@ -121,7 +144,7 @@ class RecordedKVCacheManager:
         self._log.write(
             _OPERATIONS.index(operation),
             outcome,
-            [self._births.get(seq, -1) for seq in seqs],
+            [self._births.get(seq, -1) for seq in _ids(seqs)],
             _int32(values),
             _int32(counts),
             salt,
@@ -129,53 +152,91 @@ class RecordedKVCacheManager:
             [*(before or []), now, *(after or [])],
         )
 
+    def _set_time(self) -> None:
+        """Before a call: whatever a time to live decides is in the log, too."""
+        if self._needs_time:
+            now = time.monotonic_ns()
+            self._manager.set_time(now)
+            self._write("set_time", _DONE, [], number=now)
+
     def _add(self, seq: Sequence) -> list[npt.NDArray[Any]]:
-        self._births[seq] = self._num_births
+        self._births[seq.id] = self._num_births
         self._num_births += 1
+        return self._look(seq)
+
+    def _look(self, seq: Sequence) -> list[npt.NDArray[Any]]:
         return [np.array([seq.num_cached_tokens], np.int64), *seq.block_tables]
 
-    def create(self, token_ids: npt.ArrayLike, salt: str | None = None) -> Sequence:
+    def create(
+        self,
+        token_ids: npt.ArrayLike,
+        salt: str | None = None,
+        *,
+        priority: int = 0,
+        ttl: float | None = None,
+    ) -> Sequence:
         """See KVCacheManager.create."""
+        self._needs_time |= ttl is not None
+        self._set_time()
+        counts = []
+        if priority != 0 or ttl is not None:
+            bits = np.array([np.inf if ttl is None else ttl]).view(np.int32)
+            counts = [priority, *bits.tolist()]
         try:
-            seq = self._manager.create(token_ids, salt)
+            seq = self._manager.create(token_ids, salt, priority=priority, ttl=ttl)
         except ValueError:
-            self._write("create", _REFUSED, [], token_ids, salt=salt)
+            self._write("create", _REFUSED, [], token_ids, counts, salt)
             raise
-        self._write("create", _DONE, [], token_ids, salt=salt, after=self._add(seq))
+        self._write("create", _DONE, [], token_ids, counts, salt, after=self._add(seq))
         return seq
 
-    def fork(self, seq: Sequence) -> Sequence:
+    @overload
+    def fork(self, seq: Sequence) -> Sequence: ...
+    @overload
+    def fork(self, seq: Sequence, n: int) -> list[Sequence]: ...
+    def fork(self, seq: Sequence, n: int | None = None) -> Sequence | list[Sequence]:
         """See KVCacheManager.fork."""
+        self._set_time()
+        counts = [0] * (1 if n is None else max(n, 0))
         try:
-            child = self._manager.fork(seq)
+            children = self._manager.fork(seq, 1 if n is None else n)
         except ValueError:
-            self._write("fork", _REFUSED, [seq])
+            self._write("fork", _REFUSED, [seq], counts=counts)
             raise
-        self._write("fork", _DONE, [seq], after=self._add(child))
-        return child
+        after = [array for child in children for array in self._add(child)]
+        self._write("fork", _DONE, [seq], counts=counts, after=after)
+        return children[0] if n is None else children
 
-    def step(self, seqs: list[Sequence], num_new_tokens: npt.ArrayLike) -> StepBatch | None:
+    def step(
+        self, seqs: _Seqs, num_new_tokens: npt.ArrayLike, *, lookahead: int = 0
+    ) -> StepBatch | None:
         """See KVCacheManager.step."""
+        self._set_time()
         try:
-            batch = self._manager.step(seqs, num_new_tokens)
+            batch = self._manager.step(seqs, num_new_tokens, lookahead=lookahead)
         except ValueError:
-            self._write("step", _REFUSED, seqs, num_new_tokens)
+            if _is_usable(seqs):
+                self._write("step", _REFUSED, seqs, num_new_tokens, number=lookahead)
             raise
         if batch is None:
-            self._write("step", _OUT_OF_BLOCKS, seqs, num_new_tokens)
+            self._write("step", _OUT_OF_BLOCKS, seqs, num_new_tokens, number=lookahead)
         else:
             after: list[npt.NDArray[Any]] = [batch.slot_mapping, batch.seq_lens, batch.copies]
-            for group, group_batch in enumerate(batch.groups[1:], 1):
-                after += [group_batch.copies, *(seq.block_tables[group] for seq in seqs)]
-            self._write("step", _DONE, seqs, num_new_tokens, after=after)
+            if len(batch.groups) > 1:
+                known = {seq.id: seq for seq in self._manager.sequences()}
+                tables = [known[seq].block_tables for seq in _ids(seqs)]
+                for group, group_batch in enumerate(batch.groups[1:], 1):
+                    after += [group_batch.copies, *(of_seq[group] for of_seq in tables)]
+            self._write("step", _DONE, seqs, num_new_tokens, number=lookahead, after=after)
         return batch
 
     def commit(
         self,
-        seqs: list[Sequence],
+        seqs: _Seqs,
         sampled: npt.ArrayLike | list[npt.ArrayLike] | None = None,
     ) -> None:
         """See KVCacheManager.commit."""
+        self._set_time()
         values: npt.ArrayLike = () if sampled is None else sampled  # type: ignore[assignment]
         counts: list[int] = []
         if isinstance(sampled, list) and sampled and hasattr(sampled[0], "__len__"):
@@ -187,10 +248,12 @@ class RecordedKVCacheManager:
             self._manager.commit(seqs, sampled)
             outcome = _DONE
         finally:
-            self._write("commit", outcome, seqs, values, counts)
+            if _is_usable(seqs):
+                self._write("commit", outcome, seqs, values, counts)
 
     def truncate(self, seq: Sequence, num_tokens: int) -> None:
         """See KVCacheManager.truncate."""
+        self._set_time()
         outcome = _REFUSED
         try:
             self._manager.truncate(seq, num_tokens)
@@ -198,20 +261,25 @@ class RecordedKVCacheManager:
         finally:
             self._write("truncate", outcome, [seq], number=num_tokens)
 
-    def free(self, seqs: list[Sequence]) -> None:
+    def free(self, seqs: _Seqs) -> None:
         """See KVCacheManager.free."""
-        tables = [table for seq in seqs if seq in self._births for table in seq.block_tables]
+        self._set_time()
+        known = {seq.id: seq for seq in self._manager.sequences()}
+        ids = _ids(seqs) if _is_usable(seqs) else []
+        tables = [table for seq in ids if seq in known for table in known[seq].block_tables]
         try:
             self._manager.free(seqs)
         except ValueError:
-            self._write("free", _REFUSED, seqs)
+            if _is_usable(seqs):
+                self._write("free", _REFUSED, seqs)
             raise
         self._write("free", _DONE, seqs, before=tables)
-        for seq in seqs:
+        for seq in ids:
             del self._births[seq]
 
     def retire(self, ticket: int) -> None:
         """See KVCacheManager.retire."""
+        self._set_time()
         outcome = _REFUSED
         try:
             self._manager.retire(ticket)
@@ -221,6 +289,7 @@ class RecordedKVCacheManager:
 
     def attach_store(self, store: KVStore) -> None:
         """See KVCacheManager.attach_store."""
+        self._set_time()
         outcome = _REFUSED
         try:
             self._manager.attach_store(store)
@@ -230,6 +299,7 @@ class RecordedKVCacheManager:
 
     def fetch(self, seq: Sequence) -> list[KVTransfer] | None:
         """See KVCacheManager.fetch."""
+        self._set_time()
         try:
             loads = self._manager.fetch(seq)
         except ValueError:
@@ -241,17 +311,54 @@ class RecordedKVCacheManager:
             blocks = np.array([load.block for load in loads], np.int32)
             keys = np.array([np.frombuffer(load.key, np.int32) for load in loads], np.int32)
             tiers = [_TIERS.index(load.tier) for load in loads]
-            self._write("fetch", _DONE, [seq], tiers, after=[blocks, keys])
+            heads = keys.reshape(len(loads), -1)[:, :2]
+            self._write("fetch", _DONE, [seq], tiers, heads, after=[blocks, keys])
         return loads
 
     def fetched(self, seq: Sequence, num_blocks: int) -> None:
         """See KVCacheManager.fetched."""
+        self._set_time()
         outcome = _REFUSED
         try:
             self._manager.fetched(seq, num_blocks)
             outcome = _DONE
         finally:
             self._write("fetched", outcome, [seq], number=num_blocks)
+
+    def pin(self, what: Sequence | npt.ArrayLike, salt: str | None = None) -> int:
+        """See KVCacheManager.pin."""
+        return self._change_pins("pin", self._manager.pin, what, salt)
+
+    def unpin(self, what: Sequence | npt.ArrayLike, salt: str | None = None) -> int:
+        """See KVCacheManager.unpin."""
+        return self._change_pins("unpin", self._manager.unpin, what, salt)
+
+    def _change_pins(
+        self,
+        operation: _Operation,
+        run: abc.Callable[[Sequence | npt.ArrayLike, str | None], int],
+        what: Sequence | npt.ArrayLike,
+        salt: str | None,
+    ) -> int:
+        self._set_time()
+        is_seq = isinstance(what, Sequence)
+        seqs: list[Sequence] = [what] if isinstance(what, Sequence) else []
+        values: npt.ArrayLike = () if is_seq else what  # type: ignore[assignment]
+        try:
+            num_tokens = run(what, salt)
+        except ValueError:
+            self._write(operation, _REFUSED, seqs, values, salt=salt)
+            raise
+        after = [np.array([num_tokens], np.int64)]
+        self._write(operation, _DONE, seqs, values, salt=None if is_seq else salt, after=after)
+        return num_tokens
+
+    def clear_cache(self) -> int:
+        """See KVCacheManager.clear_cache."""
+        self._set_time()
+        num_blocks = self._manager.clear_cache()
+        self._write("clear_cache", _DONE, [], after=[np.array([num_blocks], np.int64)])
+        return num_blocks
 
     def swap_out(self, seq: Sequence) -> npt.NDArray[np.int32] | None:
         """See KVCacheManager.swap_out."""
@@ -267,6 +374,7 @@ class RecordedKVCacheManager:
         run: abc.Callable[[Sequence], npt.NDArray[np.int32] | None],
         seq: Sequence,
     ) -> npt.NDArray[np.int32] | None:
+        self._set_time()
         try:
             pairs = run(seq)
         except ValueError:

@@ -73,8 +73,11 @@ void bind_values(nb::module_& m) {
       .def_ro("sequence", &CacheEvent::sequence, "1, 2, 3, ...; a gap: events were lost.")
       .def_prop_ro(
           "kind", [](const CacheEvent& e) { return name_of(e.kind); },
-          "\"stored\" (can be found from now on), \"evicted\" (given up for room) or \"swapped\"\n"
-          "(so, too, and the store `tier` has been offered it or has it).")
+          "\"stored\" (can be found from now on), \"removed\" (given up by clear_cache()), "
+          "\"evicted\"\n"
+          "(given up for room) or \"swapped\" (so, too, and the store `tier` has been offered it "
+          "or\n"
+          "has it).")
       .def_prop_ro(
           "tier", [](const CacheEvent& e) { return tier_name(e.tier); },
           "\"device\", or of a swapped block \"host\" or \"file\".")
@@ -107,7 +110,7 @@ void bind_reports(nb::class_<PyManager>& manager) {
           "What happened to cached blocks since the last call, the oldest first.\n\n"
           "At most event_capacity are kept: of more the oldest are lost, which leaves a gap in\n"
           "CacheEvent.sequence and adds to stats().lost_events. Without a gap, the blocks stored\n"
-          "and not evicted or swapped since are those that prefixes can be found in; of a "
+          "and not removed, evicted or swapped since are those that prefixes can be found in; of a "
           "sequence\n"
           "that ends inside a block, that one too.\n\n"
           "Example::\n\n    for event in manager.take_events():\n        router.apply(event)")
@@ -141,6 +144,18 @@ void bind_reports(nb::class_<PyManager>& manager) {
 void bind_transfers(nb::class_<PyManager>& manager) {
   manager
       .def(
+          "clear_cache", [](PyManager& self) { return self.manager.clear_cache(); },
+          "Gives up all cached blocks that nobody uses; returns how many those were.\n\n"
+          "For new weights, or what must not stay. Events say \"removed\", no store is offered\n"
+          "them. What is in use stays findable, and stores keep what they have.\n\n"
+          "Example::\n\n    manager.free(manager.sequences())\n    manager.clear_cache()")
+      .def(
+          "set_time", [](PyManager& self, int64_t ns) { self.manager.set_time(ns); }, nb::arg("ns"),
+          "Counts times to live from and to this time, in ns, and not the system's any more.\n\n"
+          "For tests, and for logs that have to run again as they ran. Raises ValueError outside\n"
+          "0 to 2^60.\n\n"
+          "Example::\n\n    manager.set_time(5_000_000_000)")
+      .def(
           "attach_store", [](PyManager& self, PyStore& s) { self.manager.attach_store(*s.store); },
           nb::arg("store"), nb::keep_alive<1, 2>(),
           nb::sig("def attach_store(self, store: KVStore) -> None"),
@@ -150,8 +165,8 @@ void bind_transfers(nb::class_<PyManager>& manager) {
           "Example::\n\n    manager.attach_store(store)")
       .def(
           "take_offloads", [](PyManager& self) { return self.manager.take_offloads(); },
-          "Whole blocks that the latest step(), fetch() or swap_in() evicted, and a store "
-          "lacks.\n\n"
+          "Whole blocks that the latest step(), schedule() of a Scheduler, fetch() or swap_in()\n"
+          "evicted, and a store lacks.\n\n"
           "Their contents are lost unless they are put there before any KV is written. Each comes\n"
           "once.\n\n"
           "Example::\n\n    for transfer in manager.take_offloads():\n        ...")
@@ -161,14 +176,18 @@ void bind_transfers(nb::class_<PyManager>& manager) {
           nb::arg("seq"), nb::sig("def fetch(self, seq: Sequence) -> list[KVTransfer] | None"),
           "Gives a sequence blocks for what stores hold of its tokens behind the computed ones.\n\n"
           "The transfers, in order, are to be got from the store of their tier; then fetched()\n"
-          "says how many came, and until then the sequence can do nothing. None when out of\n"
-          "blocks: then nothing has changed. Raises ValueError after a step without commit.\n\n"
+          "says how many came, and until then the sequence can do nothing. Of several layer "
+          "groups\n"
+          "each block is a transfer of its own. None when out of blocks: then nothing has "
+          "changed.\n"
+          "Raises ValueError after a step without commit.\n\n"
           "Example::\n\n    loads = manager.fetch(seq)")
       .def(
           "fetched",
           [](PyManager& self, const PySequence& s, int32_t n) { self.manager.fetched(s.id, n); },
           nb::arg("seq"), nb::arg("num_blocks"),
           "The first num_blocks blocks of a fetch() hold their KV; the others are given back.\n\n"
+          "What these make complete is computed now; of several layer groups that may be less.\n\n"
           "Example::\n\n    manager.fetched(seq, len(loads))")
       .def(
           "swap_out",
@@ -179,8 +198,10 @@ void bind_transfers(nb::class_<PyManager>& manager) {
           nb::sig("def swap_out(self, seq: Sequence) -> "
                   "numpy.typing.NDArray[numpy.int32] | None"),
           "Moves a sequence to host memory: (block, host block) to copy, int32 [n, 2].\n\n"
-          "It holds no block of the pool until swap_in(). None when there are too few host\n"
-          "blocks: then nothing has changed.\n\n"
+          "It holds no block of the pool until swap_in(). Of a window or a chunk that a layer "
+          "group\n"
+          "reads, its blocks alone. None when there are too few host blocks: then nothing has\n"
+          "changed. With a state group, raises ValueError between step and commit.\n\n"
           "Example::\n\n    quire.swap_blocks(cache, host_cache, manager.swap_out(seq))")
       .def(
           "swap_in",

@@ -79,6 +79,8 @@ struct PyStepBatch {
 
 void bind_layer_groups(nb::module_& m);
 void bind_scheduler(nb::module_& m);
+void bind_step_batch(nb::module_& m);
+void bind_kv_steps(nb::class_<PyManager>& manager);
 void bind_kv_tiers(nb::module_& m, nb::class_<PyManager>& manager);
 
 }  // namespace quire::python

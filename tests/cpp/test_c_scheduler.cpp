@@ -161,3 +161,68 @@ TEST_CASE("wrong calls of the scheduler change nothing") {
   quire_scheduler_delete(nullptr);
   quire_kv_cache_manager_delete(manager);
 }
+
+TEST_CASE("a preempted request waits in host memory, and what clear_cache gave up is removed") {
+  QuireKVCacheConfig cache = QUIRE_KV_CACHE_CONFIG_INIT;
+  cache.num_blocks = 6;
+  cache.block_size = 4;
+  cache.num_host_blocks = 8;
+  cache.event_capacity = 100;
+  QuireKVCacheManager* manager = nullptr;
+  REQUIRE(quire_kv_cache_manager_new(&cache, &manager) == QUIRE_OK);
+  QuireSchedulerConfig config = QUIRE_SCHEDULER_CONFIG_INIT;
+  config.watermark = 0;
+  config.seconds_per_token = 1;
+  config.bytes_per_second = 1;
+  QuireScheduler* scheduler = nullptr;
+  REQUIRE(quire_scheduler_new(manager, &config, &scheduler) == QUIRE_OK);
+  add(scheduler, range(0, 8), 12);
+  add(scheduler, range(100, 8), 12);
+  int64_t num_out = 0, num_in = 0;
+  std::vector<int32_t> device(24, -1), host(32, -1);  // a number a slot: the token
+  for (QuireSchedulerInfo info = info_of(scheduler); info.num_running + info.num_waiting > 0;
+       info = info_of(scheduler)) {
+    QuireScheduledBatch batch = QUIRE_SCHEDULED_BATCH_INIT;
+    QuireStepBatch step = QUIRE_STEP_BATCH_INIT;
+    REQUIRE(quire_scheduler_schedule(scheduler, &batch, &step) == QUIRE_OK);
+    for (int64_t i = 0; i < batch.num_swap_out; ++i)
+      std::copy_n(&device[4 * batch.swap_out[i].source], 4,
+                  &host[4 * batch.swap_out[i].destination]);
+    for (int64_t i = 0; i < batch.num_swap_in; ++i)
+      std::copy_n(&host[4 * batch.swap_in[i].source], 4, &device[4 * batch.swap_in[i].destination]);
+    num_out += batch.num_swap_out;
+    num_in += batch.num_swap_in;
+    for (int64_t i = 0; i < batch.num_token_ids; ++i)
+      device[step.slot_mapping[i]] = batch.token_ids[i];
+    for (int64_t row = 0; row < batch.num_rows; ++row) {  // the prompt is where it belongs
+      const int32_t* table = step.block_table + row * step.block_table_stride;
+      for (int32_t t = 0; t < 8; ++t)
+        CHECK(device[4 * table[t / 4] + t % 4] == 100 * batch.request_ids[row] + t);
+    }
+    const Ids sampled(batch.num_sampling, 7);
+    const int32_t* finished = nullptr;
+    size_t num_finished = 0;
+    REQUIRE(quire_scheduler_commit(scheduler, sampled.data(), sampled.size(), &finished,
+                                   &num_finished) == QUIRE_OK);
+  }
+  CHECK(num_out > 0);
+  CHECK(num_in > 0);
+  CHECK(num_in <= num_out);
+  quire_scheduler_delete(scheduler);
+
+  std::vector<QuireCacheEvent> events(100);
+  size_t size = events.size();
+  REQUIRE(quire_kv_cache_manager_take_events(manager, events.data(), &size) == QUIRE_OK);
+  size_t num_cached = 0;
+  REQUIRE(quire_kv_cache_manager_cached_blocks(manager, nullptr, &num_cached) == QUIRE_OK);
+  CHECK(num_cached > 0);
+  int32_t num_cleared = 0;
+  REQUIRE(quire_kv_cache_manager_clear_cache(manager, &num_cleared) == QUIRE_OK);
+  CHECK(num_cleared == static_cast<int32_t>(num_cached));
+  size = events.size();
+  REQUIRE(quire_kv_cache_manager_take_events(manager, events.data(), &size) == QUIRE_OK);
+  CHECK(size == num_cached);
+  for (size_t i = 0; i < size; ++i) CHECK(events[i].kind == QUIRE_EVENT_REMOVED);
+  CHECK(quire_kv_cache_manager_clear_cache(manager, nullptr) == QUIRE_INVALID_ARGUMENT);
+  quire_kv_cache_manager_delete(manager);
+}

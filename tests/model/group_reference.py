@@ -27,6 +27,8 @@ class Sequence:
     computed: int = 0
     planned: int = 0
     behind: list[int] = field(default_factory=list)
+    swapped: int = 0  # tokens that were computed when it left for host memory
+    host_blocks: int = 0  # what it holds there
 
 
 class GroupReference:
@@ -47,6 +49,7 @@ class GroupReference:
         self.issued = self.retired = 0
         self.deferred: list[tuple[int, Block]] = []
         self.sequences: list[Sequence] = []
+        self.free_host_blocks = 0
 
     def is_state(self, group: int) -> bool:
         return self.groups[group][0] == "state"
@@ -262,7 +265,65 @@ class GroupReference:
     def free(self, seqs: list[Sequence]) -> None:
         for seq in seqs:
             self.trim(seq, 0)
+            self.leave_host(seq)
             self.sequences.remove(seq)
+
+    def needed(self, group: int, computed: int) -> range:
+        """The entries of a table that a sequence goes on from."""
+        end = self.num_entries(group, computed)
+        return range(
+            0 if self.is_state(group) else min(end, self.first_needed(group, computed)), end
+        )
+
+    def swap_out(self, seq: Sequence) -> int | None:
+        """How many blocks were moved."""
+        count = sum(len(self.needed(group, seq.computed)) for group in range(len(self.groups)))
+        if count > self.free_host_blocks:
+            return None
+        self.free_host_blocks -= count
+        seq.swapped, seq.host_blocks = seq.computed, count
+        self.trim(seq, 0)
+        seq.computed = seq.planned = 0
+        return count
+
+    def swap_in(self, seq: Sequence) -> int | None:
+        """How many blocks were copied: all but what is cached still."""
+        whole = seq.swapped // self.size
+        path = 0
+        while path < whole and self.key(0, seq.tokens, seq.salt, path) in self.cache:
+            path += 1
+        tables: list[list[Block | None]] = []
+        for group in range(len(self.groups)):
+            tables.append([])
+            for index in self.needed(group, seq.swapped):
+                node = index
+                if self.is_state(group):
+                    node = whole - 1 if seq.swapped % self.size == 0 else whole
+                key = self.key(group, seq.tokens, seq.salt, node)
+                tables[group].append(self.cache.get(key) if node < path else None)
+        found = [block for table in tables for block in table if block]
+        missing = sum(table.count(None) for table in tables)
+        if missing > self.free_blocks + len(self.idle) - sum(b.refs == 0 for b in found):
+            return None
+        for block in found:
+            self.take(block)
+        tables = [[block or self.allocate() for block in table] for table in tables]
+        for group, table in enumerate(tables):
+            behind = 0 if self.is_state(group) else self.needed(group, seq.swapped).start
+            seq.tables[group] = [None] * behind + table
+        for group in range(len(self.groups)) if self.caching else []:
+            if not self.is_state(group):
+                for index in range(self.needed(group, seq.swapped).start, whole):
+                    self.publish(seq, group, index)
+            elif whole and seq.swapped % self.size == 0:
+                self.publish(seq, group, whole - 1)
+        seq.computed, seq.swapped = seq.swapped, 0
+        self.leave_host(seq)
+        return missing
+
+    def leave_host(self, seq: Sequence) -> None:
+        self.free_host_blocks += seq.host_blocks
+        seq.host_blocks = 0
 
     def used_tokens(self) -> int:
         """Computed tokens, a state as a full block; of a block's holders the longest counts."""

@@ -41,17 +41,32 @@ class GroupMachine(ManagerMachine):
         caching=st.sampled_from([True, True, True, False]),
         depth=st.sampled_from([0, 0, 0, 1, 2]),
         others=st.lists(GROUP, min_size=1, max_size=3),
+        num_host_blocks=st.sampled_from([6, 60]),
     )
     def start(
-        self, num_blocks: int, block_size: int, caching: bool, depth: int, others: list
+        self,
+        num_blocks: int,
+        block_size: int,
+        caching: bool,
+        depth: int,
+        others: list,
+        num_host_blocks: int,
     ) -> None:
         self.groups = [("full", 0), *others]
         self.has_state = ("state", 0) in others
         self.manager = quire.KVCacheManager(
-            num_blocks, block_size, caching, depth, groups=[layer_group(*g) for g in self.groups]
+            num_blocks,
+            block_size,
+            caching,
+            depth,
+            groups=[layer_group(*g) for g in self.groups],
+            num_host_blocks=num_host_blocks,
         )
         self.reference = GroupReference(num_blocks, block_size, caching, depth, self.groups)
+        self.reference.free_host_blocks = num_host_blocks
         self.kv = np.full((num_blocks, block_size), -1, np.int64)
+        self.host = np.full((num_host_blocks, block_size), -1, np.int64)
+        self.away: list = []  # pairs, in host memory
         self.mirrors: list[dict[int, int]] = [{} for _ in self.groups]
         self.mirror_shapes = [(0, 0)] * len(self.groups)
         self.live = []
@@ -134,6 +149,58 @@ class GroupMachine(ManagerMachine):
             return
         self.live.append((self.manager.fork(seq), self.reference.fork(ref)))
 
+    @precondition(lambda self: self.live)
+    @rule(pick=PICK)
+    def swap_out(self, pick: int) -> None:
+        seq, ref = pair = self.live[pick % len(self.live)]
+        if self.has_state and ref.planned:
+            with pytest.raises(ValueError, match="is a state"):
+                self.manager.swap_out(seq)
+            return
+        pairs = self.manager.swap_out(seq)
+        count = self.reference.swap_out(ref)
+        assert (None if pairs is None else len(pairs)) == count
+        if pairs is not None:
+            self.host[pairs[:, 1]] = self.kv[pairs[:, 0]]
+            self.live.remove(pair)
+            self.away.append(pair)
+            assert self.manager.is_swapped_out(seq) and seq.num_computed_tokens == 0
+
+    @precondition(lambda self: self.away)
+    @rule(pick=PICK)
+    def swap_in(self, pick: int) -> None:
+        seq, ref = pair = self.away[pick % len(self.away)]
+        pairs = self.manager.swap_in(seq)
+        count = self.reference.swap_in(ref)
+        assert (None if pairs is None else len(pairs)) == count
+        if pairs is not None:
+            assert not set(pairs[:, 1].tolist()) & set().union(*self.in_flight.values())
+            self.kv[pairs[:, 1]] = self.host[pairs[:, 0]]
+            self.away.remove(pair)
+            self.live.append(pair)
+
+    @precondition(lambda self: self.away)
+    @rule(pick=PICK)
+    def free_away(self, pick: int) -> None:
+        seq, ref = self.away.pop(pick % len(self.away))
+        self.manager.free([seq])
+        self.reference.free([ref])
+
+    def teardown(self) -> None:
+        if hasattr(self, "away"):
+            self.live += self.away
+        super().teardown()
+        assert not hasattr(self, "manager") or self.manager.stats().swapped_blocks == 0
+
+    @precondition(lambda self: self.live or self.away)
+    @rule()
+    def restart(self) -> None:
+        """A manager made of the snapshot is the same."""
+        saved = self.manager.snapshot()
+        restored = quire.KVCacheManager.restore(saved)
+        restored.validate()
+        assert restored.snapshot() == saved
+
     @invariant()
     def agrees(self) -> None:
         if not hasattr(self, "manager"):
@@ -144,6 +211,8 @@ class GroupMachine(ManagerMachine):
         assert manager.num_cached_blocks == len(reference.idle)
         assert manager.num_free_blocks == reference.free_blocks
         assert manager.num_used_tokens == reference.used_tokens()
+        host_blocks = len(self.host) - reference.free_host_blocks
+        assert manager.stats().swapped_blocks == host_blocks
         stats = manager.group_stats()
         for group in range(len(self.groups)):
             idle = sum(key[0] == group for key in reference.idle)

@@ -8,6 +8,8 @@ import contextlib
 import numpy as np
 import pytest
 import quire
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def drive(manager, rng, num_calls):
@@ -47,6 +49,97 @@ def drive(manager, rng, num_calls):
                 manager.create([])
             with contextlib.suppress(ValueError):
                 manager.retire(1)
+
+
+def test_every_call_and_every_form_of_its_arguments(tmp_path):
+    path = str(tmp_path / "calls")
+    manager = quire.RecordedKVCacheManager(path, 40, 4)
+    system = np.arange(8, dtype=np.int32)
+    seq = manager.create(np.append(system, [9]), priority=7)
+    ids = np.array([seq.id])
+    assert manager.step(ids, [9], lookahead=6) is not None
+    manager.commit(ids, [5])
+    manager.commit([seq], [[6, 7]])
+    children = manager.fork(seq, 3)
+    assert manager.fork(seq, 0) == []
+    assert manager.pin(system) == 8 and manager.pin(seq) == 8 and manager.unpin(seq) == 8
+    with pytest.raises(ValueError, match="int64 array"):
+        manager.step(ids.astype(np.int32), [1])
+    with pytest.raises(ValueError, match="fork: n"):
+        manager.fork(seq, -1)
+    with pytest.raises(ValueError, match="priority"):
+        manager.create([1], priority=101)
+    short = manager.create([3] * 8, "salt", ttl=0.0)
+    assert manager.step([short], [8]) is not None
+    manager.commit([short])
+    manager.free(np.array([short.id, *(child.id for child in children)]))
+    with pytest.raises(ValueError):
+        manager.free(ids.astype(np.float64))
+    assert manager.clear_cache() == 2
+    assert manager.unpin(system) == 8
+    manager.free(ids)
+    num_calls, difference = quire.replay_calls(path)
+    assert difference is None
+    # The times of calls since the one with a time to live are calls of their own.
+    assert num_calls == 19 + 6
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_calls_replay_with_the_same_results(tmp_path_factory, data):
+    path = str(tmp_path_factory.mktemp("log") / "calls")
+    integer = lambda least, most: data.draw(st.integers(least, most))  # noqa: E731
+    groups = data.draw(
+        st.sampled_from(
+            [[], [quire.LayerGroup("sliding_window", window=5)], [quire.LayerGroup("state")]]
+        )
+    )
+    manager = quire.RecordedKVCacheManager(
+        path,
+        integer(8, 30),
+        integer(1, 4),
+        eviction=data.draw(st.sampled_from(["lru", "reuse_lru"])),
+        num_host_blocks=integer(0, 12),
+        groups=groups,
+    )
+    live: list[quire.Sequence] = []
+    for _ in range(integer(1, 40)):
+        with contextlib.suppress(ValueError):
+            surface_call(manager, live, integer)
+    manager.validate()
+    assert quire.replay_calls(path)[1] is None
+
+
+def surface_call(manager, live, integer):
+    """One call, of a kind and with arguments that `integer` chooses."""
+    action = integer(0, 11) if live else 0
+    pick = live[integer(0, len(live) - 1)] if live else None
+    if action == 0:
+        options = [{}, {"priority": integer(0, 3)}, {"ttl": integer(0, 1) / 1e5}][integer(0, 2)]
+        prompt = np.full(integer(1, 14), integer(0, 1), np.int32)
+        live.append(manager.create(prompt, [None, "a"][integer(0, 1)], **options))
+    elif action < 4:
+        todo = [seq.num_tokens - seq.num_computed_tokens for seq in live]
+        ids = np.array([seq.id for seq in live])
+        if manager.step([live, ids][integer(0, 1)], todo, lookahead=integer(0, 3)) is not None:
+            manager.commit([live, ids][integer(0, 1)], np.full(len(live), integer(0, 1), np.int32))
+    elif action == 4:
+        live.extend(manager.fork(pick, integer(0, 2)))
+    elif action == 5:
+        manager.truncate(pick, integer(0, pick.num_tokens))
+    elif action == 6:
+        manager.free([pick])
+        live.remove(pick)
+    elif action == 7:
+        manager.pin([pick, pick.token_ids][integer(0, 1)])
+    elif action == 8:
+        manager.unpin([pick, pick.token_ids][integer(0, 1)])
+    elif action == 9:
+        manager.swap_in(pick) if manager.is_swapped_out(pick) else manager.swap_out(pick)
+    elif action == 10:
+        manager.clear_cache()
+    else:
+        manager.fetch(pick)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -170,7 +263,7 @@ def test_a_difference_is_named(tmp_path):
 
 def test_files_that_are_no_log(tmp_path):
     (tmp_path / "empty").write_bytes(b"")
-    with pytest.raises(ValueError, match="replay: log: expected a call log of version 2"):
+    with pytest.raises(ValueError, match="replay: log: expected a call log of version 3"):
         quire.replay_calls(str(tmp_path / "empty"))
     with pytest.raises(OSError, match="nowhere"):
         quire.replay_calls(str(tmp_path / "nowhere"))

@@ -290,3 +290,28 @@ def test_stats_have_names():
     assert "quire_kv_lost_events_total 0\n" in stats.prometheus()
     with pytest.raises(AttributeError):
         stats.free_blocks = 3
+
+
+def test_out_of_memory_is_an_error_and_the_next_manager_works():
+    """A manager and a store that do not fit are refused; nothing is left behind."""
+    program = """
+import resource, quire
+limit = 3 << 30
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for _ in range(3):
+    for make in (
+        lambda: quire.KVCacheManager(1 << 27, 16),
+        lambda: quire.KVCacheManager(1 << 27, 16, prefix_caching=False, event_capacity=1 << 30),
+        lambda: quire.HostStore(1 << 40, 1 << 20),
+    ):
+        try:
+            make()
+        except MemoryError:
+            continue
+        raise SystemExit("expected MemoryError")
+manager = quire.KVCacheManager(1 << 16, 16)
+seq = manager.create(list(range(100)))
+assert manager.step([seq], [100]) is not None
+manager.validate()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -178,6 +178,41 @@ def test_vllm_a_copied_block_lives_until_its_copy_has_run():
     assert manager.step([others], [96]) is not None
 
 
+def test_vllm_a_reset_while_in_use_leaves_what_is_used_and_after_free_nothing(manager):
+    seq = start(manager, tokens(48))
+    finish(manager, start(manager, tokens(32, 500)))
+    assert manager.clear_cache() == 2
+    assert manager.match(tokens(48)) == 47 and manager.match(tokens(32, 500)) == 0
+    finish(manager, seq)
+    assert manager.clear_cache() == 3 and manager.clear_cache() == 0
+    assert manager.match(tokens(48)) == 0 and manager.num_free_blocks == 10
+    manager.validate()
+
+
+def test_vllm_events_are_stored_a_block_and_removed_with_the_reset():
+    manager = quire.KVCacheManager(10, SIZE, event_capacity=100)
+    finish(manager, start(manager, tokens(48)))
+    stored = manager.take_events()
+    keys = quire.chain_keys(tokens(48), SIZE)
+    assert [event.kind for event in stored] == ["stored"] * 3
+    assert [event.key for event in stored] == keys
+    assert [event.parent for event in stored[1:]] == keys[:2]
+    assert manager.clear_cache() == 3
+    removed = manager.take_events()
+    assert [event.kind for event in removed] == ["removed"] * 3
+    assert [event.key for event in removed] == keys[::-1]  # no block without its prefix
+    assert manager.stats().evicted_blocks == 0 and manager.cached_blocks() == []
+
+
+def test_vllm_of_a_window_only_the_tail_need_be_cached():
+    groups = [quire.LayerGroup(), quire.LayerGroup("sliding_window", window=SIZE)]
+    manager = quire.KVCacheManager(20, SIZE, groups=groups)
+    finish(manager, start(manager, tokens(80)))
+    seq = manager.create(tokens(100))
+    assert seq.num_cached_tokens == 80
+    assert (seq.block_tables[1][:4] == -1).all() and seq.block_tables[1][4] >= 0
+
+
 # ---- TensorRT-LLM: kvCacheManagerTest
 
 
@@ -303,6 +338,23 @@ def test_trtllm_beams_share_the_context_and_own_their_last_block(manager):
     assert len({table[2] for table in tables}) == 4
 
 
+def test_trtllm_an_evicted_block_is_offloaded_and_onboarded_when_it_is_hit(manager):
+    cache = quire.KVCache(1, 10, SIZE, 1, 4, "float32")
+    tiers = quire.KVTiers(manager, cache, [quire.HostStore(1 << 20, cache.block_bytes)])
+    first = start(manager, tokens(48))
+    cache.k(0)[blocks(first)] = 7.0
+    finish(manager, first)
+    other = manager.create(tokens(160, 500))
+    assert manager.step([other], [160]) is not None
+    assert tiers.offload() == 3
+    tiers.drain()
+    manager.commit([other])
+    finish(manager, other)
+    again = manager.create(tokens(49))
+    assert again.num_cached_tokens == 0 and tiers.fetch(again) == 48
+    assert again.num_cached_tokens == 48 and (cache.k(0)[blocks(again)] == 7.0).all()
+
+
 # ---- SGLang: radix cache
 
 
@@ -337,6 +389,48 @@ def test_sglang_free_and_evictable_and_protected_make_the_pool(manager):
             finish(manager, seqs.pop(0))
         stats = manager.stats()
         assert stats.free_blocks + stats.used_blocks + stats.cached_blocks == 10
+
+
+def test_sglang_a_reset_zeroes_all_sizes(manager):
+    for first in (0, 100, 200):
+        finish(manager, start(manager, tokens(40, first)))
+    assert manager.num_cached_blocks == 9
+    assert manager.clear_cache() == 9
+    stats = manager.stats()
+    assert (stats.free_blocks, stats.used_blocks, stats.cached_blocks) == (10, 0, 0)
+
+
+# ---- TokenSpeed and Dynamo: admission
+
+
+def test_tokenspeed_failed_admission_changes_nothing_in_any_group():
+    groups = [quire.LayerGroup(), quire.LayerGroup("sliding_window", window=20)]
+    manager = quire.KVCacheManager(12, SIZE, groups=[*groups, quire.LayerGroup("state")])
+    finish(manager, start(manager, tokens(48)))
+    holder = start(manager, tokens(16, 500))
+    seq = manager.create(tokens(200, 900))
+    before, groups_before = manager.stats(), manager.group_stats()
+    assert manager.step([holder, seq], [0, 200]) is None
+    assert manager.stats() == before and manager.group_stats() == groups_before
+    manager.validate()
+
+
+def test_tokenspeed_a_rejected_hit_does_not_refresh_recency(manager):
+    finish(manager, start(manager, tokens(32)))
+    finish(manager, start(manager, tokens(32, 500)))
+    assert manager.match(tokens(32)) == 31  # asked, and not taken
+    finish(manager, start(manager, tokens(8 * SIZE, 900)))
+    assert manager.match(tokens(32)) == 0 and manager.match(tokens(32, 500)) == 31
+
+
+def test_tokenspeed_an_abort_in_mid_prefill_restores_the_baseline(manager):
+    scheduler = quire.Scheduler(manager, max_tokens_per_step=20)
+    request = scheduler.add(tokens(90), 4)
+    assert scheduler.schedule() is not None
+    scheduler.commit(np.zeros(0, np.int32))
+    scheduler.finish(request)
+    assert manager.num_used_blocks == 0 and not scheduler.has_work
+    manager.validate()
 
 
 # ---- MLC and TVM: fork and rollback

@@ -241,8 +241,14 @@ typedef struct QuireSchedulerConfig {
   double watermark;
   int32_t prefix_window;
   int32_t max_overtakes;
+  /* What preemption costs (preemption.h). bytes_per_second 0: all is computed again; else, with
+   * num_host_blocks > 0, blocks go to host memory where that is cheaper. */
+  double seconds_per_token, seconds_per_token_pair;
+  double bytes_per_second, seconds_per_swap;
+  int64_t bytes_per_block;
 } QuireSchedulerConfig;
-#define QUIRE_SCHEDULER_CONFIG_INIT {sizeof(QuireSchedulerConfig), 2048, 256, 0.01, 1, 256}
+#define QUIRE_SCHEDULER_CONFIG_INIT \
+  {sizeof(QuireSchedulerConfig), 2048, 256, 0.01, 1, 256, 0, 0, 0, 0, 0}
 
 typedef struct QuireRequest {
   size_t struct_size;
@@ -266,8 +272,14 @@ typedef struct QuireScheduledBatch {
   const int32_t* sampling;       /* [num_sampling]: rows that compute their last known token */
   int64_t num_rows, num_token_ids, num_sampling;
   int64_t num_preempted; /* since the batch before */
+  /* [num_swap_out], [num_swap_in]: (block, host block) and (host block, block) to copy, in this
+   * order, before the copies of the step. What was evicted for them: take_offloads() first. */
+  const struct QuireBlockPair* swap_out;
+  const struct QuireBlockPair* swap_in;
+  int64_t num_swap_out, num_swap_in;
 } QuireScheduledBatch;
-#define QUIRE_SCHEDULED_BATCH_INIT {sizeof(QuireScheduledBatch), NULL, NULL, NULL, NULL, 0, 0, 0, 0}
+#define QUIRE_SCHEDULED_BATCH_INIT \
+  {sizeof(QuireScheduledBatch), NULL, NULL, NULL, NULL, 0, 0, 0, 0, NULL, NULL, 0, 0}
 
 typedef struct QuireSchedulerInfo {
   size_t struct_size;

@@ -323,7 +323,7 @@ typedef struct QuireCacheEvent { /* event_log.h */
 
 QuireStatus quire_kv_cache_manager_attach_store(QuireKVCacheManager* manager,
                                                 const QuireKVStore* store);
-/* What the latest step(), fetch() or swap_in() evicted; valid until the next call of this. */
+/* What the latest step(), schedule(), fetch() or swap_in() evicted; valid until the next call of this. */
 QuireStatus quire_kv_cache_manager_take_offloads(QuireKVCacheManager* manager,
                                                  const QuireKVTransfer** transfers,
                                                  size_t* num_transfers);
@@ -339,6 +339,8 @@ QuireStatus quire_kv_cache_manager_swap_in(QuireKVCacheManager* manager, QuireSe
                                            QuireBlockPair* buffer, size_t* size);
 QuireStatus quire_kv_cache_manager_is_swapped_out(const QuireKVCacheManager* manager,
                                                   QuireSequenceId seq, int32_t* is_swapped_out);
+/* Gives up what is cached and nobody uses; events say removed. */
+QuireStatus quire_kv_cache_manager_clear_cache(QuireKVCacheManager* manager, int32_t* num_blocks);
 /* Takes the oldest events that the buffer holds; the others stay. */
 QuireStatus quire_kv_cache_manager_take_events(QuireKVCacheManager* manager,
                                                QuireCacheEvent* buffer, size_t* size);

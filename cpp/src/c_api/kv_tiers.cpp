@@ -126,6 +126,14 @@ QuireStatus quire_kv_cache_manager_is_swapped_out(const QuireKVCacheManager* man
   });
 }
 
+QuireStatus quire_kv_cache_manager_clear_cache(QuireKVCacheManager* manager, int32_t* num_blocks) {
+  return guard([&] {
+    auto& self = deref("quire_kv_cache_manager_clear_cache: manager", manager).manager;
+    int32_t& out = deref("quire_kv_cache_manager_clear_cache: num_blocks", num_blocks);
+    out = self.clear_cache();
+  });
+}
+
 QuireStatus quire_kv_cache_manager_take_events(QuireKVCacheManager* manager,
                                                QuireCacheEvent* buffer, size_t* size) {
   return guard([&] {

@@ -10,6 +10,16 @@ struct QuireScheduler {
 
 using namespace quire::c;
 
+namespace {
+
+static_assert(sizeof(QuireBlockPair) == 2 * sizeof(int32_t));
+
+const QuireBlockPair* pairs_of(const quire::StepArray<int32_t>& numbers) {
+  return reinterpret_cast<const QuireBlockPair*>(numbers.data());
+}
+
+}  // namespace
+
 QuireStatus quire_scheduler_new(QuireKVCacheManager* manager, const QuireSchedulerConfig* config,
                                 QuireScheduler** scheduler) {
   return guard([&] {
@@ -17,9 +27,14 @@ QuireStatus quire_scheduler_new(QuireKVCacheManager* manager, const QuireSchedul
     QuireScheduler*& out = deref("quire_scheduler_new: scheduler", scheduler);
     const auto given = read_struct<QuireSchedulerConfig>("quire_scheduler_new: config", config,
                                                          QUIRE_SCHEDULER_CONFIG_INIT);
-    const quire::SchedulerConfig wanted{given.max_tokens_per_step, given.max_seqs,
-                                        given.watermark,           given.prefix_window,
-                                        given.max_overtakes,       {}};
+    const quire::SchedulerConfig wanted{
+        given.max_tokens_per_step,
+        given.max_seqs,
+        given.watermark,
+        given.prefix_window,
+        given.max_overtakes,
+        {given.seconds_per_token, given.seconds_per_token_pair, given.bytes_per_second,
+         given.seconds_per_swap, given.bytes_per_block}};
     out = new QuireScheduler{quire::Scheduler(self, wanted)};
   });
 }
@@ -60,6 +75,10 @@ QuireStatus quire_scheduler_schedule(QuireScheduler* scheduler, QuireScheduledBa
       result.num_token_ids = static_cast<int64_t>(planned->token_ids.size());
       result.num_sampling = static_cast<int64_t>(planned->sampling.size());
       result.num_preempted = planned->num_preempted;
+      result.swap_out = pairs_of(planned->swap_out);
+      result.swap_in = pairs_of(planned->swap_in);
+      result.num_swap_out = static_cast<int64_t>(planned->swap_out.size() / 2);
+      result.num_swap_in = static_cast<int64_t>(planned->swap_in.size() / 2);
       arrays = as_c(*planned->step);
     }
     write_struct(result, batch);
