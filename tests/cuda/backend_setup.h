@@ -18,8 +18,8 @@ namespace quire::cuda {
 inline const Images& all_images() {
   static const std::vector<Image> list = [] {
     static const std::vector<std::string> names = [] {
-      std::vector<std::string> result = {"cache_ops"};
-      for (int dim : head_dims(ElementType::kFloat16))
+      std::vector<std::string> result = {"cache_ops", "mla_decode_576"};
+      for (int dim : {64, 96, 128, 192, 256})
         for (const char* family : {"prefill_", "prefill_sm90_", "decode_"})
           result.push_back(concat(family, dim));
       for (int dim : head_dims(ElementType::kFloat8E4M3))

@@ -14,6 +14,7 @@
 #include "emulator/plan_suite.h"
 #include "emulator/ptx_opcodes.h"
 #include "kernels/decode.h"
+#include "kernels/mla_decode.h"
 #include "kernels/prefill.h"
 #include "kernels/sm90/prefill.h"
 
@@ -115,6 +116,34 @@ TEST_CASE("decode") {
   c.batch = {{1, 1100}, {2, 600}};
   c.parallelism = 6;
   check_case(kernel, c);
+}
+
+TEST_CASE("latent caches") {
+  AttentionCase c = base(576);
+  c.head_dim_v = 512;
+  c.is_latent = true;
+  c.num_heads = 20, c.num_kv_heads = 1;
+  c.batch = {{3, 21}, {1, 1}, {1, 600}};
+  using Fast = device::MlaTraits<BFloat16, 576, 32, 32, 3, Mode::kFast>;
+  const auto fast = from_ptx<Fast>("mla_decode.ptx", "mla_decode_BFloat16_576_32_32_3_kFast");
+  check_case(fast, c, AsyncMode::kRandom);
+  c.parallelism = 6;
+  check_case(fast, c);
+  c.softcap = 3;
+  c.window_left = 40;
+  c.mask = c.mask_is_tree = true;
+  using Full = device::MlaTraits<Float16, 576, 16, 16, 4, Mode::kFull>;
+  const auto full = from_ptx<Full>("mla_decode.ptx", "mla_decode_Float16_576_16_16_4_kFull");
+  for (Cache cache : {Cache::kNhd, Cache::kOdd}) {
+    c.cache = cache;
+    check_case(full, c, AsyncMode::kRandom);
+  }
+  c = base(576);
+  c.head_dim_v = 512;
+  c.is_latent = true;
+  c.num_heads = c.num_kv_heads = 1;
+  c.batch = {{5, 1100}};
+  check_bits(fast, c);
 }
 
 TEST_CASE("e4m3 codes") {
