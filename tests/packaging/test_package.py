@@ -61,6 +61,8 @@ def test_wheel_holds_what_it_should(wheel):
     assert wheel.stat().st_size < 40 * 2**20
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;]*$", metadata, re.MULTILINE)
     assert required == ["numpy"], required
+    extras = set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.MULTILINE))
+    assert extras == {"cli", "torch", "jax", "transformers", "test"}
 
 
 def test_import_takes_under_50_ms_over_numpy():

@@ -230,8 +230,8 @@ def _tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Block table and lengths of the sequences whose keys' rows are ``rows[begin[i]:end[i]]``.
 
-    The oldest key may lie inside its block: what the block holds before it counts in the length,
-    and is hidden by the window, for it is as old or older, or, in a ring, not the sequence's turn.
+    In a ring the oldest key may lie inside its block, behind the newest ones: those stand at both
+    ends of the table then, count twice in the length, and at the front the window hides them.
     """
     first = rows[begin.long()] % block_size
     lengths = first + (end - begin)
