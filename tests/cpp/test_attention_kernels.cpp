@@ -236,7 +236,7 @@ TEST_CASE("sharing the keys of a common prefix changes no bit") {
     }
 }
 
-TEST_CASE("nor does it for quantised caches") {
+TEST_CASE("sharing the keys of a quantised prefix changes no bit") {
   for (DType kv_dtype : {DType::kFloat8E4M3, DType::kFloat8E5M2, DType::kInt8}) {
     Case c = shared_case();
     c.desc.kv_dtype = kv_dtype;

@@ -61,6 +61,35 @@ def test_paged_attention(dtype, layout, q_len, batch):
     assert out.tobytes() == small.tobytes()
 
 
+@pytest.mark.parametrize("dtype", [np.int8, ml_dtypes.float8_e4m3fn])
+@pytest.mark.parametrize("q_len", [1, 40])  # decode, prefill
+def test_quantised(dtype, q_len):
+    """The same tokens in a large cache and in a small one, each with the scales of its tokens."""
+    rng = np.random.default_rng(3)
+    length, count = 600, 38
+    k, v = rng.standard_normal((2, length, HEADS, DIM), np.float32)
+    q = rng.standard_normal((q_len, 4, DIM), np.float32)
+    results = []
+    for caches, ids in (
+        ([sparse_cache(dtype, "hnd") for _ in "kv"], far_and_near(count)),
+        ([np.zeros((count, BLOCK, HEADS, DIM), dtype) for _ in "kv"], np.arange(count)),
+    ):
+        scales = [np.zeros(caches[0].shape[:3], np.float32) for _ in "kv"]
+        quire.append_kv(k, v, *caches, slots_of(ids, length), k_scale=scales[0], v_scale=scales[1])
+        out = quire.paged_attention(
+            q,
+            *caches,
+            ids.astype(np.int32)[None],
+            np.array([length], np.int32),
+            cu_seqlens_q=np.array([0, q_len], np.int32),
+            k_scale=scales[0],
+            v_scale=scales[1],
+        )
+        results.append(out.tobytes())
+    assert results[0] == results[1]
+    assert np.abs(np.frombuffer(results[0], np.float32)).max() > 0
+
+
 def test_dense_and_ragged():
     """k and v of which one row lies beyond 2^31 elements: by strides, and by the row's index."""
     rng = np.random.default_rng(1)
