@@ -71,6 +71,29 @@ void BlockAllocator::take_free(std::span<int32_t> blocks) {
   }
 }
 
+// Sends the last of `blocks`, as long as they are held once and worth keeping, to the end of a list
+// that they are all of. Returns how many are left.
+size_t BlockAllocator::release_cached(std::span<const int32_t> blocks) {
+  size_t left = blocks.size();
+  if (left == 0) return 0;
+  const uint64_t level = entries_[blocks.back()].level;
+  const uint32_t list = static_cast<uint32_t>(cached_list(static_cast<int32_t>(level)));
+  uint32_t last = entries_[list].prev;
+  for (; left > 0 && !reuse_; --left) {
+    const uint32_t block = static_cast<uint32_t>(blocks[left - 1]);
+    const Entry entry = entries_[block];
+    if (entry.prev != 1 || entry.next == 0 || entry.level != level) break;
+    entries_[last].next = block;
+    entries_[block] = {last, list, level, 0};
+    last = block;
+  }
+  if (left == blocks.size()) return left;
+  entries_[list].prev = last;
+  lowest_level_ = std::min(lowest_level_, static_cast<int32_t>(level));
+  num_cached_ += static_cast<int32_t>(blocks.size() - left);
+  return left;
+}
+
 // Most are held once and not worth keeping. The head of the free list stays in registers for those.
 void BlockAllocator::release(std::span<const int32_t> blocks) {
   Entry* const entries = entries_.data();
@@ -88,7 +111,8 @@ void BlockAllocator::release(std::span<const int32_t> blocks) {
     }
     first_free_ = first;
     num_free_ += static_cast<int32_t>(begin - i);
-    if (i > 0) release(blocks[--i]);
+    i = release_cached(blocks.first(i));
+    if (i > 0 && (reuse_ || entries[blocks[i - 1]].prev > 1)) release(blocks[--i]);
   }
 }
 

@@ -44,7 +44,6 @@ void KVCacheManager::begin_group_batches(const StepBatch::Size& size) {
     StepBatch::Size own = size;
     if (companions_->is_state(group)) {
       own.max_blocks = std::min(1, size.max_blocks);
-      own.num_blocks = size.batch_size;
       own.has_slots = false;
     }
     group_batches_[group - 1].begin(last_ticket_, own);
@@ -191,6 +190,7 @@ void KVCacheManager::pin_companions(bool pins) {
 
 std::vector<int32_t> KVCacheManager::block_table(SequenceId id, int32_t group) const {
   const std::lock_guard guard(mutex_);
+  settle();
   const Sequence& seq = get(id);
   QUIRE_CHECK_ARG(group >= 0 && group < num_groups(), "block_table: group: expected 0 to ",
                   num_groups() - 1, ", got ", group);
@@ -199,6 +199,7 @@ std::vector<int32_t> KVCacheManager::block_table(SequenceId id, int32_t group) c
 
 std::vector<LayerGroupStats> KVCacheManager::group_stats() const {
   const std::lock_guard guard(mutex_);
+  settle();
   std::vector<LayerGroupStats> stats(num_groups());
   std::vector<bool> seen(allocator_.num_blocks());
   for (const Sequence& seq : sequences_) {

@@ -16,10 +16,9 @@ constexpr char kNotLive[] =
     "expected a live sequence of this manager, got one that was freed or belongs to another";
 constexpr size_t kMaxSequences = size_t{1} << SequenceId::kIndexBits;
 constexpr size_t kKeptCapacity = 4096;  // tokens: what an unused entry may keep
+constexpr size_t kSpareCapacity = 512;  // tokens that a new sequence may gain and not move
 
 std::atomic<int64_t> last_serial{0};
-
-int64_t next_serial() { return last_serial.fetch_add(1, std::memory_order_relaxed) + 1; }
 
 void check_retention(const Retention& retention) {
   QUIRE_CHECK_ARG(retention.priority >= 0 && retention.priority <= Retention::kMaxPriority,
@@ -108,15 +107,19 @@ void KVCacheManager::reserve_sequences(size_t count) {
   if (size > sequences_.capacity()) sequences_.reserve(std::max(size, 2 * sequences_.capacity()));
 }
 
-KVCacheManager::Sequence& KVCacheManager::add_sequence(SequenceId* id) {
+// The first of `count` new serials.
+int64_t KVCacheManager::take_serials(int64_t count) {
+  return last_serial.fetch_add(count, std::memory_order_relaxed) + 1;
+}
+
+KVCacheManager::Sequence& KVCacheManager::add_sequence(int64_t serial) {
   if (unused_sequences_.empty()) {
     unused_sequences_.push_back(static_cast<int32_t>(sequences_.size()));
     sequences_.emplace_back().table = BlockTable(block_size_);
   }
   const int32_t index = unused_sequences_.back();
   unused_sequences_.pop_back();
-  *id = {next_serial() << SequenceId::kIndexBits | index};
-  sequences_[index].id = *id;
+  sequences_[index].id = {serial << SequenceId::kIndexBits | index};
   return sequences_[index];
 }
 
@@ -203,15 +206,16 @@ SequenceId KVCacheManager::open(std::span<const int32_t> token_ids, Salt salt,
                   token_ids.size());
   check_retention(retention);
   reserve_sequences(1);
-  SequenceId id;
-  Sequence& seq = add_sequence(&id);
+  Sequence& seq = add_sequence(take_serials(1));
+  seq.tokens.reserve(token_ids.size() + kSpareCapacity);
+  seq.table.reserve(static_cast<int64_t>(token_ids.size() + kSpareCapacity));
   seq.tokens.assign(token_ids.begin(), token_ids.end());
   seq.retention = retention;
   const Retention usual;
   has_retention_ |= retention.priority != usual.priority || retention.ttl != usual.ttl;
   if (cache_) seq.root = cache_->open_root(salt);
   seq.groups.assign(num_groups() - 1, {BlockTable(block_size_)});
-  return id;
+  return seq.id;
 }
 
 void KVCacheManager::attach(SequenceId id) {

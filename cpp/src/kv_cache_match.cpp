@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What of a sequence the prefix cache holds, and how many blocks it lacks.
 #include <algorithm>
+#include <cstring>
 
 #include "quire/kv_cache_manager.h"
 
@@ -88,7 +89,7 @@ PrefixMatch KVCacheManager::match(SequenceId id) const {
   return *(seq.trunk ? match(seq.root, tokens(id)) : match(seq.root, seq.tokens));
 }
 
-int64_t KVCacheManager::shareable_tokens(SequenceId a, SequenceId b) const {
+int64_t KVCacheManager::shareable_tokens(SequenceId a, SequenceId b, int64_t more_than) const {
   const std::lock_guard guard(mutex_);
   settle();
   if (!cache_ || get(a).root != get(b).root) return 0;
@@ -99,10 +100,16 @@ int64_t KVCacheManager::shareable_tokens(SequenceId a, SequenceId b) const {
     if (seq.trunk) whole[i] = tokens(seq.id);
     both[i] = seq.trunk ? whole[i] : seq.tokens;
   }
-  const auto end =
-      std::mismatch(both[0].begin(), both[0].end(), both[1].begin(), both[1].end()).first;
-  const int64_t num_equal = end - both[0].begin();
-  return num_equal / block_size_ * block_size_;
+  const size_t block = static_cast<size_t>(block_size_);
+  const size_t most = std::min(both[0].size(), both[1].size());
+  const auto is_equal = [&](size_t at) {
+    return at + block <= most &&
+           std::memcmp(&both[0][at], &both[1][at], block * sizeof(int32_t)) == 0;
+  };
+  if (!is_equal(static_cast<size_t>(more_than) / block * block)) return 0;  // most often
+  size_t shared = 0;
+  while (is_equal(shared)) shared += block;
+  return static_cast<int64_t>(shared) > more_than ? static_cast<int64_t>(shared) : 0;
 }
 
 // Whether the next token goes to a block that others see too: other holders, or the prefix cache.

@@ -75,25 +75,26 @@ void KVCacheManager::fork(SequenceId parent_id, std::span<SequenceId> children) 
   reserve_sequences(children.size());
   Sequence& parent = get(parent_id);
   make_trunk(parent);
-  const int32_t num_blocks = parent.table.blocks_for(parent.num_computed);
+  const int32_t num_children = static_cast<int32_t>(children.size());
+  const std::span<const int32_t> own =
+      parent.table.own_from(parent.table.num_shared())
+          .first(parent.table.blocks_for(parent.num_computed) - parent.table.num_shared());
+  for (int32_t block : own) allocator_.share(block, num_children);
+  if (parent.trunk) parent.trunk->num_holders += num_children;
+  if (cache_) cache_->hold_root(parent.root, num_children);
+  int64_t serial = take_serials(num_children);
   for (SequenceId& id : children) {
-    Sequence& child = add_sequence(&id);
+    Sequence& child = add_sequence(serial++);
+    id = child.id;
     child.tokens = parent.tokens;
     child.retention = parent.retention;
     child.num_computed = child.num_cached = parent.num_computed;
     child.was_attached = true;
     child.trunk = parent.trunk;
-    if (parent.trunk) {
-      ++parent.trunk->num_holders;
-      child.table.share(parent.trunk->blocks);
-    }
-    for (int32_t i = child.table.num_shared(); i < num_blocks; ++i) {
-      allocator_.share(parent.table[i]);
-      child.table.append(parent.table[i]);
-    }
+    if (parent.trunk) child.table.share(parent.trunk->blocks);
+    child.table.append(own);
     if (companions_) share_groups(parent, child);
     child.root = parent.root;
-    if (cache_) cache_->hold_root(child.root);
   }
 }
 

@@ -10,6 +10,8 @@
 namespace quire {
 namespace {
 
+constexpr int32_t kPrefetched = 4;  // blocks ahead of the one that is published
+
 bool all_ones(std::span<const int32_t> counts) {
   int32_t others = 0;  // no early exit: the loop is vectorised
   for (int32_t count : counts) others |= count ^ 1;
@@ -50,7 +52,6 @@ KVCacheManager::StepNeed KVCacheManager::check_step(std::span<const int32_t> num
       need.num_missing += missing_in_groups(seq, reach, reach);
     }
     need.size.max_blocks = std::max(need.size.max_blocks, num_blocks);
-    need.size.num_blocks += num_blocks;
     need.size.num_new_tokens += count;
   }
   QUIRE_CHECK_ARG(batch_.may_hold(need.size), "step: seqs: expected a block table of less than ",
@@ -236,30 +237,38 @@ void KVCacheManager::commit(std::span<const SequenceId> seqs, std::span<const in
 // Planned tokens become computed ones.
 void KVCacheManager::advance(Sequence& seq) {
   const int64_t end = seq.num_computed + seq.num_planned;
-  if (cache_ && seq.num_planned > 0)
-    for (int64_t i = seq.num_computed / block_size_; i < end / block_size_; ++i)
-      publish(seq, static_cast<int32_t>(i));
+  const int32_t first = static_cast<int32_t>(seq.num_computed / block_size_);
+  const int32_t last = cache_ && seq.num_planned > 0 ? static_cast<int32_t>(end / block_size_) : 0;
+  for (int32_t i = first; i < last; ++i) {
+    if (i + kPrefetched < last) cache_->prefetch(seq.table[i + kPrefetched]);
+    publish(seq, i);
+  }
   if (companions_ && seq.num_planned > 0) advance_groups(seq, end);
   seq.num_computed = end;
   seq.num_planned = 0;
 }
 
-// Caches a block that has become full, or swaps it for the cached one of the same tokens. So a
-// parent in the tree is always held by whoever holds its child.
-void KVCacheManager::publish(Sequence& seq, int32_t index) {
-  const int32_t block = seq.table[index];
-  const int32_t parent = index == 0 ? seq.root : seq.table[index - 1];
-  const int32_t* tokens = seq.tokens_from(int64_t{index} * block_size_);
+// Caches a block that has become full, or gives it up for the cached one of the same tokens.
+// Returns which it is. So a parent in the tree is always held by whoever holds its child.
+int32_t KVCacheManager::publish(int32_t parent, const int32_t* tokens, int32_t block) {
   const int32_t cached = cache_->insert(parent, tokens, block_size_, block);
   if (cached == block) {
     allocator_.mark_cached(block);
     on_stored(block, {tokens, static_cast<size_t>(block_size_)});
-    return;
+    return block;
   }
   allocator_.share(cached);
   on_hit(cached);
-  seq.table.replace(index, cached);
   release(block);
+  return cached;
+}
+
+int32_t KVCacheManager::publish(Sequence& seq, int32_t index) {
+  const int32_t parent = index == 0 ? seq.root : seq.table[index - 1];
+  const int32_t block = seq.table[index];
+  const int32_t kept = publish(parent, seq.tokens_from(int64_t{index} * block_size_), block);
+  if (kept != block) seq.table.replace(index, kept);
+  return kept;
 }
 
 // ---- The loop
@@ -284,19 +293,18 @@ void KVCacheManager::begin_loop(std::span<const SequenceId> seqs) {
 bool KVCacheManager::fits_loop() const {
   const auto [first, last] = loop_.beginning();
   int32_t most = 0;
-  for (int32_t rank = first; rank < last; ++rank)
-    most = std::max(most, batch_.seq_lens()[loop_.row(rank)]);
-  return most < batch_.block_table_stride() * block_size_;
+  for (int32_t rank = first; rank < last; ++rank) most = std::max(most, loop_.num_blocks(rank));
+  return most < batch_.block_table_stride();
 }
 
 // Asks for the memory of sequences that lie far apart before any of it is needed.
-void KVCacheManager::prefetch_rows(int32_t first_rank, int32_t last_rank) const {
-  for (int32_t rank = first_rank; rank < last_rank; ++rank) {
+void KVCacheManager::prefetch_rows(int32_t first_rank, int32_t last_rank, int32_t step) const {
+  for (int32_t rank = first_rank; rank < last_rank; rank += step) {
     const Sequence* seq = &sequences_[loop_seqs_[loop_.row(rank)].index()];
     __builtin_prefetch(seq, 1);
     __builtin_prefetch(&seq->was_attached, 1);
   }
-  for (int32_t rank = first_rank; rank < last_rank; ++rank) {
+  for (int32_t rank = first_rank; rank < last_rank; rank += step) {
     const Sequence& seq = sequences_[loop_seqs_[loop_.row(rank)].index()];
     __builtin_prefetch(seq.tokens.data() + seq.tokens.size(), 1);
     seq.table.prefetch_end();
@@ -306,58 +314,86 @@ void KVCacheManager::prefetch_rows(int32_t first_rank, int32_t last_rank) const 
 const StepBatch* KVCacheManager::step_loop() {
   const auto [first, last] = loop_.beginning();
   if (!allocate(last - first)) return nullptr;
-  prefetch_rows(first, last);
-  for (int32_t rank = first; rank < last; ++rank) {
-    const int32_t row = loop_.row(rank);
-    batch_.prefetch(row, sequence_of(loop_seqs_[row]).table.size());
-  }
+  for (int32_t rank = first; rank < last; ++rank)
+    batch_.prefetch(loop_.row(rank), loop_.num_blocks(rank));
   batch_.advance(++last_ticket_);
+  auto replaced = replaced_ranks_.begin();
   for (int32_t rank = first; rank < last; ++rank) {
-    const int32_t row = loop_.row(rank);
-    batch_.begin_block(row, sequence_of(loop_seqs_[row]).table, new_blocks_[rank - first]);
+    const int32_t row = loop_.row(rank), column = loop_.num_blocks(rank);
+    const int32_t block = new_blocks_[rank - first];
+    if (replaced != replaced_ranks_.end() && *replaced == rank) {
+      batch_.replace_block(row, column - 1, loop_.parent(rank));
+      sequence_of(loop_seqs_[row]).table.note_written();
+      ++replaced;
+    }
+    batch_.begin_block(row, column, block, int64_t{block} * block_size_);
+    loop_.begin_block(rank, block);
   }
-  for (int32_t row : replaced_rows_) batch_.rewrite(row, sequence_of(loop_seqs_[row]).table);
-  replaced_rows_.clear();
+  replaced_ranks_.clear();
   loop_stepped_ = true;
   return &batch_;
 }
 
 void KVCacheManager::commit_loop(std::span<const int32_t> sampled) {
   const auto [first, last] = loop_.filling();
-  prefetch_rows(first, last);
-  for (int32_t rank = first; cache_ && rank < last; ++rank) {
-    const Sequence& seq = sequence_of(loop_seqs_[loop_.row(rank)]);
-    const int32_t index = seq.table.size() - 1;
-    cache_->prefetch(seq.table[index], index == 0 ? seq.root : seq.table[index - 1]);
-    allocator_.prefetch(seq.table[index]);
-  }
-  // All are drained before the first is published, which reads what was written by then.
-  for (int32_t rank = first; rank < last; ++rank)
-    loop_.drain_filling(rank, &sequence_of(loop_seqs_[loop_.row(rank)]).tokens);
-  for (int32_t rank = first; cache_ && rank < last; ++rank) {
-    const int32_t row = loop_.row(rank);
-    Sequence& seq = sequence_of(loop_seqs_[row]);
-    const int32_t index = seq.table.size() - 1;  // the loop has no blocks ahead
-    const int32_t block = seq.table[index];
-    publish(seq, index);
-    if (seq.table[index] != block) replaced_rows_.push_back(row);
-  }
+  if (loop_.fills_first())
+    fill_first_blocks(first, last);
+  else
+    fill_blocks(first, last);
   loop_.commit(sampled);
   loop_stepped_ = false;
 }
 
-// Leaves the loop, if it runs: its sequences get their tokens and counts.
+void KVCacheManager::fill_first_blocks(int32_t first_rank, int32_t last_rank) {
+  prefetch_rows(first_rank, last_rank, 1);
+  for (int32_t rank = first_rank; rank < last_rank; ++rank) {
+    Sequence& seq = sequence_of(loop_seqs_[loop_.row(rank)]);
+    loop_.drain_first(rank, &seq.tokens);
+    const int32_t index = seq.table.size() - 1;  // the loop has no blocks ahead
+    const int32_t block = seq.table[index];
+    const int32_t kept = cache_ ? publish(seq, index) : block;
+    loop_.set_filled(rank, kept);
+    if (kept != block) replaced_ranks_.push_back(rank);
+  }
+}
+
+void KVCacheManager::fill_blocks(int32_t first_rank, int32_t last_rank) {
+  const int32_t first_due = loop_.next_due(first_rank);
+  prefetch_rows(first_due, last_rank, loop_.num_kept());
+  for (int32_t rank = first_rank; cache_ && rank < last_rank; ++rank) {
+    cache_->prefetch(loop_.block(rank));
+    cache_->prefetch_node(loop_.parent(rank));
+    allocator_.prefetch(loop_.block(rank));
+  }
+  const auto drain = [this](int32_t rank, bool is_replaced) {
+    Sequence& seq = sequence_of(loop_seqs_[loop_.row(rank)]);
+    loop_.drain(rank, is_replaced, &seq.table, &seq.tokens);
+  };
+  loop_.gather();
+  for (int32_t rank = first_rank; rank < last_rank; ++rank) {
+    const int32_t block = loop_.block(rank);
+    const int32_t kept =
+        cache_ ? publish(loop_.parent(rank), loop_.filling_tokens(rank), block) : block;
+    loop_.set_filled(rank, kept);
+    if (kept == block) continue;
+    drain(rank, true);
+    replaced_ranks_.push_back(rank);
+  }
+  for (int32_t rank = first_due; rank < last_rank; rank += loop_.num_kept()) drain(rank, false);
+}
+
+// Leaves the loop, if it runs: its sequences get their tokens, blocks and counts.
 void KVCacheManager::settle() {
   for (int32_t rank = 0; rank < loop_.size(); ++rank) {
     Sequence& seq = sequence_of(loop_seqs_[loop_.row(rank)]);
-    loop_.drain_at_end(rank, &seq.tokens);
+    loop_.drain_at_end(rank, &seq.table, &seq.tokens);
     seq.num_computed = num_computed(seq);
     seq.num_planned = loop_stepped_;
     seq.row = -1;
   }
   loop_.end();
   loop_seqs_.clear();
-  replaced_rows_.clear();
+  replaced_ranks_.clear();
 }
 
 }  // namespace quire

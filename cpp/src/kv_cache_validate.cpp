@@ -21,6 +21,12 @@ void KVCacheManager::collect_held(PatientLock& lock, std::vector<Held>* held) co
     if (at >= sequences_.size() || sequences_[at].id == SequenceId{}) continue;
     const Sequence& seq = sequences_[at];
     const int64_t computed = num_computed(seq);
+    if (seq.row >= 0) {  // its table lags behind
+      const int32_t num_tokens = static_cast<int32_t>(computed % block_size_);
+      const auto block = static_cast<int32_t>(batch_.slot_mapping()[seq.row] / block_size_);
+      if (num_tokens > 0 || loop_stepped_) held->push_back({block, num_tokens, true});
+      continue;
+    }
     for (int32_t group = 0; group < num_groups(); ++group) {
       if (group > 0 && companions_->is_state(group)) continue;
       const BlockTable& table = group == 0 ? seq.table : seq.groups[group - 1].table;

@@ -21,7 +21,8 @@ PrefixCache::PrefixCache(int32_t num_blocks, int32_t block_size)
   static_assert(sizeof(Node) == 16);
   seed_ = std::random_device{}();
   nodes_.assign(static_cast<size_t>(num_blocks), Node{});
-  rows_ = std::make_unique_for_overwrite<uint8_t[]>(static_cast<size_t>(num_blocks * row_bytes_));
+  // Written once here, so that no step waits for the system to find the memory.
+  rows_ = std::make_unique<uint8_t[]>(static_cast<size_t>(num_blocks * row_bytes_));
   roots_.emplace_back();
 }
 
@@ -62,18 +63,6 @@ void PrefixCache::drop_root_if_idle(int32_t root) {
   idle_roots_.push_back(root);
 }
 
-uint32_t PrefixCache::top_child(int32_t parent) const {
-  if (parent < 0) return root_of(parent).child;
-  return nodes_[parent].is_partial ? kNil : nodes_[parent].child;
-}
-
-void PrefixCache::set_top_child(int32_t parent, uint32_t child) {
-  if (parent < 0)
-    root_of(parent).child = child;
-  else
-    nodes_[parent].child = child;
-}
-
 int32_t PrefixCache::parent(int32_t block) const {
   const Node& node = nodes_[block];
   if (!node.is_cached) return kNone;
@@ -105,17 +94,17 @@ bool PrefixCache::is_before(uint32_t node, Key key, int32_t num_equal) const {
   return token(node, num_equal) < key.tokens[num_equal];
 }
 
-void PrefixCache::store(int32_t block, Key key) {
-  Node& node = nodes_[block];
-  node.is_partial = key.count < block_size_;
-  node.child = node.is_partial ? static_cast<uint32_t>(key.count) : kNil;
-  node.is_wide = !fits_packed(key.tokens, key.count);
-  if (node.is_wide) {
+// Writes a block's tokens, and to its node where they lie.
+void PrefixCache::store(int32_t block, Key key, Node* node) {
+  node->is_partial = key.count < block_size_;
+  node->child = node->is_partial ? static_cast<uint32_t>(key.count) : kNil;
+  node->is_wide = !fits_packed(key.tokens, key.count);
+  if (node->is_wide) {
     wide_rows_[block].assign(key.tokens, key.tokens + key.count);
     return;
   }
   uint8_t* row = &rows_[block * row_bytes_];
-  if (!node.is_partial) return PackedRow::pack(key.tokens, block_size_, row);
+  if (!node->is_partial) return PackedRow::pack(key.tokens, block_size_, row);
   std::vector<int32_t> padded(key.tokens, key.tokens + key.count);
   padded.resize(std::min<size_t>(block_size_, key.count + kPackedRun - 1));
   if (padded.size() < static_cast<size_t>(block_size_))
@@ -139,8 +128,10 @@ uint32_t PrefixCache::priority(uint32_t node) const {
   return hash ^ hash >> 13;
 }
 
+// Puts a block, whose node has no neighbours yet, into a treap.
 uint32_t PrefixCache::put(uint32_t node, uint32_t block, Key key) {
-  if (node == kNil || priority(block) > priority(node)) {
+  if (node == kNil) return block;
+  if (priority(block) > priority(node)) {
     uint32_t before, behind;
     split(node, key, &before, &behind);
     nodes_[block].left = before;
@@ -211,33 +202,58 @@ PrefixCache::Match PrefixCache::find(int32_t parent, const int32_t* tokens, int3
   return best.num_tokens == 0 ? Match{} : best;
 }
 
+bool PrefixCache::holds(uint32_t node, const int32_t* tokens) const {
+  return !nodes_[node].is_wide && !nodes_[node].is_partial &&
+         PackedRow(&rows_[node * row_bytes_], block_size_).equal_prefix(tokens, block_size_) ==
+             block_size_;
+}
+
+// Follows `node` down to top children that hold whole blocks of the tokens, as long as their ids
+// are `step` apart, as of blocks that were allocated together. So no load waits for another.
+// Writes at most `count` ids; returns how many.
+int64_t PrefixCache::follow(uint32_t node, uint32_t step, const int32_t* tokens, int64_t count,
+                            int32_t* blocks) const {
+  constexpr int32_t kAhead = 8;  // blocks: further ones are asked for when it is their turn
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t next = node + step;
+    const int32_t later = static_cast<int32_t>(node + kAhead * step);
+    __builtin_prefetch(rows_.get() + later * row_bytes_);
+    prefetch_node(later);
+    if (nodes_[node].child != next || !holds(next, tokens + i * block_size_)) return i;
+    blocks[i] = static_cast<int32_t>(next);
+    node = next;
+  }
+  return count;
+}
+
 int64_t PrefixCache::find_path(int32_t root, const int32_t* tokens, int64_t count,
                                std::vector<int32_t>* blocks) const {
-  blocks->resize(static_cast<size_t>(count / block_size_) + 1);
-  int32_t* out = blocks->data();
-  int64_t num_found = 0;
-  uint32_t top = top_child(root);
-  for (int32_t parent = root; num_found < count; num_found += block_size_) {
-    const int32_t size = static_cast<int32_t>(std::min<int64_t>(count - num_found, block_size_));
+  const int64_t num_whole = count / block_size_;
+  blocks->resize(static_cast<size_t>(num_whole) + 1);
+  int32_t* const out = blocks->data();
+  int64_t num_found = 0;  // whole blocks
+  for (int32_t parent = root; num_found * block_size_ < count; parent = out[num_found - 1]) {
+    const int32_t* const next = tokens + num_found * block_size_;
+    const uint32_t top = top_child(parent);
     // Most nodes have one child, and most of those are what is looked for.
-    const bool is_plain = top != kNil && !nodes_[top].is_wide && !nodes_[top].is_partial;
-    if (is_plain && size == block_size_ &&
-        PackedRow(&rows_[top * row_bytes_], size).equal_prefix(tokens + num_found, size) == size) {
-      parent = static_cast<int32_t>(top);
-    } else {
-      const Match found = find(parent, tokens + num_found, size);
-      if (found.num_tokens < block_size_) {
-        if (found.num_tokens > 0) *out++ = found.block;
-        num_found += found.num_tokens;
-        break;
-      }
-      parent = found.block;
+    if (top != kNil && num_found < num_whole && holds(top, next)) {
+      out[num_found++] = static_cast<int32_t>(top);
+      num_found += follow(top, top - static_cast<uint32_t>(parent), next + block_size_,
+                          num_whole - num_found, out + num_found);
+      continue;
     }
-    *out++ = parent;
-    top = nodes_[parent].child;
+    const int64_t left = count - num_found * block_size_;
+    const Match found =
+        find(parent, next, static_cast<int32_t>(std::min<int64_t>(left, block_size_)));
+    if (found.num_tokens > 0) out[num_found] = found.block;
+    if (found.num_tokens < block_size_) {
+      blocks->resize(static_cast<size_t>(num_found + (found.num_tokens > 0)));
+      return num_found * block_size_ + found.num_tokens;
+    }
+    ++num_found;
   }
-  blocks->resize(static_cast<size_t>(out - blocks->data()));
-  return num_found;
+  blocks->resize(static_cast<size_t>(num_found));
+  return num_found * block_size_;
 }
 
 int32_t PrefixCache::insert(int32_t parent, const int32_t* tokens, int32_t count, int32_t block) {
@@ -247,11 +263,13 @@ int32_t PrefixCache::insert(int32_t parent, const int32_t* tokens, int32_t count
     const Match found = find(parent, tokens, count);
     if (found.num_tokens == count) return found.block;
   }
-  Node& node = nodes_[block];
+  Node node{};
+  node.left = node.right = kNil;
   node.is_cached = 1;
   node.has_root_parent = parent < 0;
   node.parent = static_cast<uint32_t>(parent < 0 ? -1 - parent : parent);
-  store(block, key);
+  store(block, key, &node);
+  nodes_[block] = node;
   set_top_child(parent, put(top, static_cast<uint32_t>(block), key));
   ++size_;
   return block;

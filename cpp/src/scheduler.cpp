@@ -62,7 +62,7 @@ int32_t Scheduler::add(std::span<const int32_t> token_ids, int32_t max_new_token
   const int32_t slot = unused_slots_.back();
   unused_slots_.pop_back();
   Request& request = requests_[slot];
-  request = {State::kWaiting, false, next_id_, max_new_tokens, seq};
+  request = {State::kWaiting, false, next_id_, max_new_tokens, token_ids.back(), seq};
   request.num_tokens = static_cast<int64_t>(token_ids.size());
   slots_[next_id_] = slot;
   queue_.add(slot, options.tenant, options.priority);
@@ -103,9 +103,11 @@ std::span<const int32_t> Scheduler::commit(std::span<const int32_t> sampled) {
     if (row.samples) next_tokens_.push_back(sampled[i]);
   }
   manager_.commit(seqs_, next_tokens_, counts_);
+  auto next_token = next_tokens_.begin();
   for (const Row& row : rows_) {
     if (row.slot < 0) continue;
     Request& request = requests_[row.slot];
+    if (row.samples) request.last_token = *next_token++;
     request.is_fresh = false;
     request.num_computed += row.num_new;
     request.num_tokens += row.samples;
@@ -141,8 +143,10 @@ void Scheduler::catch_up() {
   const int32_t count = std::exchange(num_lagging_, 0);
   num_to_go_on_ = 0;
   if (count == 0) return;
-  for (const Row& row : rows_) {
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const Row& row = rows_[i];
     Request& request = requests_[row.slot];
+    request.last_token = next_tokens_[i];
     request.num_computed += count;
     request.num_tokens += count;
     request.num_left -= count;

@@ -72,9 +72,10 @@ Scheduler::Row Scheduler::plan_row(int32_t slot, int32_t budget) const {
   const Request& request = requests_[slot];
   const int64_t num_left = request.num_tokens - request.num_computed;
   int32_t num_new = static_cast<int32_t>(std::min<int64_t>(num_left, budget));
-  const int32_t beyond =
-      static_cast<int32_t>((request.num_computed + num_new) % manager_.allocator().block_size());
-  if (manager_.caches_states() && num_new > beyond) num_new -= beyond;
+  if (manager_.caches_states()) {
+    const int64_t beyond = (request.num_computed + num_new) % manager_.allocator().block_size();
+    if (num_new > beyond) num_new -= static_cast<int32_t>(beyond);
+  }
   return {slot, num_new, missing_blocks(request, request.num_computed + num_new),
           num_new == num_left};
 }
@@ -293,8 +294,9 @@ bool Scheduler::waits_for_prefix(const Request& head) {
   for (int32_t slot : running_) {
     const Request& other = requests_[slot];
     if (other.num_tokens - other.num_computed <= 1) continue;  // not in prefill
-    const int64_t shared = std::min(most, manager_.shareable_tokens(head.seq, other.seq));
-    if (shared <= std::max(longest, other.num_computed)) continue;
+    const int64_t least = std::max(longest, other.num_computed);
+    const int64_t shared = std::min(most, manager_.shareable_tokens(head.seq, other.seq, least));
+    if (shared <= least) continue;
     longest = shared;
     leader_ = other.id;
   }
@@ -326,6 +328,10 @@ void Scheduler::write_batch() {
     else
       decisions_.push_back({Decision::kChunked, request.id,
                             request.num_tokens - request.num_computed - row.num_new, 0});
+    if (row.samples && row.num_new == 1) {
+      *token_ids++ = request.last_token;
+      continue;
+    }
     const auto pending = manager_.pending_tokens(request.seq).first(row.num_new);
     token_ids = std::copy(pending.begin(), pending.end(), token_ids);
   }

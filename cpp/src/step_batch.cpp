@@ -43,31 +43,56 @@ void StepBatch::begin(int64_t ticket, const Size& size) {
   positions_.resize(size.num_new_tokens);
   copies_.resize(2 * size.num_copies);
   copies_.resize(0);
-  changes_.resize(2 * size.num_blocks + 4 * size.batch_size);  // advance() may have two a row
+  forget_changes();
+}
+
+void StepBatch::forget_changes() {
+  changed_.clear();
+  num_changed_ = 0;
   changes_.resize(0);
 }
 
-void StepBatch::write_row(int32_t row, bool is_kept, BlockTable& table, int32_t num_blocks) {
+void StepBatch::add_changes(int32_t first, int32_t count) {
+  changed_.push_back({first, count});
+  num_changed_ += count;
+}
+
+const StepArray<int32_t>& StepBatch::changes() const {
+  if (changes_.size() == 2 * static_cast<size_t>(num_changed_)) return changes_;
+  changes_.resize(2 * static_cast<size_t>(num_changed_));
+  int32_t* change = changes_.data();
+  for (const Run& run : changed_) {
+    for (int32_t entry = run.first; entry < run.first + run.count; ++entry) {
+      *change++ = entry;
+      *change++ = block_table_[entry];
+    }
+  }
+  return changes_;
+}
+
+// A sequence moves to an earlier row when one before it leaves the batch. What its later row still
+// holds is copied from there: that memory is about to be written anyway, the table's own is not.
+void StepBatch::write_row(int32_t row, int64_t serial, BlockTable& table, int32_t num_blocks) {
   const int32_t begin = static_cast<int32_t>(row * block_table_stride_);
   int32_t* const entries = block_table_.data() + begin;
-  const int32_t first = table.write_row(entries, row, is_kept, num_blocks);
-  if (first >= num_blocks) return;
-  const size_t size = changes_.size();
-  changes_.resize(size + 2 * static_cast<size_t>(num_blocks - first));
-  int32_t* change = changes_.data() + size;
-  for (int32_t column = first; column < num_blocks; ++column) {
-    *change++ = begin + column;
-    *change++ = entries[column];
+  const int32_t before = table.row();
+  const bool is_kept = before >= row && row_serials_[before] == serial;
+  const bool is_moved = is_kept && before > row;
+  if (is_moved) {
+    std::copy_n(block_table_.data() + before * block_table_stride_, table.num_written(), entries);
+    table.note_moved(row);
   }
+  const int32_t written = table.write_row(entries, row, is_kept, num_blocks);
+  const int32_t first = is_moved ? 0 : written;
+  row_serials_[row] = serial;
+  if (first < num_blocks) add_changes(begin + first, num_blocks - first);
 }
 
 void StepBatch::add_row(int64_t serial, BlockTable& table, int64_t first, int64_t end,
                         int64_t reach) {
   const int32_t row = num_rows_++;
   const int32_t num_blocks = table.blocks_for(reach);
-  write_row(row, row_serials_[row] == serial, table,
-            has_slots_ ? num_blocks : std::min(num_blocks, max_blocks_));
-  row_serials_[row] = serial;
+  write_row(row, serial, table, has_slots_ ? num_blocks : std::min(num_blocks, max_blocks_));
   seq_lens_[row] = static_cast<int32_t>(end);
   const int32_t start = cu_seqlens_q_[row] - static_cast<int32_t>(first);
   cu_seqlens_q_[row + 1] = static_cast<int32_t>(end) + start;
@@ -76,10 +101,12 @@ void StepBatch::add_row(int64_t serial, BlockTable& table, int64_t first, int64_
   for (int64_t position = first; position < end; ++position)
     positions[position] = static_cast<int32_t>(position);
   if (!has_slots_) return;
-  for (int64_t position = first; position < end;) {
-    const int64_t offset = table.slot(position) - position;
-    const int64_t block_end = std::min(end, table.block_end(position));
-    for (; position < block_end; ++position) slots[position] = offset + position;
+  const int64_t size = table.block_size();
+  int32_t index = static_cast<int32_t>(first / size);
+  for (int64_t begin = index * size, position = first; position < end; begin += size, ++index) {
+    const int64_t offset = table[index] * size - begin;
+    const int64_t stop = std::min(end, begin + size);
+    for (; position < stop; ++position) slots[position] = offset + position;
   }
 }
 
@@ -91,31 +118,26 @@ void StepBatch::add_copy(int32_t source, int32_t destination) {
 void StepBatch::advance(int64_t ticket) {
   ticket_ = ticket;
   copies_.resize(0);
-  changes_.resize(0);
+  forget_changes();
   int32_t* const seq_lens = seq_lens_.data();
   int32_t* const positions = positions_.data();
   int64_t* const slots = slot_mapping_.data();
-  for (int32_t i = 0; i < batch_size_; ++i) ++seq_lens[i];
-  for (int32_t i = 0; i < batch_size_; ++i) ++positions[i];
-  for (int32_t i = 0; i < batch_size_; ++i) ++slots[i];
+  const int32_t count = batch_size_;  // what the arrays cannot alias
+  for (int32_t i = 0; i < count; ++i) ++seq_lens[i];
+  for (int32_t i = 0; i < count; ++i) ++positions[i];
+  for (int32_t i = 0; i < count; ++i) ++slots[i];
 }
 
-void StepBatch::begin_block(int32_t row, BlockTable& table, int32_t block) {
-  const int32_t column = table.size();
-  if (!table.append_written(block, row)) return rewrite(row, table);
-  const int32_t index = static_cast<int32_t>(row * block_table_stride_) + column;
-  block_table_[index] = block;
-  changes_.push_back(index);
-  changes_.push_back(block);
+void StepBatch::begin_block(int32_t row, int32_t column, int32_t block, int64_t first_slot) {
+  replace_block(row, column, block);
   max_blocks_ = std::max(max_blocks_, column + 1);
-  slot_mapping_[row] = table.first_slot(block);
+  slot_mapping_[row] = first_slot;
 }
 
-void StepBatch::rewrite(int32_t row, BlockTable& table) {
-  const int32_t num_blocks = table.blocks_for(seq_lens_[row]);
-  max_blocks_ = std::max(max_blocks_, num_blocks);
-  write_row(row, true, table, num_blocks);
-  slot_mapping_[row] = table.slot(positions_[row]);
+void StepBatch::replace_block(int32_t row, int32_t column, int32_t block) {
+  const int32_t entry = static_cast<int32_t>(row * block_table_stride_) + column;
+  block_table_[entry] = block;
+  add_changes(entry, 1);
 }
 
 }  // namespace quire

@@ -42,13 +42,13 @@ class BlockAllocator {
     return true;
   }
 
-  // One reference more. A cached block leaves its list, wherever in it it lies.
-  void share(int32_t block) {
-    Entry& entry = entries_[block];
-    if (entry.is_used)
-      ++entry.prev;
-    else
+  // References more, one or `count`. A cached block leaves its list, wherever in it it lies.
+  void share(int32_t block, int32_t count = 1) {
+    if (!entries_[block].is_used) {
       revive(block);
+      --count;
+    }
+    entries_[block].prev += static_cast<uint32_t>(count);
   }
 
   // One reference less. The last one sends the block to the end of its level's list if its
@@ -139,6 +139,7 @@ class BlockAllocator {
   void unlink(int32_t block);
   int32_t victim();  // a cached block of the lowest level that has any: the first, of its class
   int32_t victim_of_classes();
+  size_t release_cached(std::span<const int32_t> blocks);
   void take_free(std::span<int32_t> blocks);
   void take_cached(int32_t block);
   void revive(int32_t block);

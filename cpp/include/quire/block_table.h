@@ -14,6 +14,7 @@ class BlockTable {
  public:
   explicit BlockTable(int32_t block_size) : block_size_(block_size) {}
 
+  int32_t block_size() const { return block_size_; }
   int32_t size() const { return num_shared() + static_cast<int32_t>(own_.size()); }
   int32_t operator[](int32_t index) const {
     return index < num_shared() ? shared_[index] : own_[index - num_shared()];
@@ -27,28 +28,19 @@ class BlockTable {
   int32_t blocks_for(int64_t num_tokens) const {
     return static_cast<int32_t>((num_tokens + block_size_ - 1) / block_size_);
   }
+
   // Where the KV of a token lies: block * block_size + offset.
   int64_t slot(int64_t position) const {
     return int64_t{(*this)[static_cast<int32_t>(position / block_size_)]} * block_size_ +
            position % block_size_;
   }
-  int64_t first_slot(int32_t block) const { return int64_t{block} * block_size_; }
-  // The first position behind the block of a token.
-  int64_t block_end(int64_t position) const {
-    return position - position % block_size_ + block_size_;
-  }
 
   void prefetch_end() const { __builtin_prefetch(own_.data() + own_.size(), 1); }
   void append(int32_t block) { own_.push_back(block); }
-  // Appends a block that the caller writes to row `row` of a batch's table itself. False: that row
-  // lacks earlier changes, too.
-  bool append_written(int32_t block, int32_t row) {
-    const bool is_all = row_ == row && num_written_ == size();
-    own_.push_back(block);
-    num_written_ += is_all;
-    return is_all;
-  }
+  // The row that was written last holds every id, by the caller's doing.
+  void note_written() { num_written_ = size(); }
   void append(std::span<const int32_t> blocks);
+  void reserve(int64_t num_tokens) { own_.reserve(static_cast<size_t>(blocks_for(num_tokens))); }
   // These two reach own ids only.
   void replace(int32_t index, int32_t block);
   void truncate(int32_t num_blocks);
@@ -64,6 +56,11 @@ class BlockTable {
   // that the row still holds what this table wrote there; then only changed entries are written.
   // Returns the first column that was.
   int32_t write_row(int32_t* out, int32_t row, bool is_kept, int32_t num_blocks);
+  // Where write_row() wrote last (-1: nowhere), how many leading entries there are right, and that
+  // these have been copied to another row.
+  int32_t row() const { return row_; }
+  int32_t num_written() const { return num_written_; }
+  void note_moved(int32_t row) { row_ = row; }
 
  private:
   int32_t block_size_;

@@ -167,8 +167,9 @@ class KVCacheManager {
   void attach(SequenceId seq);
   void detach(SequenceId seq);
   PrefixMatch match(SequenceId seq) const;
-  // How many leading tokens of the two could lie in the same blocks.
-  int64_t shareable_tokens(SequenceId a, SequenceId b) const;
+  // How many leading tokens of the two could lie in the same blocks, or 0 if not `more_than` so
+  // many.
+  int64_t shareable_tokens(SequenceId a, SequenceId b, int64_t more_than = 0) const;
   // New blocks that a sequence needs to compute its first num_tokens tokens, a copy of its last
   // block included where it shares that; at most max_step tokens a step.
   int32_t num_missing_blocks(SequenceId seq, int64_t num_tokens,
@@ -302,6 +303,7 @@ class KVCacheManager {
   void load_unused(const Snapshot& snapshot);
   void load_swapped(const Snapshot& snapshot);
   static void reserve_serials(int64_t last);
+  static int64_t take_serials(int64_t count);
   void save_companions(Snapshot& snapshot) const;
   void load_companions(const Snapshot& snapshot);
   void load_batches(const Snapshot& snapshot);
@@ -314,7 +316,7 @@ class KVCacheManager {
   Sequence& sequence_of(SequenceId id) { return sequences_[id.index()]; }  // a live one
   void visit(const char* function, std::span<const SequenceId> seqs);
   void reserve_sequences(size_t count);
-  Sequence& add_sequence(SequenceId* id);
+  Sequence& add_sequence(int64_t serial);
   void remove_sequence(Sequence& seq);
   int64_t num_computed(const Sequence& seq) const;
 
@@ -341,16 +343,19 @@ class KVCacheManager {
   bool continues_loop(std::span<const SequenceId> seqs) const;
   void begin_loop(std::span<const SequenceId> seqs);
   bool fits_loop() const;
-  void prefetch_rows(int32_t first_rank, int32_t last_rank) const;
+  void prefetch_rows(int32_t first_rank, int32_t last_rank, int32_t step) const;
   const StepBatch* step_loop();
   void commit_loop(std::span<const int32_t> sampled);
+  void fill_first_blocks(int32_t first_rank, int32_t last_rank);
+  void fill_blocks(int32_t first_rank, int32_t last_rank);
   void settle();
   void settle() const {  // nobody can tell
     if (loop_.is_running()) const_cast<KVCacheManager*>(this)->settle();
   }
 
   void advance(Sequence& seq);
-  void publish(Sequence& seq, int32_t index);
+  int32_t publish(int32_t parent, const int32_t* tokens, int32_t block);
+  int32_t publish(Sequence& seq, int32_t index);
   void keep_partial_block(Sequence& seq);
   void make_trunk(Sequence& seq);
   void drop_trunk(Sequence& seq);
@@ -462,9 +467,9 @@ class KVCacheManager {
 
   // While the loop runs, its sequences' tokens and counts lag behind: settle() brings them up.
   DecodeLoop loop_;
-  std::vector<SequenceId> loop_seqs_;   // the rows; or those that the latest commit left ready
-  bool loop_stepped_ = false;           // and not committed
-  std::vector<int32_t> replaced_rows_;  // whose tables a commit has changed
+  std::vector<SequenceId> loop_seqs_;    // the rows; or those that the latest commit left ready
+  bool loop_stepped_ = false;            // and not committed
+  std::vector<int32_t> replaced_ranks_;  // of rows whose latest full block the batch lacks
 
   // Scratch of one call, kept for its memory.
   std::vector<Sequence*> visited_;

@@ -35,7 +35,9 @@ class PrefixCache {
   // The root of a salt's tree (a negative number). open_root() makes it if need be and holds it
   // until close_root(); find_root() returns kNone where nobody holds it and nothing is cached.
   int32_t open_root(Salt salt);
-  void hold_root(int32_t root) { ++root_of(root).num_holders; }  // one that is held already
+  void hold_root(int32_t root, int64_t times = 1) {  // one that is held already
+    root_of(root).num_holders += times;
+  }
   void close_root(int32_t root);
   int32_t find_root(Salt salt) const;
   Salt salt(int32_t root) const { return root_of(root).salt; }  // of an open one
@@ -81,13 +83,14 @@ class PrefixCache {
   }
   std::vector<int32_t> tokens(int32_t block) const;
 
-  // Asks for the memory of a block that is about to be inserted under a parent.
-  void prefetch(int32_t block, int32_t parent) const {
-    __builtin_prefetch(&nodes_[block], 1);
-    if (parent >= 0) __builtin_prefetch(&nodes_[parent], 1);
-    __builtin_prefetch(&rows_[block * row_bytes_], 1);
-    __builtin_prefetch(&rows_[(block + 1) * row_bytes_ - 1], 1);
+  // Asks for the memory of a block that is about to be inserted; of one that is to be its parent or
+  // to be erased. No matter whether there is such a block.
+  void prefetch(int32_t block) const {
+    prefetch_node(block);
+    __builtin_prefetch(rows_.get() + block * row_bytes_, 1);
+    __builtin_prefetch(rows_.get() + (block + 1) * row_bytes_ - 1, 1);
   }
+  void prefetch_node(int32_t block) const { __builtin_prefetch(nodes_.data() + block, 1); }
 
   int32_t size() const { return size_; }
   int64_t num_bytes() const;  // of the arrays whose size depends on num_blocks
@@ -129,13 +132,24 @@ class PrefixCache {
   Root& root_of(int32_t root) { return roots_[-1 - root]; }
   const Root& root_of(int32_t root) const { return roots_[-1 - root]; }
   void drop_root_if_idle(int32_t root);
-  uint32_t top_child(int32_t parent) const;
-  void set_top_child(int32_t parent, uint32_t child);
+  uint32_t top_child(int32_t parent) const {
+    if (parent < 0) return root_of(parent).child;
+    return nodes_[parent].is_partial ? kNil : nodes_[parent].child;
+  }
+  void set_top_child(int32_t parent, uint32_t child) {
+    if (parent < 0)
+      root_of(parent).child = child;
+    else
+      nodes_[parent].child = child;
+  }
 
   int32_t equal_prefix(uint32_t node, Key key) const;
   bool is_before(uint32_t node, Key key, int32_t num_equal) const;
+  bool holds(uint32_t node, const int32_t* tokens) const;
+  int64_t follow(uint32_t node, uint32_t step, const int32_t* tokens, int64_t count,
+                 int32_t* blocks) const;
   int32_t token(uint32_t node, int32_t i) const;
-  void store(int32_t block, Key key);
+  void store(int32_t block, Key key, Node* node);
   uint32_t priority(uint32_t node) const;
   uint32_t put(uint32_t node, uint32_t block, Key key);
   void split(uint32_t node, Key key, uint32_t* before, uint32_t* behind);
@@ -149,7 +163,7 @@ class PrefixCache {
   int64_t row_bytes_;
   uint32_t seed_;  // so that nobody can choose an order that makes the treaps deep
   std::vector<Node> nodes_;
-  std::unique_ptr<uint8_t[]> rows_;  // [num_blocks, row_bytes], touched only where cached
+  std::unique_ptr<uint8_t[]> rows_;  // [num_blocks, row_bytes]
   std::unordered_map<int32_t, std::vector<int32_t>> wide_rows_;
   std::vector<Root> roots_;
   std::vector<int32_t> idle_roots_;

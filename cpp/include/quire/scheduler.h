@@ -108,7 +108,8 @@ class Scheduler {
     State state = State::kEnded;
     bool is_fresh = false;  // no step since its admission: its last block may be shared
     int32_t id = -1;
-    int32_t num_left = 0;  // tokens to generate
+    int32_t num_left = 0;    // tokens to generate
+    int32_t last_token = 0;  // of those known
     SequenceId seq;
     int64_t num_tokens = 0;  // known
     int64_t num_computed = 0;

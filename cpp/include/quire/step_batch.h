@@ -60,7 +60,8 @@ class StepBatch {
   // [changes, 2]: entries of block_table that this step wrote, (row * stride + column, block id).
   // A copy of the table that had all changes so far is up to date with these, unless the stride
   // or the memory of block_table is another than before: then all entries in use are here.
-  const StepArray<int32_t>& changes() const { return changes_; }
+  // Listed when first asked for.
+  const StepArray<int32_t>& changes() const;
 
   // What begin() makes room for.
   struct Size {
@@ -68,8 +69,7 @@ class StepBatch {
     int32_t max_blocks = 0;
     int64_t num_new_tokens = 0;
     int64_t num_copies = 0;
-    int64_t num_blocks = 0;  // of all rows
-    bool has_slots = true;   // false: rows of at most max_blocks blocks, and no slot_mapping
+    bool has_slots = true;  // false: rows of at most max_blocks blocks, and no slot_mapping
   };
 
   int32_t num_rows_reserved() const { return static_cast<int32_t>(row_serials_.size()); }
@@ -83,11 +83,11 @@ class StepBatch {
   void add_copy(int32_t source, int32_t destination);
 
   // Or, where the rows are those of the step before and each has one new token behind its last:
-  // advance(), then begin_block() of each row whose new token begins one, and rewrite() of each
-  // whose table is another than before.
+  // advance(), then begin_block() of each row whose new token begins one, the row's `column`th, and
+  // replace_block() of each whose latest but this is another than before.
   void advance(int64_t ticket);
-  void begin_block(int32_t row, BlockTable& table, int32_t block);  // appends the block, too
-  void rewrite(int32_t row, BlockTable& table);
+  void begin_block(int32_t row, int32_t column, int32_t block, int64_t first_slot);
+  void replace_block(int32_t row, int32_t column, int32_t block);
   void prefetch(int32_t row, int32_t column) const {
     __builtin_prefetch(block_table_.data() + row * block_table_stride_ + column, 1);
   }
@@ -96,7 +96,13 @@ class StepBatch {
   int64_t stride_for(int32_t max_blocks) const;
   int64_t rows_for(int32_t batch_size) const;
   void reserve_rows(int32_t batch_size, int32_t max_blocks);
-  void write_row(int32_t row, bool is_kept, BlockTable& table, int32_t num_blocks);
+  void write_row(int32_t row, int64_t serial, BlockTable& table, int32_t num_blocks);
+  void forget_changes();
+  void add_changes(int32_t first, int32_t count);
+
+  struct Run {  // of entries of block_table
+    int32_t first, count;
+  };
 
   int64_t ticket_ = 0;
   int32_t batch_size_ = 0;
@@ -105,7 +111,10 @@ class StepBatch {
   bool has_slots_ = true;
   int64_t block_table_stride_ = 0;
   std::vector<int64_t> row_serials_;  // whose table each row of block_table holds, 0: nobody's
-  StepArray<int32_t> block_table_, seq_lens_, cu_seqlens_q_, positions_, copies_, changes_;
+  StepArray<int32_t> block_table_, seq_lens_, cu_seqlens_q_, positions_, copies_;
+  std::vector<Run> changed_;  // by this step
+  int64_t num_changed_ = 0;   // entries of these runs
+  mutable StepArray<int32_t> changes_;
   StepArray<int64_t> slot_mapping_;
 };
 
