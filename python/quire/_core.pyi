@@ -901,7 +901,7 @@ class Scheduler:
     with the longest cached prefix comes first; who was overtaken max_overtakes times is due
     whatever its rank. Equal calls lead to equal decisions: see explain().
 
-    With `preemption` costs and a manager of num_host_blocks and one layer group, a request
+    With `preemption` costs and a manager of num_host_blocks, a request
     whose blocks are cheaper moved than computed again waits in host memory: each batch says
     what to copy before its step, swap_out and swap_in (KVTiers.swap).
 
