@@ -85,7 +85,7 @@ void KVCacheManager::watch_evicted(int32_t block) {
 void KVCacheManager::on_left(int32_t block) {
   for (YieldedMatch* reader = yielded_; reader; reader = reader->next)
     reader->is_lost |= reader->block == block;
-  if (!expiries_.empty()) expiries_.erase(block);
+  drop_expiry(block);
 }
 
 int32_t KVCacheManager::clear_cache() {

@@ -197,10 +197,16 @@ void KVCacheManager::retain(const Retention& retention, int32_t block) {
   const int32_t level = BlockAllocator::kStartLevel + retention.priority;
   if (level < allocator_.level(block)) return;
   allocator_.set_level(block, level);
-  if (std::isfinite(retention.ttl))
-    expiries_[block] = {retention.ttl};
-  else
-    expiries_.erase(block);
+  drop_expiry(block);
+  if (std::isfinite(retention.ttl)) expiries_[block] = {retention.ttl};
+}
+
+void KVCacheManager::drop_expiry(int32_t block) {
+  if (expiries_.empty()) return;
+  const auto expiry = expiries_.find(block);
+  if (expiry == expiries_.end()) return;
+  timers_.erase({expiry->second.deadline, block});
+  expiries_.erase(expiry);
 }
 
 void KVCacheManager::release(int32_t block) {
@@ -215,23 +221,21 @@ void KVCacheManager::release_now(int32_t block) {
   if (expiries_.empty() || allocator_.refcount(block) > 0) return;
   const auto expiry = expiries_.find(block);
   if (expiry == expiries_.end()) return;
+  timers_.erase({expiry->second.deadline, block});
   const double seconds = std::min(expiry->second.ttl, kLongestTtl);
   expiry->second.deadline = now_ns() + static_cast<int64_t>(seconds * 1e9);
-  timers_.push({expiry->second.deadline, block});
+  timers_.emplace(expiry->second.deadline, block);
 }
 
 // Blocks that nobody used for their time to live are the first to be evicted from now on.
 void KVCacheManager::expire() {
   if (timers_.empty()) return;
-  for (const int64_t now = now_ns(); !timers_.empty() && timers_.top().deadline <= now;) {
-    const Timer timer = timers_.top();
-    timers_.pop();
-    const auto expiry = expiries_.find(timer.block);
-    if (expiry == expiries_.end() || expiry->second.deadline != timer.deadline ||
-        allocator_.refcount(timer.block) > 0)
-      continue;  // it was used or evicted since
-    expiries_.erase(expiry);
-    allocator_.set_level(timer.block, kExpiredLevel);
+  for (const int64_t now = now_ns(); !timers_.empty() && timers_.begin()->first <= now;) {
+    const int32_t block = timers_.begin()->second;
+    timers_.erase(timers_.begin());
+    if (allocator_.refcount(block) > 0) continue;  // the next release() counts
+    expiries_.erase(block);
+    allocator_.set_level(block, kExpiredLevel);
   }
 }
 
@@ -287,7 +291,7 @@ void KVCacheManager::load_retention(const Snapshot& in) {
     const int64_t left = reader.next(INT64_MIN / 2, INT64_MAX / 2);
     if (left == kInUse) continue;
     expiry.deadline = now_ns() + left;
-    timers_.push({expiry.deadline, block});
+    timers_.emplace(expiry.deadline, block);
   }
   for (snapshot::Reader reader(in, "deferred"); !reader.is_at_end();) {
     const int64_t ticket = reader.next(last_retired_ + 1, last_ticket_);

@@ -196,8 +196,10 @@ class RecordedKVCacheManager:
     def fork(self, seq: Sequence, n: int) -> list[Sequence]: ...
     def fork(self, seq: Sequence, n: int | None = None) -> Sequence | list[Sequence]:
         """See KVCacheManager.fork."""
+        if n is not None and n < 0:  # no such call can be in a log; it is refused
+            return self._manager.fork(seq, n)
         self._set_time()
-        counts = [0] * (1 if n is None else max(n, 0))
+        counts = [0] * (1 if n is None else n)
         try:
             children = self._manager.fork(seq, 1 if n is None else n)
         except ValueError:
@@ -311,7 +313,7 @@ class RecordedKVCacheManager:
             blocks = np.array([load.block for load in loads], np.int32)
             keys = np.array([np.frombuffer(load.key, np.int32) for load in loads], np.int32)
             tiers = [_TIERS.index(load.tier) for load in loads]
-            heads = keys.reshape(len(loads), -1)[:, :2]
+            heads = np.frombuffer(b"".join(load.key[:8] for load in loads), np.int32)
             self._write("fetch", _DONE, [seq], tiers, heads, after=[blocks, keys])
         return loads
 

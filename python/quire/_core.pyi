@@ -494,17 +494,6 @@ class KVCacheManager:
             manager.truncate(seq, seq.num_tokens - num_rejected)
         """
 
-    def free(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64]) -> None:
-        """
-        Ends sequences; what they computed stays cached as long as there is room.
-
-        Raises ValueError for a sequence that was freed before, or is named twice.
-
-        Example::
-
-            manager.free([seq])
-        """
-
     def match(self, token_ids: numpy.typing.ArrayLike, salt: str | None = None) -> int:
         """
         How many tokens create() would find cached; no side effect.
@@ -533,6 +522,17 @@ class KVCacheManager:
         Example::
 
             manager.unpin(system_prompt)
+        """
+
+    def free(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64]) -> None:
+        """
+        Ends sequences; what they computed stays cached as long as there is room.
+
+        Raises ValueError for a sequence that was freed before, or is named twice.
+
+        Example::
+
+            manager.free([seq])
         """
 
     def step(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64], num_new_tokens: numpy.typing.ArrayLike, *, lookahead: int = 0) -> StepBatch | None:
@@ -610,7 +610,7 @@ class KVCacheManager:
 
         At most event_capacity are kept: of more the oldest are lost, which leaves a gap in
         CacheEvent.sequence and adds to stats().lost_events. Without a gap, the blocks stored
-        and not evicted or swapped since are those that prefixes can be found in; of a sequence
+        and not removed, evicted or swapped since are those that prefixes can be found in; of a sequence
         that ends inside a block, that one too.
 
         Example::
@@ -652,6 +652,31 @@ class KVCacheManager:
             manager.free(manager.sequences())
         """
 
+    def clear_cache(self) -> int:
+        """
+        Gives up all cached blocks that nobody uses; returns how many those were.
+
+        For new weights, or what must not stay. Events say "removed", no store is offered
+        them. What is in use stays findable, and stores keep what they have.
+
+        Example::
+
+            manager.free(manager.sequences())
+            manager.clear_cache()
+        """
+
+    def set_time(self, ns: int) -> None:
+        """
+        Counts times to live from and to this time, in ns, and not the system's any more.
+
+        For tests, and for logs that have to run again as they ran. Raises ValueError outside
+        0 to 2^60.
+
+        Example::
+
+            manager.set_time(5_000_000_000)
+        """
+
     def attach_store(self, store: KVStore) -> None:
         """
         Where fetch() looks and evicted blocks may go; the nearest first, one a tier.
@@ -666,7 +691,8 @@ class KVCacheManager:
 
     def take_offloads(self) -> list[KVTransfer]:
         """
-        Whole blocks that the latest step(), fetch() or swap_in() evicted, and a store lacks.
+        Whole blocks that the latest step(), schedule() of a Scheduler, fetch() or swap_in()
+        evicted, and a store lacks.
 
         Their contents are lost unless they are put there before any KV is written. Each comes
         once.
@@ -682,8 +708,9 @@ class KVCacheManager:
         Gives a sequence blocks for what stores hold of its tokens behind the computed ones.
 
         The transfers, in order, are to be got from the store of their tier; then fetched()
-        says how many came, and until then the sequence can do nothing. None when out of
-        blocks: then nothing has changed. Raises ValueError after a step without commit.
+        says how many came, and until then the sequence can do nothing. Of several layer groups
+        each block is a transfer of its own. None when out of blocks: then nothing has changed.
+        Raises ValueError after a step without commit.
 
         Example::
 
@@ -694,6 +721,8 @@ class KVCacheManager:
         """
         The first num_blocks blocks of a fetch() hold their KV; the others are given back.
 
+        What these make complete is computed now; of several layer groups that may be less.
+
         Example::
 
             manager.fetched(seq, len(loads))
@@ -703,8 +732,9 @@ class KVCacheManager:
         """
         Moves a sequence to host memory: (block, host block) to copy, int32 [n, 2].
 
-        It holds no block of the pool until swap_in(). None when there are too few host
-        blocks: then nothing has changed.
+        It holds no block of the pool until swap_in(). Of a window or a chunk that a layer group
+        reads, its blocks alone. None when there are too few host blocks: then nothing has
+        changed. With a state group, raises ValueError between step and commit.
 
         Example::
 
@@ -747,8 +777,9 @@ class CacheEvent:
     @property
     def kind(self) -> str:
         """
-        "stored" (can be found from now on), "evicted" (given up for room) or "swapped"
-        (so, too, and the store `tier` has been offered it or has it).
+        "stored" (can be found from now on), "removed" (given up by clear_cache()), "evicted"
+        (given up for room) or "swapped" (so, too, and the store `tier` has been offered it or
+        has it).
         """
 
     @property
@@ -879,7 +910,7 @@ class Scheduler:
     with the longest cached prefix comes first; who was overtaken max_overtakes times is due
     whatever its rank. Equal calls lead to equal decisions: see explain().
 
-    With `preemption` costs and a manager of num_host_blocks and one layer group, a request
+    With `preemption` costs and a manager of num_host_blocks, a request
     whose blocks are cheaper moved than computed again waits in host memory: each batch says
     what to copy before its step, swap_out and swap_in (KVTiers.swap).
 

@@ -172,7 +172,7 @@ void bind_scheduler(nb::module_& m) {
       "it keeps its generated tokens. Of `prefix_window` waiting requests of equal rank the one\n"
       "with the longest cached prefix comes first; who was overtaken max_overtakes times is due\n"
       "whatever its rank. Equal calls lead to equal decisions: see explain().\n\n"
-      "With `preemption` costs and a manager of num_host_blocks and one layer group, a request\n"
+      "With `preemption` costs and a manager of num_host_blocks, a request\n"
       "whose blocks are cheaper moved than computed again waits in host memory: each batch says\n"
       "what to copy before its step, swap_out and swap_in (KVTiers.swap).\n\n"
       "Any number of threads may call every method: one schedules and commits, others add.\n\n"

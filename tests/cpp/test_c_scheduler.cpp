@@ -2,6 +2,7 @@
 // The C interface of the KV runtime beyond one sequence's life: forks, pins, tokens, the scheduler.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <numeric>
 #include <string>
 #include <vector>

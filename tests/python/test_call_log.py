@@ -55,7 +55,7 @@ def test_every_call_and_every_form_of_its_arguments(tmp_path):
     path = str(tmp_path / "calls")
     manager = quire.RecordedKVCacheManager(path, 40, 4)
     system = np.arange(8, dtype=np.int32)
-    seq = manager.create(np.append(system, [9]), priority=7)
+    seq = manager.create(np.append(system, np.int32(9)), priority=7)
     ids = np.array([seq.id])
     assert manager.step(ids, [9], lookahead=6) is not None
     manager.commit(ids, [5])
@@ -89,7 +89,7 @@ def test_every_call_and_every_form_of_its_arguments(tmp_path):
 def test_any_calls_replay_with_the_same_results(tmp_path_factory, data):
     path = str(tmp_path_factory.mktemp("log") / "calls")
     integer = lambda least, most: data.draw(st.integers(least, most))  # noqa: E731
-    groups = data.draw(
+    others = data.draw(
         st.sampled_from(
             [[], [quire.LayerGroup("sliding_window", window=5)], [quire.LayerGroup("state")]]
         )
@@ -100,7 +100,7 @@ def test_any_calls_replay_with_the_same_results(tmp_path_factory, data):
         integer(1, 4),
         eviction=data.draw(st.sampled_from(["lru", "reuse_lru"])),
         num_host_blocks=integer(0, 12),
-        groups=groups,
+        groups=[quire.LayerGroup(), *others],
     )
     live: list[quire.Sequence] = []
     for _ in range(integer(1, 40)):

@@ -301,7 +301,7 @@ resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 for _ in range(3):
     for make in (
         lambda: quire.KVCacheManager(1 << 27, 16),
-        lambda: quire.KVCacheManager(1 << 27, 16, prefix_caching=False, event_capacity=1 << 30),
+        lambda: quire.KVCacheManager(1 << 10, 16, event_capacity=1 << 30),
         lambda: quire.HostStore(1 << 40, 1 << 20),
     ):
         try:

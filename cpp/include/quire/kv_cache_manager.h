@@ -44,7 +44,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <queue>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -282,11 +282,6 @@ class KVCacheManager {
     double ttl;            // seconds
     int64_t deadline = 0;  // of the steady clock in ns; 0: the block is in use
   };
-  struct Timer {
-    int64_t deadline;
-    int32_t block;
-    bool operator>(const Timer& other) const { return deadline > other.deadline; }
-  };
 
   struct YieldedMatch {  // a match() that has given way
     int32_t block;
@@ -366,6 +361,7 @@ class KVCacheManager {
   void release(int32_t block);
   void release_now(int32_t block);
   void expire();
+  void drop_expiry(int32_t block);
   int64_t now_ns() const;
   int64_t pin(int32_t root, std::span<const int32_t> tokens);
   int64_t unpin(int32_t root, std::span<const int32_t> tokens);
@@ -449,8 +445,8 @@ class KVCacheManager {
   std::unordered_map<int32_t, int32_t> pins_;  // how often each pinned block is pinned
   bool has_retention_ = false;                 // some sequence had another than the default
   std::unordered_map<int32_t, Expiry> expiries_;
-  std::priority_queue<Timer, std::vector<Timer>, std::greater<>> timers_;  // stale ones too
-  std::optional<int64_t> time_;  // ns; none: the steady clock's
+  std::set<std::pair<int64_t, int32_t>> timers_;  // deadline and block, at most one of each expiry
+  std::optional<int64_t> time_;                   // ns; none: the steady clock's
   int64_t prefix_query_tokens_ = 0;
   int64_t prefix_hit_tokens_ = 0;
   int64_t evicted_blocks_ = 0;

@@ -323,7 +323,8 @@ typedef struct QuireCacheEvent { /* event_log.h */
 
 QuireStatus quire_kv_cache_manager_attach_store(QuireKVCacheManager* manager,
                                                 const QuireKVStore* store);
-/* What the latest step(), schedule(), fetch() or swap_in() evicted; valid until the next call of this. */
+/* What the latest step(), schedule(), fetch() or swap_in() evicted; valid until the next call of
+ * this. */
 QuireStatus quire_kv_cache_manager_take_offloads(QuireKVCacheManager* manager,
                                                  const QuireKVTransfer** transfers,
                                                  size_t* num_transfers);
