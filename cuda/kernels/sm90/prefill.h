@@ -159,8 +159,8 @@ struct Producer {
 template <class Traits>
 QUIRE_DEVICE void produce(const BoxedAttentionArgs& args) {
   Producer<Traits> producer{args, {}};
-  const ItemRange range = items_of(args.attention);
-  for (int i = range.begin + block_index(); i < range.end; i += num_blocks()) {
+  for (int i = first_item(args.attention) + block_index(); i < end_of_items(args.attention);
+       i += num_blocks()) {
     const Item item = load_item(args.attention, i);
     for (int row = 0; row < item.num_rows; row += Traits::kRows) {
       const int last_row = min(item.num_rows, row + Traits::kRows) - 1;
@@ -317,8 +317,7 @@ QUIRE_DEVICE void merge_if_last_consumers(const AttentionArgs& args, const Item&
 template <class Traits>
 QUIRE_DEVICE void consume(const AttentionArgs& args) {
   Ring<Traits> ring;
-  const ItemRange range = items_of(args);
-  for (int i = range.begin + block_index(); i < range.end; i += num_blocks()) {
+  for (int i = first_item(args) + block_index(); i < end_of_items(args); i += num_blocks()) {
     const Item item = load_item(args, i);
     for (int row = 0; row < item.num_rows; row += Traits::kRows)
       consume_rows<Traits>(args, item, row, ring);
