@@ -9,10 +9,12 @@
 
 namespace quire::device {
 
-// The items of this launch.
-QUIRE_DEVICE ItemRange items_of(const AttentionArgs& args) {
-  if (!args.range) return {0, args.num_items};
-  return {ld_global(&args.range->begin), ld_global(&args.range->end)};
+// The items of this launch. Their end is read again for each: no register holds it meanwhile.
+QUIRE_DEVICE int first_item(const AttentionArgs& args) {
+  return args.range ? ld_global(&args.range->begin) : 0;
+}
+QUIRE_DEVICE int end_of_items(const AttentionArgs& args) {
+  return args.range ? ld_global(&args.range->end) : args.num_items;
 }
 
 // A work item. Its rows are query rows times the heads that share the kv head, heads fastest.

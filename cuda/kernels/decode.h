@@ -317,8 +317,7 @@ QUIRE_DEVICE void decode_rows(const AttentionArgs& args, const Item& item, int f
 
 template <class Traits>
 QUIRE_DEVICE void decode(const AttentionArgs& args) {
-  const ItemRange range = items_of(args);
-  for (int i = range.begin + block_index(); i < range.end; i += num_blocks()) {
+  for (int i = first_item(args) + block_index(); i < end_of_items(args); i += num_blocks()) {
     const Item item = load_item(args, i);
     for (int row = 0; row < item.num_rows; row += Traits::kRows)
       decode_rows<Traits>(args, item, row);

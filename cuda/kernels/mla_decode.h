@@ -288,9 +288,9 @@ QUIRE_DEVICE void mla_decode_rows(const AttentionArgs& args, const Item& item, i
 template <class Traits>
 QUIRE_DEVICE void mla_decode(const AttentionArgs& args) {
   const int tiles = ceil_div(args.item_rows, Traits::kRows);
-  const ItemRange range = items_of(args);
-  for (int i = block_index(); i < (range.end - range.begin) * tiles; i += num_blocks()) {
-    const Item item = load_item(args, range.begin + i / tiles);
+  for (int i = block_index(); i < (end_of_items(args) - first_item(args)) * tiles;
+       i += num_blocks()) {
+    const Item item = load_item(args, first_item(args) + i / tiles);
     const int tile = i % tiles, first_row = tile * Traits::kRows;
     if (first_row >= item.num_rows) continue;
     mla_decode_rows<Traits>(args, item, first_row);

@@ -194,7 +194,7 @@ inline std::string compare_plans(const Planner& planner, const PlanCase& c, uint
 // Several phases, empty sequences, tiles that are cut and such that are not.
 inline PlanCase mixed_plan_case() {
   PlanCase c{plan_model(32, 8), {132, 128}, 128};
-  c.lengths = {{1, 9000}, {700, 700}, {0, 100}, {1, 1}, {33, 5000}, {8, 8192}, {5, 2}, {0, 0}};
+  c.lengths = {{1, 9000}, {700, 700}, {0, 100}, {1, 1}, {32, 5000}, {8, 8192}, {5, 2}, {0, 0}};
   return c;
 }
 

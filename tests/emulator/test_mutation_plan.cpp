@@ -20,7 +20,9 @@ std::string run_all(uint32_t seed) {
   one.lengths = {{1, 65536}};
   PlanCase worker = one;
   worker.cut.parallelism = 1;
-  for (const PlanCase& c : {mixed, window, decode, one, worker})
+  PlanCase shares{plan_model(4, 1), {2, 128}};  // eight of them, and nine chunks
+  shares.lengths = {{1, 9 * kKvChunk}};
+  for (const PlanCase& c : {shares, mixed, window, decode, one, worker})
     if (const std::string error = compare_plans(planner, c, seed); !error.empty()) return error;
   return {};
 }

@@ -190,15 +190,16 @@ template <class Traits>
 QUIRE_DEVICE void produce(const BoxedAttentionArgs& args) {
   Producer<Traits> producer{args, {}, {}};
   ItemQueue<Traits>& items = producer.items;
-  const ItemRange range = items_of(args.attention);
-  const auto item_at = [&](int place) {
-    return place < range.end - range.begin ? range.begin + place : kNoItem;
+  const auto item_at = [&args](int place) {
+    const int item = first_item(args.attention) + place;
+    return item < end_of_items(args.attention) ? item : kNoItem;
   };
   const bool deals = thread_index() == Traits::kConsumerThreads;
   if (deals) items.put(item_at(block_index()));
   while (items.wait() != kNoItem) {
     if (deals) {
-      const auto last = static_cast<uint32_t>(range.end - range.begin - 1);
+      const int first = first_item(args.attention);
+      const auto last = static_cast<uint32_t>(end_of_items(args.attention) - first - 1);
       const uint32_t ticket = take_ticket(args.attention.tickets, last);
       ItemQueue<Traits>{items.turn + 1}.put(item_at(num_blocks() + static_cast<int>(ticket)));
     }
