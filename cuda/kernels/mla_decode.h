@@ -147,10 +147,10 @@ QUIRE_DEVICE void add_scores(float (&scores)[Traits::kKeys / 8][4]) {
 }
 
 template <class Traits>
-QUIRE_DEVICE void attend_tile(const AttentionParams& p, MlaSums<Traits>& chunk,
-                              const ScoreRow (&rows)[2],
-                              const uint32_t (&queries)[Traits::kSteps][4], float factor, int tile,
-                              SharedAddress keys) {
+QUIRE_DEVICE void attend_mla_tile(const AttentionParams& p, MlaSums<Traits>& chunk,
+                                  const ScoreRow (&rows)[2],
+                                  const uint32_t (&queries)[Traits::kSteps][4], float factor,
+                                  int tile, SharedAddress keys) {
   using Columns = typename Traits::Columns;
   float scores[Traits::kKeys / 8][4] = {};
   multiply_key_columns<Traits>(scores, queries, keys);
@@ -165,9 +165,9 @@ QUIRE_DEVICE void attend_tile(const AttentionParams& p, MlaSums<Traits>& chunk,
 
 // Folds a chunk into the total, or stores it in `slot` (if >= 0).
 template <class Traits>
-QUIRE_DEVICE void finish_chunk(const AttentionArgs& args, const Item& item,
-                               const MlaSums<Traits>& chunk, MlaSums<Traits>& total, float factor,
-                               int slot, int first_row) {
+QUIRE_DEVICE void finish_mla_chunk(const AttentionArgs& args, const Item& item,
+                                   const MlaSums<Traits>& chunk, MlaSums<Traits>& total,
+                                   float factor, int slot, int first_row) {
   const int lane = fresh_thread_index() % kWarpSize;
   const int first_column = column_warp<Traits>() * Traits::kColumns;
   QUIRE_UNROLL
@@ -196,7 +196,7 @@ QUIRE_DEVICE void finish_chunk(const AttentionArgs& args, const Item& item,
 // Two of this warp's columns of one of its rows, where the stages were. Eight columns are a piece;
 // the permutation keeps the rows that a warp writes at once in different banks.
 template <class Traits>
-QUIRE_DEVICE SharedAddress total_slot(const MlaSums<Traits>&, int row, int column) {
+QUIRE_DEVICE SharedAddress result_slot(const MlaSums<Traits>&, int row, int column) {
   const int warp = thread_index() / kWarpSize;
   return shared_base() +
          static_cast<uint32_t>(
@@ -206,8 +206,8 @@ QUIRE_DEVICE SharedAddress total_slot(const MlaSums<Traits>&, int row, int colum
 
 // Writes the block's rows, once no warp reads the stages any more.
 template <class Traits>
-QUIRE_DEVICE void write_total(const AttentionArgs& args, const Item& item,
-                              const MlaSums<Traits>& total, int first_row) {
+QUIRE_DEVICE void write_mla_rows(const AttentionArgs& args, const Item& item,
+                                 const MlaSums<Traits>& total, int first_row) {
   constexpr int kPieces = Traits::kColumns / kPiece;
   const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
   const SharedAddress stats = shared_base() + (Traits::kStatsOffset + warp * kTile * 8);
@@ -217,7 +217,7 @@ QUIRE_DEVICE void write_total(const AttentionArgs& args, const Item& item,
     if (lane % 4 == 0) st_shared(stats + row * 8, F32x2{total.rows[h].max, total.rows[h].sum});
     QUIRE_UNROLL
     for (int n = 0; n < Traits::kColumns / 8; ++n)
-      st_shared(total_slot(total, row, 8 * n + lane % 4 * 2),
+      st_shared(result_slot(total, row, 8 * n + lane % 4 * 2),
                 F32x2{total.columns[n][2 * h], total.columns[n][2 * h + 1]});
   }
   sync_warp();
@@ -227,8 +227,8 @@ QUIRE_DEVICE void write_total(const AttentionArgs& args, const Item& item,
     const int item_row = first_row + row_warp<Traits>() * kTile + row;
     if (item_row >= item.num_rows) continue;
     const F32x2 of_row = ld_shared<F32x2>(stats + row * 8);
-    const F32x4 low = ld_shared<F32x4>(total_slot(total, row, column));
-    const F32x4 high = ld_shared<F32x4>(total_slot(total, row, column) + 16);
+    const F32x4 low = ld_shared<F32x4>(result_slot(total, row, column));
+    const F32x4 high = ld_shared<F32x4>(result_slot(total, row, column) + 16);
     float values[kPiece] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     write_row<typename Traits::Values>(args, item, item_row, first_column + column,
                                        {of_row.x, of_row.y}, values);
@@ -271,14 +271,14 @@ QUIRE_DEVICE void mla_decode_rows(const AttentionArgs& args, const Item& item, i
     MlaSums<Traits> sums;
     const int end = min(end_tile, (chunk + 1) * (kKvChunk / Traits::kKeys));
     for (; tile < end; ++tile)
-      attend_tile<Traits>(p, sums, rows, queries, factor, tile, ring.advance(tile));
-    finish_chunk<Traits>(args, item, sums, total, factor, slot, first_row);
+      attend_mla_tile<Traits>(p, sums, rows, queries, factor, tile, ring.advance(tile));
+    finish_mla_chunk<Traits>(args, item, sums, total, factor, slot, first_row);
     if (slot >= 0) ++slot;
   } while (++chunk * kKvChunk < item.kv_end);
   cp_async_wait<0>();
   sync_block();
   if (item.partial < 0) {
-    write_total<Traits>(args, item, total, first_row);
+    write_mla_rows<Traits>(args, item, total, first_row);
     sync_block();
   }
 }

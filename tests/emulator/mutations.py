@@ -4,10 +4,10 @@
     python tests/emulator/mutations.py [--only TEXT]
 
 A mutation is a change of one place of the kernels' source. The kernel is built with it and run by
-test_mutation*.cpp over a few cases, several seeds and all modes of
-asynchronous copies; it counts as caught when every seed reports an error of the emulator or a wrong
-result in some case. The unchanged source must pass every one. Takes about ten seconds a mutation,
-so it is not part of the ordinary tests."""
+test_mutation*.cpp over a few cases, several seeds and all modes of asynchronous copies; it counts as
+caught when every seed reports an error of the emulator or a wrong result in some case. The unchanged
+source must pass every one. Takes about ten seconds a mutation, so it is not part of the ordinary
+tests."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ std::string run_all(uint32_t seed) {
   using Decode = device::MlaTraits<device::Float16, 576, 32, 32, 2, device::Mode::kFast>;
   AttentionCase c;
   c.head_dim = 576, c.head_dim_v = 512;
-  c.num_heads = 40, c.num_kv_heads = 1;
+  c.num_heads = 33, c.num_kv_heads = 1;
   c.is_latent = true;
-  c.batch = {{1, 1}, {2, 133}, {1, 0}, {1, 1060}};
+  c.batch = {{1, 1}, {2, 45}, {1, 0}, {1, 530}};
   c.block_size = 7;
   return run(bind<Decode>(device::mla_decode<Decode>), c, 32, seed);
 }
