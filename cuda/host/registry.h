@@ -18,7 +18,8 @@ struct Kernel {
   ElementType dtype;     // of attention, append and merge
   ElementType kv_dtype;  // of attention's and append's cache
   int head_dim;          // of the tiles; that of the tensors may be less
-  int rows;              // of a tile
+  int head_dim_v;
+  int rows;  // of a tile
   device::Mode mode;
   int threads;
   int shared_bytes;
@@ -50,6 +51,7 @@ constexpr Kernel attention(const char* name, Family family) {
           element<typename Traits::Type>(),
           element<typename Traits::KvType>(),
           Traits::kHeadDim,
+          Traits::kHeadDim,
           Traits::kRows,
           Traits::kMode,
           Traits::kThreads,
@@ -60,6 +62,7 @@ constexpr Kernel attention(const char* name, Family family) {
 template <class Traits>
 constexpr Kernel sm90_prefill(const char* name) {
   Kernel kernel = attention<Traits>(name, Family::kPrefill);
+  kernel.head_dim = Traits::kKeyDim;
   kernel.arch = "90a";
   kernel.box_rows = Traits::kWarpKeys;
   kernel.takes_tickets = true;
@@ -68,15 +71,17 @@ constexpr Kernel sm90_prefill(const char* name) {
 
 constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, ElementType kv_dtype,
                           int threads) {
-  return {name, family, dtype, kv_dtype, 0, 0, Mode::kFull, threads, 0, 1};
+  return {name, family, dtype, kv_dtype, 0, 0, 0, Mode::kFull, threads, 0, 1};
 }
 
 #define QUIRE_PREFILL(type, head_dim, rows, keys, mode)                     \
   attention<device::PrefillTraits<type, head_dim, rows, keys, Mode::mode>>( \
       "prefill_" #type "_" #head_dim "_" #rows "_" #keys "_" #mode, Family::kPrefill),
-#define QUIRE_PREFILL_SM90(type, head_dim, rows, keys, stages, mode)                       \
-  sm90_prefill<device::Sm90PrefillTraits<type, head_dim, rows, keys, stages, Mode::mode>>( \
-      "prefill_sm90_" #type "_" #head_dim "_" #rows "_" #keys "_" #stages "_" #mode),
+#define QUIRE_PREFILL_SM90(type, head_dim, head_dim_v, rows, keys, stages, mode)              \
+  sm90_prefill<                                                                               \
+      device::Sm90PrefillTraits<type, head_dim, head_dim_v, rows, keys, stages, Mode::mode>>( \
+      "prefill_sm90_" #type "_" #head_dim "_" #head_dim_v "_" #rows "_" #keys "_" #stages     \
+      "_" #mode),
 #define QUIRE_DECODE(type, head_dim, warps, stages, mode)                     \
   attention<device::DecodeTraits<type, head_dim, warps, stages, Mode::mode>>( \
       "decode_" #type "_" #head_dim "_" #warps "_" #stages "_" #mode, Family::kDecode),

@@ -126,10 +126,12 @@ MUTATIONS = [
     Mutation("the rescale is not exactly 1", S, "exp2(mul(rows[h].max, factor) - base)",
              "exp2(fma(rows[h].max, factor, -base))"),
     Mutation("sm90: bytes of boxes are not announced", PR,
-             "mbarrier_arrive_expect(full, Traits::kWarpKeys * Traits::kHeadDim * 2);",
+             "mbarrier_arrive_expect(full, Traits::kWarpKeys * kDim<kSide> * 2);",
              "mbarrier_arrive(full);"),
     Mutation("sm90: half of the bytes are announced", PR,
-             "Traits::kHeadDim * 2);", "Traits::kHeadDim);"),
+             "kDim<kSide> * 2);", "kDim<kSide>);"),
+    Mutation("sm90: values take the place of keys", PR,
+             "kSide == Side::kKeys ? 0 : Traits::kKeyTileBytes", "0"),
     Mutation("sm90: the producer waits for the wrong parity", PR,
              "ring.parity ^ 1);", "ring.parity);"),
     Mutation("sm90: keys are waited for with the wrong parity", H,
@@ -219,6 +221,12 @@ MUTATIONS = [
              "put(num_blocks() + static_cast<int>(ticket))", "put(static_cast<int>(ticket))"),
     Mutation("sm90: tickets do not come back to zero", PR,
              "static_cast<uint32_t>(num_items - 1)", "static_cast<uint32_t>(num_items)"),
+    Mutation("sm90: a polynomial's power of two is off", S,
+             "(127u << 23)", "(126u << 23)"),
+    Mutation("sm90: polynomials of hidden keys are not zero", S,
+             "x < -127.0f ? -127.0f : x;", "x < -126.0f ? -126.0f : x;"),
+    Mutation("sm90: the polynomial's rest is not rounded to nearest", S,
+             "kToInteger = 12582912.0f", "kToInteger = 25165824.0f"),
 ]  # fmt: skip
 
 
@@ -244,7 +252,7 @@ def build_and_run(folder: Path, name: str) -> tuple[int, str]:
 
 
 def program_of(mutation: Mutation) -> str:
-    return "test_mutation_sm90" if mutation.file in (H, PR) else "test_mutation"
+    return "test_mutation_sm90" if mutation.what.startswith("sm90") else "test_mutation"
 
 
 def planted(source: str, mutation: Mutation) -> str:
