@@ -24,11 +24,12 @@
       prefill_##type##_##head_dim##_##rows##_##keys##_##mode, prefill, AttentionArgs, \
       PrefillTraits<quire::device::type, head_dim, rows, keys, quire::device::Mode::mode>)
 
-#define QUIRE_PREFILL_SM90(type, head_dim, rows, keys, stages, mode)                      \
-  QUIRE_ATTENTION(prefill_sm90_##type##_##head_dim##_##rows##_##keys##_##stages##_##mode, \
-                  prefill_sm90, BoxedAttentionArgs,                                       \
-                  Sm90PrefillTraits<quire::device::type, head_dim, rows, keys, stages,    \
-                                    quire::device::Mode::mode>)
+#define QUIRE_PREFILL_SM90(type, head_dim, head_dim_v, rows, keys, stages, mode)             \
+  QUIRE_ATTENTION(                                                                           \
+      prefill_sm90_##type##_##head_dim##_##head_dim_v##_##rows##_##keys##_##stages##_##mode, \
+      prefill_sm90, BoxedAttentionArgs,                                                      \
+      Sm90PrefillTraits<quire::device::type, head_dim, head_dim_v, rows, keys, stages,       \
+                        quire::device::Mode::mode>)
 
 #define QUIRE_DECODE(type, head_dim, warps, stages, mode)                              \
   QUIRE_ATTENTION(                                                                     \

@@ -18,7 +18,8 @@ struct Kernel {
   ElementType dtype;     // of attention, append and merge
   ElementType kv_dtype;  // of attention's and append's cache
   int head_dim;          // of the tiles; that of the tensors may be less
-  int rows;              // of a tile
+  int head_dim_v;
+  int rows;  // of a tile
   device::Mode mode;
   int threads;
   int shared_bytes;
@@ -52,6 +53,7 @@ constexpr Kernel attention(const char* name, Family family) {
           element<typename Traits::Type>(),
           element<typename Traits::KvType>(),
           Traits::kHeadDim,
+          Traits::kHeadDim,
           Traits::kRows,
           Traits::kMode,
           Traits::kThreads,
@@ -62,6 +64,7 @@ constexpr Kernel attention(const char* name, Family family) {
 template <class Traits>
 constexpr Kernel sm90_prefill(const char* name) {
   Kernel kernel = attention<Traits>(name, Family::kPrefill);
+  kernel.head_dim = Traits::kKeyDim;
   kernel.arch = "90a";
   kernel.box_rows = Traits::kWarpKeys;
   kernel.takes_tickets = true;
@@ -70,8 +73,13 @@ constexpr Kernel sm90_prefill(const char* name) {
 
 template <class Traits>
 constexpr Kernel planner(const char* name) {
-  return {name, Family::kPlan, ElementType::kFloat32, ElementType::kFloat32, 0,
-          0,    Mode::kFull,   Traits::kThreads,      Traits::kSharedBytes,  1};
+  Kernel kernel = {};
+  kernel.name = name;
+  kernel.family = Family::kPlan;
+  kernel.threads = Traits::kThreads;
+  kernel.shared_bytes = Traits::kSharedBytes;
+  kernel.blocks_per_multiprocessor = 1;
+  return kernel;
 }
 
 template <class Traits>
@@ -84,15 +92,17 @@ constexpr Kernel mla_decode(const char* name) {
 
 constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, ElementType kv_dtype,
                           int threads) {
-  return {name, family, dtype, kv_dtype, 0, 0, Mode::kFull, threads, 0, 1};
+  return {name, family, dtype, kv_dtype, 0, 0, 0, Mode::kFull, threads, 0, 1};
 }
 
 #define QUIRE_PREFILL(type, head_dim, rows, keys, mode)                     \
   attention<device::PrefillTraits<type, head_dim, rows, keys, Mode::mode>>( \
       "prefill_" #type "_" #head_dim "_" #rows "_" #keys "_" #mode, Family::kPrefill),
-#define QUIRE_PREFILL_SM90(type, head_dim, rows, keys, stages, mode)                       \
-  sm90_prefill<device::Sm90PrefillTraits<type, head_dim, rows, keys, stages, Mode::mode>>( \
-      "prefill_sm90_" #type "_" #head_dim "_" #rows "_" #keys "_" #stages "_" #mode),
+#define QUIRE_PREFILL_SM90(type, head_dim, head_dim_v, rows, keys, stages, mode)              \
+  sm90_prefill<                                                                               \
+      device::Sm90PrefillTraits<type, head_dim, head_dim_v, rows, keys, stages, Mode::mode>>( \
+      "prefill_sm90_" #type "_" #head_dim "_" #head_dim_v "_" #rows "_" #keys "_" #stages     \
+      "_" #mode),
 #define QUIRE_DECODE(type, head_dim, warps, stages, mode)                     \
   attention<device::DecodeTraits<type, head_dim, warps, stages, Mode::mode>>( \
       "decode_" #type "_" #head_dim "_" #warps "_" #stages "_" #mode, Family::kDecode),

@@ -15,13 +15,17 @@ namespace {
 // written for the architecture.
 constexpr int kWideTiles = 4;
 
+int head_dim_v(const AttentionDesc& desc) {
+  return desc.head_dim_v ? desc.head_dim_v : desc.head_dim;
+}
+
 // Why kernels for values that are columns of the keys can't take a description; `least`: the head
 // dims up to there have kernels of their own.
 std::string reason_against_latent(const AttentionDesc& desc, int latent_dim, int least) {
   if (desc.head_dim <= least)
     return concat("head_dim ", desc.head_dim, ": for more than ", least,
                   " where v is the first columns of k");
-  const int dim_v = desc.head_dim_v ? desc.head_dim_v : desc.head_dim;
+  const int dim_v = head_dim_v(desc);
   if (dim_v >= desc.head_dim || dim_v > latent_dim)
     return concat("head_dim_v ", dim_v, ": v is the first columns of k, fewer than head_dim ",
                   desc.head_dim, " and at most ", latent_dim);
@@ -41,8 +45,8 @@ std::string reason_against(const AttentionDesc& desc, int head_dim, const std::s
   if (desc.kv_dtype != desc.dtype && desc.block_size == 0)
     return concat("kv_dtype: ", name_of(desc.kv_dtype), " KV is implemented for paged caches only");
   if (head_dim < wanted) return concat("head_dim ", wanted, ": at most ", head_dim);
-  const KernelSet set =
-      kernels_for(element_type(desc.dtype), element_type(desc.kv_dtype), head_dim, isa);
+  const KernelSet set = kernels_for(element_type(desc.dtype), element_type(desc.kv_dtype), head_dim,
+                                    head_dim_v(desc), isa);
   if (!set.is_complete())
     return concat("needs more shared memory than the ", shared_bytes_per_block(isa),
                   " bytes a block of ", isa);
@@ -106,14 +110,15 @@ std::vector<int> head_dims(ElementType kv_dtype) {
   return {dims.begin(), dims.end()};
 }
 
-KernelSet kernels_for(ElementType dtype, ElementType kv_dtype, int head_dim,
+KernelSet kernels_for(ElementType dtype, ElementType kv_dtype, int head_dim, int head_dim_v,
                       const std::string& isa) {
   KernelSet set;
   set.head_dim = head_dim;
   for (const Kernel& kernel : kKernels) {
     const bool is_prefill = kernel.family == Family::kPrefill;
     if (!is_prefill && kernel.family != Family::kDecode) continue;
-    if (kernel.dtype != dtype || kernel.kv_dtype != kv_dtype || kernel.head_dim != head_dim)
+    if (kernel.dtype != dtype || kernel.kv_dtype != kv_dtype || kernel.head_dim != head_dim ||
+        kernel.head_dim_v < head_dim_v)
       continue;
     if (kernel.shared_bytes > shared_bytes_per_block(isa)) continue;
     if (kernel.arch && serving_arch(kernel.arch, isa).empty()) continue;
@@ -135,7 +140,8 @@ KernelSet select(const AttentionDesc& desc, const std::string& isa) {
   const ElementType kv_dtype = element_type(desc.kv_dtype);
   for (const int head_dim : head_dims(kv_dtype)) {
     if (head_dim < std::max(desc.head_dim, desc.head_dim_v)) continue;
-    const KernelSet set = kernels_for(element_type(desc.dtype), kv_dtype, head_dim, isa);
+    const KernelSet set =
+        kernels_for(element_type(desc.dtype), kv_dtype, head_dim, head_dim_v(desc), isa);
     if (set.is_complete()) return set;
   }
   throw Unsupported("cuda: no kernels for this; see explain()");
@@ -151,8 +157,8 @@ std::vector<Candidate> candidates(const AttentionDesc& desc, const std::string& 
     const std::string reason = reason_against(desc, head_dim, isa, archs);
     std::string name = concat("cuda.d", head_dim);
     if (reason.empty()) {
-      const KernelSet set =
-          kernels_for(element_type(desc.dtype), element_type(desc.kv_dtype), head_dim, isa);
+      const KernelSet set = kernels_for(element_type(desc.dtype), element_type(desc.kv_dtype),
+                                        head_dim, head_dim_v(desc), isa);
       name = concat("cuda.sm_", serving_arch(archs, isa), ".d", head_dim, " (");
       for (const int phase : {kDecode, kNarrow, kWide})
         if (const Kernel* kernel = set.kernels[phase][0])

@@ -43,8 +43,9 @@ std::vector<int> head_dims(ElementType kv_dtype);
 // The most of those whose V may be any tensor.
 int max_head_dim(DType kv_dtype);
 
-// In the order of kernels.def, what fits the shared memory of `isa`.
-KernelSet kernels_for(ElementType dtype, ElementType kv_dtype, int head_dim,
+// In the order of kernels.def, what fits the shared memory of `isa`, for values of `head_dim_v`
+// columns at most.
+KernelSet kernels_for(ElementType dtype, ElementType kv_dtype, int head_dim, int head_dim_v,
                       const std::string& isa);
 
 // The set that serves a description: of the least head dim that is enough.

@@ -93,10 +93,31 @@ struct RowStats {
 // -inf - -inf is not a number, so a row that has seen nothing yet is compared with 0.
 QUIRE_DEVICE float finite_or_zero(float max) { return max == -kInfinity ? 0.0f : max; }
 
+// 2^x of x <= 0 without the unit for exponentials, to 3e-6 of the value; 0 below 2^-126. The
+// integer part goes to the exponent, and what is left, at most 1/2, through a polynomial.
+QUIRE_DEVICE float exp2_by_polynomial(float x) {
+  constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: sums with it are rounded to integers
+  const float clamped = x < -127.0f ? -127.0f : x;  // not max(): NaN stays NaN
+  const float shifted = clamped + kToInteger;
+  const float rest = clamped - (shifted - kToInteger);
+  float power = fma(rest, 0.009582853f, 0.055906426f);
+  power = fma(power, rest, 0.24024099f);
+  power = fma(power, rest, 0.6931242f);
+  power = fma(power, rest, 1.0f);
+  return power * float_of((bits_of(shifted) << 23) + (127u << 23));
+}
+
 // By what the sums so far of a thread's two rows are to be multiplied.
 struct Rescale {
   float rows[2];
 };
+
+// Which of a tile's keys, eight at a time: by their place in the tile alone, so that no row's bits
+// depend on another.
+template <class Traits>
+QUIRE_DEVICE constexpr bool is_by_polynomial(int n) {
+  return Traits::kPolynomialEvery > 0 && n % Traits::kPolynomialEvery == 1;
+}
 
 // Scores times `factor` (> 0) become weights 2^(score - max), times the tokens' scales of V. A tile
 // in which a row sees nothing changes nothing of it, bit by bit.
@@ -130,7 +151,8 @@ QUIRE_DEVICE Rescale to_weights(float factor, const TokenScales& tokens, RowStat
     for (int n = 0; n < kKeys / 8; ++n) {
       QUIRE_UNROLL
       for (int e = 2 * h; e < 2 * h + 2; ++e) {
-        scores[n][e] = exp2(fma(scores[n][e], factor, -base));
+        const float power = fma(scores[n][e], factor, -base);
+        scores[n][e] = is_by_polynomial<Traits>(n) ? exp2_by_polynomial(power) : exp2(power);
         sum += scores[n][e];
       }
       if (is_scaled) {

@@ -27,6 +27,7 @@ struct KeyTiles {
   using KvType = KvType_;  // of K and V
   using Product = typename KvType::Product;
   static constexpr bool kIsQuantised = sizeof(typename KvType::Bits) == 1;
+  static constexpr int kPolynomialEvery = 0;  // of the exponentials; 0: none is a polynomial
   static constexpr int kKvPiece = kPieceBytes / sizeof(typename KvType::Bits);  // elements
   static constexpr int kKeyBytes = kHeadDim * sizeof(typename KvType::Bits);    // of a row
   static constexpr int kKeyTileBytes = kKeys * kKeyBytes;
@@ -153,12 +154,16 @@ struct MlaTraits : KeyTiles<Type_, Type_, kHeadDim_, kKeys_> {
 
 // Prefill on compute capability 9.0a: consumers are warpgroups of 64 rows each, and one warpgroup
 // more brings keys and values. Tiles lie in columns of 64 elements, rows of 128 bytes.
-template <class Type_, int kHeadDim_, int kRows_, int kKeys_, int kStages_, Mode kMode_>
+template <class Type_, int kKeyDim_, int kHeadDim_, int kRows_, int kKeys_, int kStages_,
+          Mode kMode_>
 struct Sm90PrefillTraits {
   using Type = Type_;
   using KvType = Type_;
   static constexpr bool kIsQuantised = false;
-  static constexpr int kHeadDim = kHeadDim_;
+  // At head dim 64 the exponentials take as long as the products: every fourth is arithmetic.
+  static constexpr int kPolynomialEvery = kHeadDim_ == 64 ? 4 : 0;
+  static constexpr int kKeyDim = kKeyDim_;    // head dim of queries and keys
+  static constexpr int kHeadDim = kHeadDim_;  // of values and results
   static constexpr int kRows = kRows_;
   static constexpr int kKeys = kKeys_;
   static constexpr int kStages = kStages_;
@@ -173,10 +178,11 @@ struct Sm90PrefillTraits {
 
   // Shared memory, in bytes from its begin.
   static constexpr int kColumnBytes = kKeys * 128;  // 64 columns of a tile of keys
-  static constexpr int kKeyTileBytes = kKeys * kHeadDim * 2;
+  static constexpr int kKeyTileBytes = kKeys * kKeyDim * 2;
+  static constexpr int kStageBytes = kKeyTileBytes + kKeys * kHeadDim * 2;  // of K, then of V
   static constexpr int kQueryOffset = 0;
-  static constexpr int kStageOffset = kRows * kHeadDim * 2;  // K and V of stage 0, of stage 1, ...
-  static constexpr int kTotalOffset = kStageOffset + 2 * kStages * kKeyTileBytes;
+  static constexpr int kStageOffset = kRows * kKeyDim * 2;
+  static constexpr int kTotalOffset = kStageOffset + kStages * kStageBytes;
   static constexpr int kStatsOffset = kTotalOffset + kRows * kHeadDim * 4;
   static constexpr int kBarrierOffset = kStatsOffset + kRows * 8;  // [K, V][full, empty][kStages]
   static constexpr int kItemOffset = kBarrierOffset + 4 * kStages * 8;  // of ItemQueue
@@ -185,7 +191,8 @@ struct Sm90PrefillTraits {
   static constexpr int kSharedBytes = kFlagOffset + 16;
 
   static_assert(kConsumers == 2);
-  static_assert(kRows % 64 == 0 && kHeadDim % 64 == 0 && kKeys % 64 == 0 && kStages >= 2);
+  static_assert(kRows % 64 == 0 && kKeys % 64 == 0 && kStages >= 2);
+  static_assert(kKeyDim % 64 == 0 && kHeadDim % 64 == 0);
   static_assert(kKvChunk % kKeys == 0, "a tile belongs to one chunk");
   static_assert(kWarpKeys <= kWarpSize, "a lane locates at most one key of a tile");
 };

@@ -54,8 +54,12 @@ TEST_CASE("which GPU runs what, and the reason where none does") {
   CHECK(contains(explain("sm_90", model()),
                  "cuda.sm_90a.d128 (decode_BFloat16_128_4_3_kFast, "
                  "prefill_BFloat16_128_64_64_kFast"));
-  CHECK(contains(explain("sm_90", model()), "prefill_sm90_BFloat16_128_128_128_2_kFast)"));
+  CHECK(contains(explain("sm_90", model()), "prefill_sm90_BFloat16_128_128_128_128_2_kFast)"));
   CHECK(!contains(explain("sm_80", model()), "prefill_sm90"));
+  AttentionDesc two_dims = model(192);
+  CHECK(!contains(explain("sm_90", two_dims), "prefill_sm90_BFloat16_192"));
+  two_dims.head_dim_v = 128;
+  CHECK(contains(explain("sm_90", two_dims), "prefill_sm90_BFloat16_192_128_128_64_2_kFast)"));
   CHECK(!contains(explain("sm_100", model()), "prefill_sm90"));
   CHECK(contains(explain("sm_90", model()), "cuda.d96: head_dim 128: at most 96"));
   CHECK(contains(explain("sm_90", model(256)), "cuda.sm_90a.d256 (decode_BFloat16_256"));
@@ -110,8 +114,8 @@ TEST_CASE("every row of the registry fits the GPUs it is for") {
     for (const ElementType dtype : {ElementType::kFloat16, ElementType::kBFloat16}) {
       for (const ElementType kv_dtype : {dtype, ElementType::kFloat8E4M3})
         for (const int head_dim : head_dims(kv_dtype))
-          CHECK_MESSAGE(kernels_for(dtype, kv_dtype, head_dim, isa).is_complete(), isa, " ",
-                        head_dim);
+          CHECK_MESSAGE(kernels_for(dtype, kv_dtype, head_dim, head_dim, isa).is_complete(), isa,
+                        " ", head_dim);
     }
 }
 
@@ -127,7 +131,7 @@ TEST_CASE("a mixed batch: kernels by sequence, grids, shared memory, arguments")
   s.backend().run(plan, params, {kGpu, kStream});
 
   REQUIRE(s.driver.launches.size() == 3);
-  const char* expected[] = {"prefill_sm90_BFloat16_128_128_128_2_kFast",
+  const char* expected[] = {"prefill_sm90_BFloat16_128_128_128_128_2_kFast",
                             "prefill_BFloat16_128_64_64_kFast", "decode_BFloat16_128_4_3_kFast"};
   const std::set<int> sequences[] = {{2}, {1}, {0, 4}};
   unsigned total = 0;
@@ -219,7 +223,7 @@ TEST_CASE("on sm_90 a prompt's keys come by boxes where their layout allows it")
     AttentionParams params = params_of(desc, plan);
     change(params);
     s.backend().run(plan, params, {kGpu, nullptr});
-    CHECK(contains(s.driver.launches.back().kernel, "prefill_sm90_BFloat16_128_128_"));
+    CHECK(contains(s.driver.launches.back().kernel, "prefill_sm90_BFloat16_128_128_128_"));
     return seen.all.back().box_rows;
   };
   const auto as_it_is = [](AttentionParams&) {};

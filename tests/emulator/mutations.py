@@ -4,10 +4,10 @@
     python tests/emulator/mutations.py [--only TEXT]
 
 A mutation is a change of one place of the kernels' source. The kernel is built with it and run by
-test_mutation*.cpp over a few cases, several seeds and all modes of asynchronous copies; it counts as
-caught when every seed reports an error of the emulator or a wrong result in some case. The unchanged
-source must pass every one. Takes about ten seconds a mutation, so it is not part of the ordinary
-tests."""
+test_mutation*.cpp over a few cases, several seeds and all modes of asynchronous copies; it counts
+as caught when every seed reports an error of the emulator or a wrong result in some case. The
+unchanged source must pass every one. Takes about ten seconds a mutation, so it is not part of the
+ordinary tests."""
 
 from __future__ import annotations
 
@@ -134,10 +134,12 @@ MUTATIONS = [
     Mutation("the rescale is not exactly 1", S, "exp2(mul(rows[h].max, factor) - base)",
              "exp2(fma(rows[h].max, factor, -base))"),
     Mutation("sm90: bytes of boxes are not announced", PR,
-             "mbarrier_arrive_expect(full, Traits::kWarpKeys * Traits::kHeadDim * 2);",
+             "mbarrier_arrive_expect(full, Traits::kWarpKeys * kDim<kSide> * 2);",
              "mbarrier_arrive(full);"),
     Mutation("sm90: half of the bytes are announced", PR,
-             "Traits::kHeadDim * 2);", "Traits::kHeadDim);"),
+             "kDim<kSide> * 2);", "kDim<kSide>);"),
+    Mutation("sm90: values take the place of keys", PR,
+             "kSide == Side::kKeys ? 0 : Traits::kKeyTileBytes", "0"),
     Mutation("sm90: the producer waits for the wrong parity", PR,
              "ring.parity ^ 1);", "ring.parity);"),
     Mutation("sm90: keys are waited for with the wrong parity", H,
@@ -303,6 +305,12 @@ MUTATIONS = [
              "num_chunks(tile) * heads : 0", "num_chunks(tile) : 0"),
     Mutation("plan: one worker's tiles are cut", PL,
              "  if (args.parallelism == 1) return INT64_MAX;\n", ""),
+    Mutation("sm90: a polynomial's power of two is off", S,
+             "(127u << 23)", "(126u << 23)"),
+    Mutation("sm90: polynomials of hidden keys are not zero", S,
+             "x < -127.0f ? -127.0f : x;", "x < -126.0f ? -126.0f : x;"),
+    Mutation("sm90: the polynomial's rest is not rounded to nearest", S,
+             "kToInteger = 12582912.0f", "kToInteger = 25165824.0f"),
 ]  # fmt: skip
 
 
@@ -328,7 +336,8 @@ def build_and_run(folder: Path, name: str) -> tuple[int, str]:
 
 
 def program_of(mutation: Mutation) -> str:
-    return PROGRAMS.get(mutation.file, "test_mutation")
+    shared = "test_mutation_sm90" if mutation.what.startswith("sm90") else "test_mutation"
+    return PROGRAMS.get(mutation.file, shared)
 
 
 def planted(source: str, mutation: Mutation) -> str:

@@ -83,9 +83,8 @@ inline void store(M& m, const I& i) { access(m, i, true, i.operands[0], i.operan
 
 inline void atom(M& m, const I& i) {
   auto* counter = reinterpret_cast<uint32_t*>(m.address(i.operands[1]));
-  m.set(i.operands[0],
-        atomic_increment(counter, static_cast<uint32_t>(m.get(i.operands[2])), i.has("acq_rel"),
-                         m.site(i)));
+  m.set(i.operands[0], atomic_increment(counter, static_cast<uint32_t>(m.get(i.operands[2])),
+                                        i.has("acq_rel"), m.site(i)));
 }
 
 inline void cp(M& m, const I& i) {

@@ -3,6 +3,8 @@
 // and by gathering.
 #include <doctest/doctest.h>
 
+#include <cmath>
+
 #include "emulator/attention_suite.h"
 #include "kernels/sm90/prefill.h"
 
@@ -13,9 +15,9 @@ using device::BFloat16;
 using device::Float16;
 using device::Mode;
 
-template <class Type, int kHeadDim, int kRows, int kKeys, int kStages, Mode kMode>
+template <class Type, int kKeyDim, int kHeadDim, int kRows, int kKeys, int kStages, Mode kMode>
 AttentionKernel kernel() {
-  using Traits = device::Sm90PrefillTraits<Type, kHeadDim, kRows, kKeys, kStages, kMode>;
+  using Traits = device::Sm90PrefillTraits<Type, kKeyDim, kHeadDim, kRows, kKeys, kStages, kMode>;
   return bind<Traits>(device::prefill_sm90<Traits>);
 }
 
@@ -26,21 +28,46 @@ AttentionCase base(int head_dim) {
 }
 
 TEST_CASE("plain and causal") {
-  check_plain(kernel<Float16, 64, 128, 128, 3, Mode::kFast>(), base(64));
-  check_plain(kernel<BFloat16, 128, 128, 128, 2, Mode::kFast>(), base(128));
+  check_plain(kernel<Float16, 64, 64, 128, 128, 3, Mode::kFast>(), base(64));
+  check_plain(kernel<BFloat16, 128, 128, 128, 128, 2, Mode::kFast>(), base(128));
+}
+
+TEST_CASE("exponentials by polynomial") {
+  double worst = 0;
+  for (double x = -126; x <= 0; x += 1.0 / 1024) {
+    const auto given = static_cast<float>(x + 1e-4 * std::sin(x * 1e3));
+    const double exact = std::exp2(static_cast<double>(given));
+    worst = std::max(worst, std::fabs(device::exp2_by_polynomial(given) / exact - 1));
+  }
+  CHECK(worst < 3.1e-6);
+  CHECK(device::exp2_by_polynomial(0) == 1);
+  CHECK(device::exp2_by_polynomial(-7) == 1.0f / 128);
+  CHECK(device::exp2_by_polynomial(-127) == 0);
+  CHECK(device::exp2_by_polynomial(-1e30f) == 0);
+  CHECK(device::exp2_by_polynomial(-INFINITY) == 0);
+  CHECK(std::isnan(device::exp2_by_polynomial(NAN)));
 }
 
 TEST_CASE("every option") {
-  check_options(kernel<Float16, 64, 128, 128, 3, Mode::kFull>(), base(64));
-  check_options(kernel<BFloat16, 128, 128, 64, 4, Mode::kFull>(), base(128));
+  check_options(kernel<Float16, 64, 64, 128, 128, 3, Mode::kFull>(), base(64));
+  check_options(kernel<BFloat16, 128, 128, 128, 64, 4, Mode::kFull>(), base(128));
 }
 
 TEST_CASE("chunks of keys") {
-  check_chunks(kernel<BFloat16, 128, 128, 128, 2, Mode::kFast>(), base(128));
+  check_chunks(kernel<BFloat16, 128, 128, 128, 128, 2, Mode::kFast>(), base(128));
+}
+
+TEST_CASE("keys of another head dim than values") {
+  AttentionCase c = base(192);
+  c.head_dim_v = 128;
+  check_plain(kernel<BFloat16, 192, 128, 128, 64, 2, Mode::kFast>(), c);
+  check_options(kernel<Float16, 192, 128, 128, 64, 2, Mode::kFull>(), c);
+  c.batch = {{5, 1300}, {80, 700}};
+  check_bits(kernel<BFloat16, 192, 128, 128, 64, 2, Mode::kFast>(), c);
 }
 
 TEST_CASE("boxes of every height, and block sizes that have none") {
-  const AttentionKernel k = kernel<Float16, 64, 128, 128, 3, Mode::kFast>();
+  const AttentionKernel k = kernel<Float16, 64, 64, 128, 128, 3, Mode::kFast>();
   AttentionCase c = base(64);
   c.batch = {{70, 333}, {3, 700}};
   uint32_t seed = 0;
@@ -56,7 +83,7 @@ TEST_CASE("boxes of every height, and block sizes that have none") {
 }
 
 TEST_CASE("windows: blocks that no query sees are not read") {
-  const AttentionKernel k = kernel<BFloat16, 128, 128, 128, 2, Mode::kFast>();
+  const AttentionKernel k = kernel<BFloat16, 128, 128, 128, 128, 2, Mode::kFast>();
   AttentionCase c = base(128);
   c.batch = {{70, 700}, {40, 1100}};
   for (const int left : {5, 200, 600}) {
@@ -70,13 +97,13 @@ TEST_CASE("more items without keys than the queue holds, after one that was gath
   c.batch.assign(12, {2, 0});
   c.batch.push_back({3, 20});
   for (const AsyncMode async : {AsyncMode::kLazy, AsyncMode::kEager, AsyncMode::kRandom})
-    check_case(kernel<Float16, 64, 128, 128, 3, Mode::kFast>(), c, async);
+    check_case(kernel<Float16, 64, 64, 128, 128, 3, Mode::kFast>(), c, async);
 }
 
 TEST_CASE("bits do not depend on how the work is cut") {
   AttentionCase c = base(64);
   c.batch = {{5, 1300}, {1, 530}, {80, 700}};
-  check_bits(kernel<Float16, 64, 128, 128, 3, Mode::kFast>(), c);
+  check_bits(kernel<Float16, 64, 64, 128, 128, 3, Mode::kFast>(), c);
 }
 
 }  // namespace

@@ -84,17 +84,17 @@ bool has_sm90() { return std::ifstream(folder + "/prefill_sm90.ptx").good(); }
 
 TEST_CASE("prefill of sm_90a") {
   if (!has_sm90()) return;
-  using Full = device::Sm90PrefillTraits<BFloat16, 64, 128, 128, 3, Mode::kFull>;
+  using Full = device::Sm90PrefillTraits<BFloat16, 64, 64, 128, 128, 3, Mode::kFull>;
   AttentionCase c = base(64);
   c.batch = kMixed;
   c.softcap = 3;
   c.window_left = 300;
-  const auto full = sm90_from_ptx<Full>("prefill_sm90_BFloat16_64_128_128_3_kFull");
+  const auto full = sm90_from_ptx<Full>("prefill_sm90_BFloat16_64_64_128_128_3_kFull");
   check_case(full, c, AsyncMode::kRandom);
   c.cache = Cache::kOdd;
   check_case(full, c);
-  using Fast = device::Sm90PrefillTraits<Float16, 128, 128, 128, 2, Mode::kFast>;
-  const auto fast = sm90_from_ptx<Fast>("prefill_sm90_Float16_128_128_128_2_kFast");
+  using Fast = device::Sm90PrefillTraits<Float16, 128, 128, 128, 128, 2, Mode::kFast>;
+  const auto fast = sm90_from_ptx<Fast>("prefill_sm90_Float16_128_128_128_128_2_kFast");
   c = base(128);
   c.batch = {{3, 1100}, {70, 600}};
   c.parallelism = 6;

@@ -27,10 +27,11 @@ QUIRE_DEVICE void sync_consumers(Site site = Site::here()) {
 // Query rows [first_row, first_row + kRows); rows and columns that do not exist are zero.
 template <class Traits>
 QUIRE_DEVICE void load_query_columns(const AttentionArgs& args, const Item& item, int first_row) {
-  constexpr int kPieces = Traits::kHeadDim / kPiece;
+  constexpr int kPieces = Traits::kKeyDim / kPiece;
   const AttentionParams& p = args.params;
   const auto* q = static_cast<const uint16_t*>(p.q) + item.sequence_index * p.q_stride_seq;
   sync_consumers<Traits>();  // before the queries in use are overwritten
+  QUIRE_UNROLL_BY(2)
   for (int i = thread_index(); i < Traits::kRows * kPieces; i += Traits::kConsumerThreads) {
     const int row = i / kPieces, piece = i % kPieces;
     const bool exists = first_row + row < item.num_rows;
@@ -75,7 +76,7 @@ QUIRE_DEVICE void issue_keys(float (&scores)[Traits::kKeys / 8][4], const Ring<T
   mbarrier_wait(ring.template barrier<Side::kKeys, Handover::kFull>(), ring.parity);
   wgmma_fence();
   QUIRE_UNROLL
-  for (int step = 0; step < Traits::kHeadDim / kTile; ++step) {
+  for (int step = 0; step < Traits::kKeyDim / kTile; ++step) {
     const auto query = static_cast<uint32_t>(step / 4 * Traits::kRows * 128 + step % 4 * 32);
     const auto key = static_cast<uint32_t>(step / 4 * Traits::kColumnBytes + step % 4 * 32);
     wgmma<typename Traits::Type, Major::kK>(scores, describe_matrix(queries + query, 16, 1024),
@@ -191,12 +192,12 @@ struct Consumer {
 template <class Traits>
 QUIRE_DEVICE void consume_rows(const AttentionArgs& args, const ItemQueue<Traits>& items,
                                int first_row, Ring<Traits>& ring) {
-  const Item item = load_item(args, items.current());
+  load_query_columns<Traits>(args, load_item(args, items.current()), first_row);
+  const Item item = load_item(args, items.current());  // again: it is many registers
   const AttentionParams& p = args.params;
   const int lane = thread_index() % kWarpSize, warp_row = thread_index() / kWarpSize * kTile;
   const int last_row = min(item.num_rows, first_row + Traits::kRows) - 1;
   const PrefillTiles<Traits> tiles(keys_to_read(p, item, first_row, last_row));
-  load_query_columns<Traits>(args, item, first_row);
   const int first_chunk = item.kv_begin / kKvChunk;
   Consumer<Traits> consumer{args, items, first_row, score_factor<Traits>(p), first_chunk, {}};
   PrefillState<Traits>& state = consumer.state;

@@ -30,8 +30,8 @@ struct Ring {
   template <Side kSide>
   QUIRE_DEVICE SharedAddress tile() const {
     return shared_base() +
-           static_cast<uint32_t>(Traits::kStageOffset +
-                                 (2 * stage + static_cast<int>(kSide)) * Traits::kKeyTileBytes);
+           static_cast<uint32_t>(Traits::kStageOffset + stage * Traits::kStageBytes +
+                                 (kSide == Side::kKeys ? 0 : Traits::kKeyTileBytes));
   }
   template <Side kSide, Handover kHandover>
   QUIRE_DEVICE SharedAddress barrier() const {
@@ -91,6 +91,9 @@ QUIRE_DEVICE uint32_t column_piece_offset(int rows, int row, int piece) {
 // One warp of the producer: it brings a quarter of each tile's rows.
 template <class Traits>
 struct Producer {
+  template <Side kSide>
+  static constexpr int kDim = kSide == Side::kKeys ? Traits::kKeyDim : Traits::kHeadDim;
+
   const BoxedAttentionArgs& args;
   Ring<Traits> ring;
   ItemQueue<Traits> items;
@@ -118,13 +121,13 @@ struct Producer {
     const AttentionParams& p = args.attention.params;
     const int lane = thread_index() % kWarpSize;
     const SharedAddress full = ring.template barrier<kSide, Handover::kFull>();
-    if (lane == 0) mbarrier_arrive_expect(full, Traits::kWarpKeys * Traits::kHeadDim * 2);
+    if (lane == 0) mbarrier_arrive_expect(full, Traits::kWarpKeys * kDim<kSide> * 2);
     if (lane >= Traits::kWarpKeys || lane % args.box_rows != 0) return;
     const int64_t stride_seq = kSide == Side::kKeys ? p.k_stride_seq : p.v_stride_seq;
     const int outer = p.block_table ? at.block : stride_seq != 0 ? item.sequence_index : 0;
     const TensorMap* map = kSide == Side::kKeys ? &args.k : &args.v;
     QUIRE_UNROLL
-    for (int column = 0; column < Traits::kHeadDim; column += 64)
+    for (int column = 0; column < kDim<kSide>; column += 64)
       copy_box(
           ring.template tile<kSide>() +
               static_cast<uint32_t>(column / 64 * Traits::kColumnBytes + (first_row + lane) * 128),
@@ -134,7 +137,7 @@ struct Producer {
   // Piece by piece, zeros for rows that do not `exist`.
   template <Side kSide>
   QUIRE_DEVICE void gather_rows(const Item& item, Location at, int first_row, bool exists) {
-    constexpr int kPieces = Traits::kHeadDim / kPiece;
+    constexpr int kPieces = kDim<kSide> / kPiece;
     constexpr int64_t kAbsent = -1;
     constexpr bool kIsK = kSide == Side::kKeys;
     const AttentionParams& p = args.attention.params;

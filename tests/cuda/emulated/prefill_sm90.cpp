@@ -5,11 +5,11 @@
 #include "emulated/find_body.h"
 
 #undef QUIRE_PREFILL_SM90
-#define QUIRE_PREFILL_SM90(type, head_dim, rows, keys, stages, mode)                           \
-  {"prefill_sm90_" #type "_" #head_dim "_" #rows "_" #keys "_" #stages "_" #mode,              \
-   run_body<device::BoxedAttentionArgs,                                                        \
-            device::prefill_sm90<device::Sm90PrefillTraits<device::type, head_dim, rows, keys, \
-                                                           stages, device::Mode::mode>>>},
+#define QUIRE_PREFILL_SM90(type, head_dim, head_dim_v, rows, keys, stages, mode)                  \
+  {"prefill_sm90_" #type "_" #head_dim "_" #head_dim_v "_" #rows "_" #keys "_" #stages "_" #mode, \
+   run_body<device::BoxedAttentionArgs,                                                           \
+            device::prefill_sm90<device::Sm90PrefillTraits<                                       \
+                device::type, head_dim, head_dim_v, rows, keys, stages, device::Mode::mode>>>},
 
 namespace quire::cuda {
 
