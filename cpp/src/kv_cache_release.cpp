@@ -92,7 +92,7 @@ void KVCacheManager::fork(SequenceId parent_id, std::span<SequenceId> children) 
     child.was_attached = true;
     child.trunk = parent.trunk;
     if (parent.trunk) child.table.share(parent.trunk->blocks);
-    child.table.append(own);
+    for (int32_t block : own) child.table.append(block);
     if (companions_) share_groups(parent, child);
     child.root = parent.root;
   }

@@ -202,58 +202,33 @@ PrefixCache::Match PrefixCache::find(int32_t parent, const int32_t* tokens, int3
   return best.num_tokens == 0 ? Match{} : best;
 }
 
-bool PrefixCache::holds(uint32_t node, const int32_t* tokens) const {
-  return !nodes_[node].is_wide && !nodes_[node].is_partial &&
-         PackedRow(&rows_[node * row_bytes_], block_size_).equal_prefix(tokens, block_size_) ==
-             block_size_;
-}
-
-// Follows `node` down to top children that hold whole blocks of the tokens, as long as their ids
-// are `step` apart, as of blocks that were allocated together. So no load waits for another.
-// Writes at most `count` ids; returns how many.
-int64_t PrefixCache::follow(uint32_t node, uint32_t step, const int32_t* tokens, int64_t count,
-                            int32_t* blocks) const {
-  constexpr int32_t kAhead = 8;  // blocks: further ones are asked for when it is their turn
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t next = node + step;
-    const int32_t later = static_cast<int32_t>(node + kAhead * step);
-    __builtin_prefetch(rows_.get() + later * row_bytes_);
-    prefetch_node(later);
-    if (nodes_[node].child != next || !holds(next, tokens + i * block_size_)) return i;
-    blocks[i] = static_cast<int32_t>(next);
-    node = next;
-  }
-  return count;
-}
-
 int64_t PrefixCache::find_path(int32_t root, const int32_t* tokens, int64_t count,
                                std::vector<int32_t>* blocks) const {
-  const int64_t num_whole = count / block_size_;
-  blocks->resize(static_cast<size_t>(num_whole) + 1);
-  int32_t* const out = blocks->data();
-  int64_t num_found = 0;  // whole blocks
-  for (int32_t parent = root; num_found * block_size_ < count; parent = out[num_found - 1]) {
-    const int32_t* const next = tokens + num_found * block_size_;
-    const uint32_t top = top_child(parent);
+  blocks->resize(static_cast<size_t>(count / block_size_) + 1);
+  int32_t* out = blocks->data();
+  int64_t num_found = 0;
+  uint32_t top = top_child(root);
+  for (int32_t parent = root; num_found < count; num_found += block_size_) {
+    const int32_t size = static_cast<int32_t>(std::min<int64_t>(count - num_found, block_size_));
     // Most nodes have one child, and most of those are what is looked for.
-    if (top != kNil && num_found < num_whole && holds(top, next)) {
-      out[num_found++] = static_cast<int32_t>(top);
-      num_found += follow(top, top - static_cast<uint32_t>(parent), next + block_size_,
-                          num_whole - num_found, out + num_found);
-      continue;
+    const bool is_plain = top != kNil && !nodes_[top].is_wide && !nodes_[top].is_partial;
+    if (is_plain && size == block_size_ &&
+        PackedRow(&rows_[top * row_bytes_], size).equal_prefix(tokens + num_found, size) == size) {
+      parent = static_cast<int32_t>(top);
+    } else {
+      const Match found = find(parent, tokens + num_found, size);
+      if (found.num_tokens < block_size_) {
+        if (found.num_tokens > 0) *out++ = found.block;
+        num_found += found.num_tokens;
+        break;
+      }
+      parent = found.block;
     }
-    const int64_t left = count - num_found * block_size_;
-    const Match found =
-        find(parent, next, static_cast<int32_t>(std::min<int64_t>(left, block_size_)));
-    if (found.num_tokens > 0) out[num_found] = found.block;
-    if (found.num_tokens < block_size_) {
-      blocks->resize(static_cast<size_t>(num_found + (found.num_tokens > 0)));
-      return num_found * block_size_ + found.num_tokens;
-    }
-    ++num_found;
+    *out++ = parent;
+    top = nodes_[parent].child;
   }
-  blocks->resize(static_cast<size_t>(num_found));
-  return num_found * block_size_;
+  blocks->resize(static_cast<size_t>(out - blocks->data()));
+  return num_found;
 }
 
 int32_t PrefixCache::insert(int32_t parent, const int32_t* tokens, int32_t count, int32_t block) {

@@ -145,9 +145,6 @@ class PrefixCache {
 
   int32_t equal_prefix(uint32_t node, Key key) const;
   bool is_before(uint32_t node, Key key, int32_t num_equal) const;
-  bool holds(uint32_t node, const int32_t* tokens) const;
-  int64_t follow(uint32_t node, uint32_t step, const int32_t* tokens, int64_t count,
-                 int32_t* blocks) const;
   int32_t token(uint32_t node, int32_t i) const;
   void store(int32_t block, Key key, Node* node);
   uint32_t priority(uint32_t node) const;
