@@ -74,7 +74,9 @@ inline void access(M& m, const I& i, bool is_store, const PtxOperand& at, const 
   for (int e = 0; e < count && !is_store; ++e) {
     uint64_t bits = 0;
     std::memcpy(&bits, buffer + e * bytes, bytes);
-    m.set(element(e), bits);
+    const bool is_signed = i.type == PtxType::kS16 || i.type == PtxType::kS32;
+    const int unused = is_signed ? 64 - 8 * bytes : 0;  // a wider register gets the sign
+    m.set(element(e), static_cast<uint64_t>(static_cast<int64_t>(bits << unused) >> unused));
   }
 }
 
@@ -250,6 +252,13 @@ inline void selp(M& m, const I& i) {
   m.set(i.operands[0], m.get(chosen) & (ptx_bytes(i.type) == 8 ? ~uint64_t{0} : 0xFFFFFFFF));
 }
 
+// The low `length` bits of the first into the second, at `begin`.
+inline void bfi(M& m, const I& i) {
+  const uint64_t begin = m.get(i.operands[3]) & 63, length = m.get(i.operands[4]) & 255;
+  const uint64_t mask = (length >= 64 ? ~uint64_t{0} : (uint64_t{1} << length) - 1) << begin;
+  m.set(i.operands[0], (m.get(i.operands[2]) & ~mask) | (m.get(i.operands[1]) << begin & mask));
+}
+
 inline void bra(M& m, const I& i) { m.next = i.target; }
 inline void ret(M& m, const I&) { m.is_done = true; }
 
@@ -303,19 +312,25 @@ inline void multiply_matrices(M& m, const I& i) {
 
 inline PtxHandler ptx_handler(const PtxInstruction& instruction) {
   static const std::map<std::string, PtxHandler> handlers = {
-      {"abs", ptx::abs},    {"add", ptx::add},   {"and", ptx::bit_and},
-      {"atom", ptx::atom},  {"bar", ptx::bar},   {"bra", ptx::bra},
-      {"cp", ptx::cp},      {"cvt", ptx::cvt},   {"cvta", ptx::cvta},
-      {"div", ptx::div},    {"ex2", ptx::ex2},   {"fence", ptx::fence},
-      {"fma", ptx::fma},    {"ld", ptx::load},   {"ldmatrix", ptx::load_matrices},
-      {"lg2", ptx::lg2},    {"mad", ptx::mad},   {"max", ptx::max},
-      {"min", ptx::min},    {"mov", ptx::mov},   {"mma", ptx::multiply_matrices},
-      {"mul", ptx::mul},    {"neg", ptx::neg},   {"not", ptx::bit_not},
-      {"or", ptx::bit_or},  {"prmt", ptx::prmt}, {"rcp", ptx::rcp},
-      {"rem", ptx::rem},    {"ret", ptx::ret},   {"selp", ptx::selp},
-      {"setp", ptx::setp},  {"shfl", ptx::shfl}, {"shl", ptx::shl},
-      {"shr", ptx::shr},    {"st", ptx::store},  {"sub", ptx::sub},
-      {"xor", ptx::bit_xor}};
+      {"abs", ptx::abs},     {"add", ptx::add},
+      {"and", ptx::bit_and}, {"atom", ptx::atom},
+      {"bar", ptx::bar},     {"bfi", ptx::bfi},
+      {"bra", ptx::bra},     {"cp", ptx::cp},
+      {"cvt", ptx::cvt},     {"cvta", ptx::cvta},
+      {"div", ptx::div},     {"ex2", ptx::ex2},
+      {"fence", ptx::fence}, {"fma", ptx::fma},
+      {"ld", ptx::load},     {"ldmatrix", ptx::load_matrices},
+      {"lg2", ptx::lg2},     {"mad", ptx::mad},
+      {"max", ptx::max},     {"min", ptx::min},
+      {"mov", ptx::mov},     {"mma", ptx::multiply_matrices},
+      {"mul", ptx::mul},     {"neg", ptx::neg},
+      {"not", ptx::bit_not}, {"or", ptx::bit_or},
+      {"prmt", ptx::prmt},   {"rcp", ptx::rcp},
+      {"rem", ptx::rem},     {"ret", ptx::ret},
+      {"selp", ptx::selp},   {"setp", ptx::setp},
+      {"shfl", ptx::shfl},   {"shl", ptx::shl},
+      {"shr", ptx::shr},     {"st", ptx::store},
+      {"sub", ptx::sub},     {"xor", ptx::bit_xor}};
   const auto found = handlers.find(instruction.opcode[0]);
   return found == handlers.end() ? ptx::sm90_handler(instruction.opcode[0]) : found->second;
 }
