@@ -74,7 +74,9 @@ inline void access(M& m, const I& i, bool is_store, const PtxOperand& at, const 
   for (int e = 0; e < count && !is_store; ++e) {
     uint64_t bits = 0;
     std::memcpy(&bits, buffer + e * bytes, bytes);
-    m.set(element(e), bits);
+    const bool is_signed = i.type == PtxType::kS16 || i.type == PtxType::kS32;
+    const int unused = is_signed ? 64 - 8 * bytes : 0;  // a wider register gets the sign
+    m.set(element(e), static_cast<uint64_t>(static_cast<int64_t>(bits << unused) >> unused));
   }
 }
 
@@ -263,6 +265,13 @@ inline void setp(M& m, const I& i) {
 inline void selp(M& m, const I& i) {
   const PtxOperand& chosen = i.operands[m.get(i.operands[3]) ? 1 : 2];
   m.set(i.operands[0], m.get(chosen) & (ptx_bytes(i.type) == 8 ? ~uint64_t{0} : 0xFFFFFFFF));
+}
+
+// The low `length` bits of the first into the second, at `begin`.
+inline void bfi(M& m, const I& i) {
+  const uint64_t begin = m.get(i.operands[3]) & 63, length = m.get(i.operands[4]) & 255;
+  const uint64_t mask = (length >= 64 ? ~uint64_t{0} : (uint64_t{1} << length) - 1) << begin;
+  m.set(i.operands[0], (m.get(i.operands[2]) & ~mask) | (m.get(i.operands[1]) << begin & mask));
 }
 
 inline void bra(M& m, const I& i) { m.next = i.target; }
