@@ -138,6 +138,7 @@ struct MlaTraits : KeyTiles<Type_, Type_, kHeadDim_, kKeys_> {
   struct Columns {
     using Product = Type_;
     static constexpr bool kIsQuantised = false;
+    static constexpr int kPolynomialEvery = 0;
     static constexpr int kHeadDim = kColumns;
     static constexpr int kKeys = kKeys_;
     static constexpr int kKvPiece = kPiece;

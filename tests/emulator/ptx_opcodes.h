@@ -267,13 +267,6 @@ inline void selp(M& m, const I& i) {
   m.set(i.operands[0], m.get(chosen) & (ptx_bytes(i.type) == 8 ? ~uint64_t{0} : 0xFFFFFFFF));
 }
 
-// The low `length` bits of the first into the second, at `begin`.
-inline void bfi(M& m, const I& i) {
-  const uint64_t begin = m.get(i.operands[3]) & 63, length = m.get(i.operands[4]) & 255;
-  const uint64_t mask = (length >= 64 ? ~uint64_t{0} : (uint64_t{1} << length) - 1) << begin;
-  m.set(i.operands[0], (m.get(i.operands[2]) & ~mask) | (m.get(i.operands[1]) << begin & mask));
-}
-
 inline void bra(M& m, const I& i) { m.next = i.target; }
 inline void ret(M& m, const I&) { m.is_done = true; }
 
