@@ -40,8 +40,10 @@ def is_for(kernel: str, arch: str) -> bool:
     return "_sm90_" not in kernel or arch == "90a"
 
 
-def opcodes_of(kernel: str) -> tuple[str, ...]:
-    return SM90_OPCODES if "_sm90_" in kernel else OPCODES
+def opcodes_of(kernel: str, arch: str) -> tuple[str, ...]:
+    if "_sm90_" in kernel:
+        return SM90_OPCODES
+    return (*OPCODES, E4M3_OPCODE) if "_e4m3_" in kernel and arch != "80" else OPCODES
 
 
 def compiler() -> str:
@@ -81,7 +83,7 @@ def read_opcodes(path: Path) -> dict[tuple[str, str], set[str]]:
             kernel = match[1]
         else:
             found[kernel, arch].update(
-                opcode for opcode in OPCODES + SM90_OPCODES if opcode in line
+                opcode for opcode in (*OPCODES, *SM90_OPCODES, E4M3_OPCODE) if opcode in line
             )
     return found
 
@@ -111,7 +113,7 @@ def check(kernels: list[str], resources: dict, opcodes: dict) -> list[str]:
             if stack > allowed:
                 errors.append(f"{name}: {stack} bytes of stack, allowed {allowed}")
             missing = [
-                opcode for opcode in opcodes_of(kernel) if opcode not in opcodes[kernel, arch]
+                opcode for opcode in opcodes_of(kernel, arch) if opcode not in opcodes[kernel, arch]
             ]
             if missing:
                 errors.append(f"{name}: no {', '.join(missing)}")
