@@ -173,7 +173,8 @@ class Decode {
   }
 
   static size_t scratch_floats(const Task& task, size_t num_heads) {
-    return num_heads * task.rows * (padded(task.p.head_dim) + padded(task.p.head_dim_v) + kScores);
+    return num_heads * computed_rows(task.rows) *
+           (padded(task.p.head_dim) + padded(task.p.head_dim_v) + kScores);
   }
 
   Decode(std::span<const Task> heads, float* scratch)
