@@ -57,13 +57,6 @@ std::string reason_against(const AttentionDesc& desc, int head_dim, const std::s
 
 }  // namespace
 
-ElementType element_type(DType dtype) {
-  return dtype == DType::kFloat32      ? ElementType::kFloat32
-         : dtype == DType::kFloat16    ? ElementType::kFloat16
-         : dtype == DType::kFloat8E4M3 ? ElementType::kFloat8E4M3
-                                       : ElementType::kBFloat16;
-}
-
 bool KernelSet::is_complete() const {
   for (const Phase phase : {kNarrow, kDecode})
     for (const Kernel* kernel : kernels[phase])

@@ -51,8 +51,6 @@ KernelSet kernels_for(ElementType dtype, ElementType kv_dtype, int head_dim, int
 // The set that serves a description: of the least head dim that is enough.
 KernelSet select(const AttentionDesc& desc, const std::string& isa);
 
-ElementType element_type(DType dtype);
-
 // A set for each head dim, smallest first, each with the reason that rules it out.
 std::vector<Candidate> candidates(const AttentionDesc& desc, const std::string& isa,
                                   const std::string& archs);

@@ -119,7 +119,7 @@ class RecordedKVCacheManager:
             num_host_blocks,
             list(groups),
         )
-        self._births: dict[int, int] = {}  # by Sequence.id
+        self._live: dict[int, tuple[int, Sequence]] = {}  # number of birth, by Sequence.id
         self._num_births = 0
         self._needs_time = False  # some sequence has a time to live
 
@@ -144,7 +144,7 @@ class RecordedKVCacheManager:
         self._log.write(
             _OPERATIONS.index(operation),
             outcome,
-            [self._births.get(seq, -1) for seq in _ids(seqs)],
+            [self._live[seq][0] if seq in self._live else -1 for seq in _ids(seqs)],
             _int32(values),
             _int32(counts),
             salt,
@@ -160,7 +160,7 @@ class RecordedKVCacheManager:
             self._write("set_time", _DONE, [], number=now)
 
     def _add(self, seq: Sequence) -> list[npt.NDArray[Any]]:
-        self._births[seq.id] = self._num_births
+        self._live[seq.id] = self._num_births, seq
         self._num_births += 1
         return self._look(seq)
 
@@ -225,8 +225,7 @@ class RecordedKVCacheManager:
         else:
             after: list[npt.NDArray[Any]] = [batch.slot_mapping, batch.seq_lens, batch.copies]
             if len(batch.groups) > 1:
-                known = {seq.id: seq for seq in self._manager.sequences()}
-                tables = [known[seq].block_tables for seq in _ids(seqs)]
+                tables = [self._live[seq][1].block_tables for seq in _ids(seqs)]
                 for group, group_batch in enumerate(batch.groups[1:], 1):
                     after += [group_batch.copies, *(of_seq[group] for of_seq in tables)]
             self._write("step", _DONE, seqs, num_new_tokens, number=lookahead, after=after)
@@ -266,9 +265,9 @@ class RecordedKVCacheManager:
     def free(self, seqs: _Seqs) -> None:
         """See KVCacheManager.free."""
         self._set_time()
-        known = {seq.id: seq for seq in self._manager.sequences()}
         ids = _ids(seqs) if _is_usable(seqs) else []
-        tables = [table for seq in ids if seq in known for table in known[seq].block_tables]
+        live = [self._live[seq][1] for seq in ids if seq in self._live]
+        tables = [table for seq in live for table in seq.block_tables]
         try:
             self._manager.free(seqs)
         except ValueError:
@@ -277,7 +276,7 @@ class RecordedKVCacheManager:
             raise
         self._write("free", _DONE, seqs, before=tables)
         for seq in ids:
-            del self._births[seq]
+            del self._live[seq]
 
     def retire(self, ticket: int) -> None:
         """See KVCacheManager.retire."""

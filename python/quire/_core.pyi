@@ -142,9 +142,9 @@ class Attention:
         Arrays on the GPU are planned there, when `stream` comes to it, and not copied: the
         plan runs on that stream, and inside a CUDA graph together with its runs serves every
         batch up to this one: write other lengths and blocks into the arrays, seq_lens 0 for
-        sequences that are not there, and replay. With cu_seqlens_q max_total_q is then the
-        rows of q and out; rows of no sequence are not written. Nothing is checked: lengths
-        out of range count as the nearest that is not.
+        sequences that are not there, and replay. The plan keeps the arrays alive. With
+        cu_seqlens_q max_total_q is then the rows of q and out; rows of no sequence are not
+        written. Nothing is checked: lengths out of range count as the nearest that is not.
 
         Raises ValueError for lengths or used table entries that make no sense.
 

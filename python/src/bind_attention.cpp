@@ -144,7 +144,8 @@ void bind_plan_once_run_often(nb::module_& m) {
           nb::arg("softcap") = 0.0f, nb::arg("scale") = nb::none(), nb::arg("device") = "cpu")
       .def("plan", &make_plan, nb::arg("block_table"), nb::arg("seq_lens"),
            nb::arg("cu_seqlens_q") = nb::none(), nb::arg("max_total_q") = nb::none(),
-           nb::arg("stream") = nb::none(), kPlanDoc)
+           nb::arg("stream") = nb::none(), nb::keep_alive<0, 2>(), nb::keep_alive<0, 3>(),
+           nb::keep_alive<0, 4>(), kPlanDoc)  // a GPU reads them later
       .def("run", &run_attention, nb::arg("plan"), nb::arg("q"), nb::arg("k_cache"),
            nb::arg("v_cache"), nb::arg("out") = nb::none(), nb::arg("lse") = nb::none(),
            nb::arg("sinks") = nb::none(), nb::arg("alibi_slopes") = nb::none(),

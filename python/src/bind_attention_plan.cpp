@@ -91,9 +91,9 @@ const char* const kPlanDoc =
     "Arrays on the GPU are planned there, when `stream` comes to it, and not copied: the\n"
     "plan runs on that stream, and inside a CUDA graph together with its runs serves every\n"
     "batch up to this one: write other lengths and blocks into the arrays, seq_lens 0 for\n"
-    "sequences that are not there, and replay. With cu_seqlens_q max_total_q is then the\n"
-    "rows of q and out; rows of no sequence are not written. Nothing is checked: lengths\n"
-    "out of range count as the nearest that is not.\n\n"
+    "sequences that are not there, and replay. The plan keeps the arrays alive. With\n"
+    "cu_seqlens_q max_total_q is then the rows of q and out; rows of no sequence are not\n"
+    "written. Nothing is checked: lengths out of range count as the nearest that is not.\n\n"
     "Raises ValueError for lengths or used table entries that make no sense.\n\n"
     "Example::\n\n    plan = attn.plan(batch.block_table, batch.seq_lens, "
     "batch.cu_seqlens_q)";

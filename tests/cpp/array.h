@@ -31,23 +31,6 @@ auto with_element(DType dtype, F f) {
   }
 }
 
-inline ElementType element_type(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return ElementType::kFloat16;
-    case DType::kBFloat16:
-      return ElementType::kBFloat16;
-    case DType::kFloat8E4M3:
-      return ElementType::kFloat8E4M3;
-    case DType::kFloat8E5M2:
-      return ElementType::kFloat8E5M2;
-    case DType::kInt8:
-      return ElementType::kInt8;
-    default:
-      return ElementType::kFloat32;
-  }
-}
-
 // Elements of any type, read and written as floats.
 class Array {
  public:

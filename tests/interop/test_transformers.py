@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import small_models
 import torch
 from quire.integrations.transformers import QuireCache, disable, enable
 from transformers import (
@@ -24,20 +25,7 @@ from transformers.generation.continuous_batching.cache_allocators import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-SMALL = dict(
-    vocab_size=199,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=512,
-    initializer_range=0.2,  # ten times the usual: else attention hardly matters to the logits
-    bos_token_id=1,
-    eos_token_id=None,
-    pad_token_id=0,
-)
+SMALL = {**small_models.SMALL, "num_hidden_layers": 4}
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "qwen3": Qwen3Config(**SMALL),

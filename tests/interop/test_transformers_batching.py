@@ -9,24 +9,10 @@ import pytest
 import torch
 from quire.integrations.transformers import enable, managed_cache
 from quire.integrations.transformers.managed_cache import ManagedCache
+from small_models import SMALL
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, MistralConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
-
-SMALL = dict(
-    vocab_size=199,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=512,
-    initializer_range=0.2,  # ten times the usual: else attention hardly matters to the tokens
-    bos_token_id=1,
-    eos_token_id=None,
-    pad_token_id=0,
-)
 
 
 def make_models(config):

@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from quire.integrations.transformers import continuous, enable
+from small_models import SMALL
 from transformers import (
     ContinuousBatchingConfig,
     Gemma2Config,
@@ -22,20 +23,6 @@ from transformers.generation.continuous_batching.cache_allocators import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-SMALL = dict(
-    vocab_size=199,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=512,
-    initializer_range=0.2,  # ten times the usual: else attention hardly matters to the logits
-    bos_token_id=1,
-    eos_token_id=None,
-    pad_token_id=0,
-)
 PAGE_SIZE = 8
 LENGTHS = (5, 100, 33, 61)  # the first decodes while the others are still computed
 NUM_NEW = 16

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "quire/kernel_params.h"
+
 namespace quire {
 
 // Float8E4M3 is e4m3fn: no infinities, largest 448; Float8E5M2 has them, largest finite 57344.
@@ -61,6 +63,24 @@ constexpr const char* name_of(DType dtype) {
       return "int8";
   }
   return "?";
+}
+
+// As kernels name it, which know no integers but int8.
+constexpr ElementType element_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return ElementType::kFloat32;
+    case DType::kFloat16:
+      return ElementType::kFloat16;
+    case DType::kFloat8E4M3:
+      return ElementType::kFloat8E4M3;
+    case DType::kFloat8E5M2:
+      return ElementType::kFloat8E5M2;
+    case DType::kInt8:
+      return ElementType::kInt8;
+    default:
+      return ElementType::kBFloat16;
+  }
 }
 
 // What queries and outputs, and caches without scales, are made of.

@@ -13,23 +13,6 @@
 namespace quire {
 namespace {
 
-ElementType element_type(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return ElementType::kFloat32;
-    case DType::kFloat16:
-      return ElementType::kFloat16;
-    case DType::kFloat8E4M3:
-      return ElementType::kFloat8E4M3;
-    case DType::kFloat8E5M2:
-      return ElementType::kFloat8E5M2;
-    case DType::kInt8:
-      return ElementType::kInt8;
-    default:
-      return ElementType::kBFloat16;
-  }
-}
-
 // Stride of dimension `index`, counted from the last one; 0 where the tensor has none.
 int64_t stride_from_end(const TensorView& tensor, int index) {
   return tensor.ndim > index ? tensor.strides[tensor.ndim - 1 - index] : 0;
