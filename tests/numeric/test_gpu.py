@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,20 @@ ONE_ROW_EACH = [
     ((1, 0), (1, 704), (1, 1), (1, 0)),
     ((1, 600), (1, 600), (1, 600), (1, 600)),
 ]
+
+
+def test_a_plan_keeps_the_arrays_that_the_device_reads_later():
+    attn = package.Attention(
+        num_heads=8, num_kv_heads=2, head_dim=64, dtype="float16", device="cuda"
+    )
+    moved = Transfer()
+    arrays = [moved.to(np.ones(shape, np.int32)) for shape in ((2, 3), (2,))]
+    alive = [weakref.ref(array) for array in arrays]
+    plan = attn.plan(*arrays)
+    del moved, arrays
+    assert all(ref() is not None for ref in alive)
+    del plan
+    assert all(ref() is None for ref in alive)
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (200, 0)], ids=["all", "window"])
