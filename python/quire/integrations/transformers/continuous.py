@@ -101,7 +101,8 @@ def _pages(allocator: Any, layer: int, block_size: int) -> tuple[torch.Tensor, t
     The rows of both lead to the pool's end, and V's begin later: K's are cut to as many blocks.
     """
     if block_size == allocator.tokens_per_page:
-        return allocator._kv_page_views[layer]
+        k_pages, v_pages = allocator._kv_page_views[layer]
+        return k_pages, v_pages
     k_rows, v_rows = allocator._kv_token_views[layer]
     num_rows = len(v_rows) // block_size * block_size
     k_pages, v_pages = (x[:num_rows].unflatten(0, (-1, block_size)) for x in (k_rows, v_rows))
