@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from collections import abc
-from typing import Any, Literal, TypeAlias, get_args, overload
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +49,7 @@ _EVICTIONS = ("lru", "reuse_lru")
 _TIERS = ("device", "host", "file")
 _DONE, _OUT_OF_BLOCKS, _REFUSED = range(3)
 _Seqs: TypeAlias = "list[Sequence] | npt.NDArray[np.int64]"
+_Method = TypeVar("_Method", bound=abc.Callable[..., Any])
 
 
 def _ids(seqs: _Seqs) -> list[int]:
@@ -67,6 +70,17 @@ def _is_usable(seqs: _Seqs) -> bool:
 def _int32(values: npt.ArrayLike) -> list[int]:
     array: list[int] = np.asarray(values, np.int32).ravel().tolist()
     return array
+
+
+def _in_turn(method: _Method) -> _Method:
+    """One call at a time: the log has the order in which they ran."""
+
+    @functools.wraps(method)
+    def call(self: RecordedKVCacheManager, /, *args: Any, **kwargs: Any) -> Any:
+        with self._turn:
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, call)
 
 
 class RecordedKVCacheManager:
@@ -121,6 +135,7 @@ class RecordedKVCacheManager:
         )
         self._live: dict[int, tuple[int, Sequence]] = {}  # number of birth, by Sequence.id
         self._num_births = 0
+        self._turn = threading.Lock()
         self._needs_time = False  # some sequence has a time to live
 
     def __getattr__(self, name: str) -> Any:
@@ -167,6 +182,7 @@ class RecordedKVCacheManager:
     def _look(self, seq: Sequence) -> list[npt.NDArray[Any]]:
         return [np.array([seq.num_cached_tokens], np.int64), *seq.block_tables]
 
+    @_in_turn
     def create(
         self,
         token_ids: npt.ArrayLike,
@@ -194,6 +210,7 @@ class RecordedKVCacheManager:
     def fork(self, seq: Sequence) -> Sequence: ...
     @overload
     def fork(self, seq: Sequence, n: int) -> list[Sequence]: ...
+    @_in_turn
     def fork(self, seq: Sequence, n: int | None = None) -> Sequence | list[Sequence]:
         """See KVCacheManager.fork."""
         if n is not None and n < 0:  # no such call can be in a log; it is refused
@@ -209,6 +226,7 @@ class RecordedKVCacheManager:
         self._write("fork", _DONE, [seq], counts=counts, after=after)
         return children[0] if n is None else children
 
+    @_in_turn
     def step(
         self, seqs: _Seqs, num_new_tokens: npt.ArrayLike, *, lookahead: int = 0
     ) -> StepBatch | None:
@@ -231,6 +249,7 @@ class RecordedKVCacheManager:
             self._write("step", _DONE, seqs, num_new_tokens, number=lookahead, after=after)
         return batch
 
+    @_in_turn
     def commit(
         self,
         seqs: _Seqs,
@@ -252,6 +271,7 @@ class RecordedKVCacheManager:
             if _is_usable(seqs):
                 self._write("commit", outcome, seqs, values, counts)
 
+    @_in_turn
     def truncate(self, seq: Sequence, num_tokens: int) -> None:
         """See KVCacheManager.truncate."""
         self._set_time()
@@ -262,6 +282,7 @@ class RecordedKVCacheManager:
         finally:
             self._write("truncate", outcome, [seq], number=num_tokens)
 
+    @_in_turn
     def free(self, seqs: _Seqs) -> None:
         """See KVCacheManager.free."""
         self._set_time()
@@ -278,6 +299,7 @@ class RecordedKVCacheManager:
         for seq in ids:
             del self._live[seq]
 
+    @_in_turn
     def retire(self, ticket: int) -> None:
         """See KVCacheManager.retire."""
         self._set_time()
@@ -288,6 +310,7 @@ class RecordedKVCacheManager:
         finally:
             self._write("retire", outcome, [], number=ticket)
 
+    @_in_turn
     def attach_store(self, store: KVStore) -> None:
         """See KVCacheManager.attach_store."""
         self._set_time()
@@ -298,6 +321,7 @@ class RecordedKVCacheManager:
         finally:
             self._write("attach_store", outcome, [], number=_TIERS.index(store.tier))
 
+    @_in_turn
     def fetch(self, seq: Sequence) -> list[KVTransfer] | None:
         """See KVCacheManager.fetch."""
         self._set_time()
@@ -316,6 +340,7 @@ class RecordedKVCacheManager:
             self._write("fetch", _DONE, [seq], tiers, heads, after=[blocks, keys])
         return loads
 
+    @_in_turn
     def fetched(self, seq: Sequence, num_blocks: int) -> None:
         """See KVCacheManager.fetched."""
         self._set_time()
@@ -326,10 +351,12 @@ class RecordedKVCacheManager:
         finally:
             self._write("fetched", outcome, [seq], number=num_blocks)
 
+    @_in_turn
     def pin(self, what: Sequence | npt.ArrayLike, salt: str | None = None) -> int:
         """See KVCacheManager.pin."""
         return self._change_pins("pin", self._manager.pin, what, salt)
 
+    @_in_turn
     def unpin(self, what: Sequence | npt.ArrayLike, salt: str | None = None) -> int:
         """See KVCacheManager.unpin."""
         return self._change_pins("unpin", self._manager.unpin, what, salt)
@@ -354,6 +381,7 @@ class RecordedKVCacheManager:
         self._write(operation, _DONE, seqs, values, salt=None if is_seq else salt, after=after)
         return num_tokens
 
+    @_in_turn
     def clear_cache(self) -> int:
         """See KVCacheManager.clear_cache."""
         self._set_time()
@@ -361,10 +389,12 @@ class RecordedKVCacheManager:
         self._write("clear_cache", _DONE, [], after=[np.array([num_blocks], np.int64)])
         return num_blocks
 
+    @_in_turn
     def swap_out(self, seq: Sequence) -> npt.NDArray[np.int32] | None:
         """See KVCacheManager.swap_out."""
         return self._swap("swap_out", self._manager.swap_out, seq)
 
+    @_in_turn
     def swap_in(self, seq: Sequence) -> npt.NDArray[np.int32] | None:
         """See KVCacheManager.swap_in."""
         return self._swap("swap_in", self._manager.swap_in, seq)

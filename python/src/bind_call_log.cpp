@@ -79,9 +79,9 @@ void bind_call_log(nb::module_& m) {
           nb::sig("def __init__(self, path: str, num_blocks: int, block_size: int, "
                   "prefix_caching: bool, async_depth: int, eviction: int, event_capacity: int, "
                   "num_host_blocks: int, groups: list[LayerGroup]) -> None"))
-      .def("write", &PyCallLogWriter::write, nb::arg("operation"), nb::arg("outcome"),
-           nb::arg("seqs"), nb::arg("values"), nb::arg("counts"), nb::arg("salt").none(),
-           nb::arg("number"), nb::arg("results"),
+      .def("write", &PyCallLogWriter::write, nb::lock_self(), nb::arg("operation"),
+           nb::arg("outcome"), nb::arg("seqs"), nb::arg("values"), nb::arg("counts"),
+           nb::arg("salt").none(), nb::arg("number"), nb::arg("results"),
            nb::sig("def write(self, operation: int, outcome: int, seqs: list[int], values: "
                    "list[int], counts: list[int], salt: str | None, number: int, results: "
                    "list[typing.Any]) -> None"),

@@ -43,11 +43,10 @@ PySequence fork(Manager self, const PySequence& seq) {
 nb::list fork_many(Manager self, const PySequence& seq, int64_t n) {
   PyManager& manager = of(self);
   QUIRE_CHECK_ARG(n >= 0 && n <= INT32_MAX, "fork: n: expected 0 or more, got ", n);
-  manager.seqs.resize(static_cast<size_t>(n));
-  manager.manager.fork(seq.id, manager.seqs);
+  std::vector<SequenceId> ids(static_cast<size_t>(n));
+  manager.manager.fork(seq.id, ids);
   nb::list children;
-  for (SequenceId id : manager.seqs)
-    children.append(nb::cast(PySequence{nb::borrow(self), &manager, id}));
+  for (SequenceId id : ids) children.append(nb::cast(PySequence{nb::borrow(self), &manager, id}));
   return children;
 }
 

@@ -16,9 +16,9 @@ PyManager& of(Manager self) { return *nb::inst_ptr<PyManager>(self); }
 // The sequences of a call: an int64 array of Sequence.id (read in place), or a list of Sequence.
 class SeqsArg {
  public:
-  SeqsArg(PyManager& manager, const char* function, nb::handle seqs) {
+  SeqsArg(const char* function, nb::handle seqs) {
     if (nb::isinstance<nb::list>(seqs))
-      parse_list(manager, function, nb::borrow<nb::list>(seqs));
+      parse_list(function, nb::borrow<nb::list>(seqs));
     else
       parse_array(concat(function, ": seqs").c_str(), seqs);
   }
@@ -26,9 +26,10 @@ class SeqsArg {
   size_t size() const { return ids_.size(); }
 
  private:
-  void parse_list(PyManager& manager, const char* function, nb::list seqs) {
+  void parse_list(const char* function, nb::list seqs) {
+    const nb::ft_object_guard guard(seqs);  // its items are borrowed
     const nb::handle type = nb::type<PySequence>();
-    manager.seqs.clear();
+    list_.reserve(nb::len(seqs));
     for (size_t i = 0, n = nb::len(seqs); i < n; ++i) {
       PyObject* seq = PyList_GetItem(seqs.ptr(), static_cast<Py_ssize_t>(i));
       if (Py_TYPE(seq) != reinterpret_cast<PyTypeObject*>(type.ptr())) {
@@ -36,9 +37,9 @@ class SeqsArg {
                                            nb::cast<std::string>(nb::inst_name(seq)));
         throw nb::type_error(message.c_str());
       }
-      manager.seqs.push_back(nb::inst_ptr<PySequence>(seq)->id);
+      list_.push_back(nb::inst_ptr<PySequence>(seq)->id);
     }
-    ids_ = manager.seqs;
+    ids_ = list_;
   }
 
   void parse_array(const char* name, nb::handle seqs) {
@@ -54,6 +55,7 @@ class SeqsArg {
   }
 
   TensorArgs args_;
+  std::vector<SequenceId> list_;
   std::span<const SequenceId> ids_;
 };
 
@@ -61,7 +63,8 @@ std::optional<PyStepBatch> step(Manager self, nb::handle seqs, nb::handle num_ne
                                 int32_t lookahead) {
   PyManager& manager = of(self);
   const Int32Arg counts(num_new_tokens, "step: num_new_tokens");
-  const SeqsArg ids(manager, "step", seqs);
+  const SeqsArg ids("step", seqs);
+  const nb::ft_object_guard guard(self);  // see PyStepBatch
   const StepBatch* batch = manager.manager.step(ids, {counts.data(), counts.size()}, lookahead);
   if (!batch) return std::nullopt;
   return PyStepBatch{nb::borrow(self), &manager, batch->ticket()};
@@ -76,7 +79,7 @@ bool is_ragged(nb::handle sampled) {
 
 void commit(Manager self, nb::handle seqs, nb::handle sampled) {
   PyManager& manager = of(self);
-  const SeqsArg ids(manager, "commit", seqs);
+  const SeqsArg ids("commit", seqs);
   if (sampled.is_none()) return manager.manager.commit(ids);
   if (!is_ragged(sampled)) {
     const Int32Arg tokens(sampled, "commit: sampled");
@@ -107,8 +110,19 @@ nb::list group_stats(const PyManager& self) {
 // A property that shows a whole array of the step.
 template <auto Array, auto View>
 nb::object step_array(const PyStepBatch& batch) {
-  const auto& array = (batch.get().*Array)();
-  return (batch.views().*View).get(array, array.size());
+  return batch.read([&](const StepBatch& step) {
+    const auto& array = (step.*Array)();
+    return (batch.views().*View).get(array, array.size());
+  });
+}
+
+// A property that shows pairs, [n, 2].
+template <auto Array, auto View>
+nb::object step_pairs(const PyStepBatch& batch) {
+  return batch.read([&](const StepBatch& step) {
+    const auto& array = (step.*Array)();
+    return (batch.views().*View).get(array, array.size() / 2, 2, 2);
+  });
 }
 
 }  // namespace
@@ -142,9 +156,10 @@ void bind_step_batch(nb::module_& m) {
       .def_prop_ro(
           "block_table",
           [](const PyStepBatch& b) {
-            const StepBatch& step = b.get();
-            return b.views().block_table.get(step.block_table(), step.batch_size(),
-                                             step.max_blocks(), step.block_table_stride());
+            return b.read([&](const StepBatch& step) {
+              return b.views().block_table.get(step.block_table(), step.batch_size(),
+                                               step.max_blocks(), step.block_table_stride());
+            });
           },
           nb::for_getter(nb::sig("def block_table(self) -> numpy.typing.NDArray[numpy.int32]")),
           "Block ids, int32 [batch, max_blocks]; what lies beyond seq_lens has no meaning.\n\n"
@@ -167,20 +182,11 @@ void bind_step_batch(nb::module_& m) {
           "positions", &step_array<&StepBatch::positions, &StepViews::positions>,
           nb::for_getter(nb::sig("def positions(self) -> numpy.typing.NDArray[numpy.int32]")),
           "Position of each new token in its sequence, int32 [total new tokens].")
+      .def_prop_ro("copies", &step_pairs<&StepBatch::copies, &StepViews::copies>,
+                   nb::for_getter(nb::sig("def copies(self) -> numpy.typing.NDArray[numpy.int32]")),
+                   "Blocks (source, destination) to copy before KV is written, int32 [copies, 2].")
       .def_prop_ro(
-          "copies",
-          [](const PyStepBatch& b) {
-            const auto& array = b.get().copies();
-            return b.views().copies.get(array, array.size() / 2, 2, 2);
-          },
-          nb::for_getter(nb::sig("def copies(self) -> numpy.typing.NDArray[numpy.int32]")),
-          "Blocks (source, destination) to copy before KV is written, int32 [copies, 2].")
-      .def_prop_ro(
-          "changes",
-          [](const PyStepBatch& b) {
-            const auto& array = b.get().changes();
-            return b.views().changes.get(array, array.size() / 2, 2, 2);
-          },
+          "changes", &step_pairs<&StepBatch::changes, &StepViews::changes>,
           nb::for_getter(nb::sig("def changes(self) -> numpy.typing.NDArray[numpy.int32]")),
           "Entries of block_table that this step wrote, int32 [changes, 2]: (index, block).\n\n"
           "The index is row * stride + column, with the row stride of block_table in elements.\n"
@@ -192,7 +198,7 @@ void bind_kv_steps(nb::class_<PyManager>& manager) {
   manager
       .def(
           "free",
-          [](PyManager& self, nb::handle seqs) { self.manager.free(SeqsArg(self, "free", seqs)); },
+          [](PyManager& self, nb::handle seqs) { self.manager.free(SeqsArg("free", seqs)); },
           nb::arg("seqs"),
           nb::sig("def free(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64]) -> "
                   "None"),

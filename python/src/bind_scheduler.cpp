@@ -28,14 +28,15 @@ struct PyScheduledBatch : PyStepBatch {
   nb::object scheduler_object;
   PyScheduler* scheduler;
 
-  const ScheduledBatch& scheduled() const {
-    get();  // refuses a batch of an earlier step
-    return scheduler->scheduler.batch();
+  template <class F>
+  auto read_scheduled(F f) const {
+    return read([&](const StepBatch&) { return f(scheduler->scheduler.batch()); });
   }
 };
 
 std::optional<PyScheduledBatch> schedule(nb::handle_t<PyScheduler> self) {
   PyScheduler& scheduler = *nb::inst_ptr<PyScheduler>(self);
+  const nb::ft_object_guard guard(scheduler.manager_object);  // see PyStepBatch
   const ScheduledBatch* batch = scheduler.scheduler.schedule();
   if (!batch) return std::nullopt;
   return PyScheduledBatch{{scheduler.manager_object, scheduler.manager, batch->step->ticket()},
@@ -45,6 +46,7 @@ std::optional<PyScheduledBatch> schedule(nb::handle_t<PyScheduler> self) {
 
 nb::list commit(PyScheduler& self, nb::handle sampled) {
   const Int32Arg tokens(sampled, "commit: sampled");
+  const nb::ft_object_guard guard(self.manager_object);
   nb::list finished;
   for (int32_t id : self.scheduler.commit({tokens.data(), tokens.size()})) finished.append(id);
   return finished;
@@ -53,15 +55,19 @@ nb::list commit(PyScheduler& self, nb::handle sampled) {
 // A property that shows a whole array of the batch.
 template <auto Array, auto View>
 nb::object scheduled_array(const PyScheduledBatch& batch) {
-  const auto& array = batch.scheduled().*Array;
-  return (batch.scheduler->*View).get(array, array.size());
+  return batch.read_scheduled([&](const ScheduledBatch& scheduled) {
+    const auto& array = scheduled.*Array;
+    return (batch.scheduler->*View).get(array, array.size());
+  });
 }
 
 // A property that shows pairs of blocks, [n, 2].
 template <auto Array, auto View>
 nb::object scheduled_pairs(const PyScheduledBatch& batch) {
-  const auto& array = batch.scheduled().*Array;
-  return (batch.scheduler->*View).get(array, array.size() / 2, 2, 2);
+  return batch.read_scheduled([&](const ScheduledBatch& scheduled) {
+    const auto& array = scheduled.*Array;
+    return (batch.scheduler->*View).get(array, array.size() / 2, 2, 2);
+  });
 }
 
 void bind_scheduled_batch(nb::module_& m) {
@@ -99,7 +105,10 @@ void bind_scheduled_batch(nb::module_& m) {
           "Blocks of requests that come back to copy before the step, int32 [n, 2]:\n"
           "(host block, block).")
       .def_prop_ro(
-          "num_preempted", [](const PyScheduledBatch& b) { return b.scheduled().num_preempted; },
+          "num_preempted",
+          [](const PyScheduledBatch& b) {
+            return b.read_scheduled([](const ScheduledBatch& s) { return s.num_preempted; });
+          },
           "Requests that lost their blocks since the batch before.");
 }
 

@@ -49,7 +49,6 @@ struct StepViews {
 struct PyManager {
   KVCacheManager manager;
   std::vector<StepViews> views;  // one a layer group
-  std::vector<SequenceId> seqs;  // of the latest call with a list
 
   PyManager(int32_t num_blocks, int32_t block_size, bool prefix_caching, int32_t async_depth,
             const KVCacheOptions& options)
@@ -66,15 +65,24 @@ struct PySequence {
   SequenceId id;
 };
 
-// quire.StepBatch: the arrays of one step, while no later step has overwritten them.
+// quire.StepBatch: the arrays of one step, while no later step has overwritten them. Where there is
+// no GIL, the owner's lock keeps steps and those who look at their arrays apart.
 struct PyStepBatch {
   nb::object owner;
   PyManager* manager;
   int64_t ticket;
   int32_t group = 0;
 
-  const StepBatch& get() const;
+  // f(the step); ValueError if it is not the latest.
+  template <class F>
+  auto read(F f) const {
+    const nb::ft_object_guard guard(owner);
+    return f(get());
+  }
   StepViews& views() const { return manager->views[group]; }
+
+ private:
+  const StepBatch& get() const;
 };
 
 void bind_layer_groups(nb::module_& m);

@@ -31,7 +31,8 @@ class TypeMap {
   void add(nb::handle type, const Value& value) {
     const std::lock_guard lock(mutex_);
     const int count = count_.load(std::memory_order_relaxed);
-    if (count == kCapacity) return;
+    Value other;  // what another thread has found out meanwhile
+    if (count == kCapacity || find(type.ptr(), other)) return;
     entries_[count] = {type.inc_ref().ptr(), value};
     count_.store(count + 1, std::memory_order_release);
   }
@@ -52,10 +53,9 @@ nb::object attribute(nb::handle object, const char* name) {
 
 // numpy.ndarray, if NumPy has been imported and lays out its arrays as foreign_abi.h says.
 nb::handle find_ndarray() {
-  PyObject* modules = PyImport_GetModuleDict();
   for (const char* name : {"numpy._core._multiarray_umath", "numpy.core._multiarray_umath"}) {
-    PyObject* module = PyDict_GetItemString(modules, name);
-    if (!module) continue;
+    const nb::object module = nb::steal(PyImport_GetModule(nb::str(name).ptr()));
+    if (!module.is_valid()) continue;
     const nb::object capsule = attribute(module, "_ARRAY_API");
     if (!capsule.is_valid()) continue;
     void** api = static_cast<void**>(PyCapsule_GetPointer(capsule.ptr(), nullptr));

@@ -5,10 +5,11 @@
 
 The source distribution, and from it the wheels cp310, cp311, and cp312-abi3, which serves 3.12 and
 all later versions; for manylinux_2_28, though no container is used (see manylinux_link.py). CPython
-3.10 to 3.13 are looked for on PATH and in pyenv's folder; free-threaded ones cannot load abi3 and
-have no wheel. `quire._jax` needs jaxlib's headers, which exist from Python 3.11 on; jaxlib itself
-calls it through XLA's C interface, so that it is in the abi3 wheel like the rest. `QUIRE_CUDA=ON`
-in the environment adds the CUDA library. Needs g++ and the package index.
+3.10 to 3.13 are looked for on PATH and in pyenv's folder; a free-threaded 3.13 ("3.13t"), which
+cannot load abi3, gets a wheel of its own. `quire._jax` needs jaxlib's headers, which exist from
+Python 3.11 on; jaxlib itself calls it through XLA's C interface, so that it is in the abi3 wheel
+like the rest. `QUIRE_CUDA=ON` in the environment adds the CUDA library. Needs g++ and the package
+index.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build-wheels"
 GLIBC = "2.28"
 PLATFORM = f"manylinux_{GLIBC.replace('.', '_')}_{os.uname().machine}"
-VERSIONS = ("3.10", "3.11", "3.12", "3.13")
+VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.13t")
 WHEELS = {  # the Python that builds each, and those that load it
     "cp312-abi3": ("3.12", "3.13"),
     "cp311-cp311": ("3.11",),
     "cp310-cp310": ("3.10",),
+    "cp313-cp313t": ("3.13t",),
 }
 JAX = "jax==0.10.2"  # of the same version as jaxlib in pyproject.toml
 TRIALS = ("pytest", "nanobind==3.1.0", "cmake>=3.22", "ninja")  # what tests/packaging needs
@@ -50,12 +52,15 @@ def run(*command: object, folder: Path = WORK, first_on_path: Path | None = None
 def find_pythons(given: list[str]) -> dict[str, str]:
     """The given interpreters, or those of VERSIONS that are found, by version."""
     if given:
-        code = "import sys; print('%d.%d' % sys.version_info[:2])"
+        code = (
+            "import sys, sysconfig; has_gil = not sysconfig.get_config_var('Py_GIL_DISABLED'); "
+            "print('%d.%d' % sys.version_info[:2] + ('' if has_gil else 't'))"
+        )
         return {run(python, "-c", code).strip(): python for python in given}
     found = {}
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     for version in VERSIONS:
-        places = sorted(pyenv.glob(f"versions/{version}.*/bin/python{version}"))
+        places = sorted(pyenv.glob(f"versions/{version.rstrip('t')}.*/bin/python{version}"))
         python = str(places[-1]) if places else shutil.which(f"python{version}")
         if python:
             found[version] = python
@@ -70,7 +75,7 @@ def environment(name: str, python: str, *packages: object, fresh: bool = False) 
     if not (folder / "bin/python").exists():
         run(python, "-m", "venv", folder)
     if packages:
-        run(folder / "bin/python", "-m", "pip", "install", "-q", *packages)
+        run(folder / "bin/python", "-m", "pip", "install", "-q", "--prefer-binary", *packages)
     return folder / "bin/python"
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -131,3 +132,65 @@ def test_a_batch_ends_with_a_step_of_another_thread():
     assert mine is not None
     with pytest.raises(ValueError, match="latest step"):
         _ = mine.positions
+
+
+def test_arrays_of_a_batch_while_others_step():
+    manager = quire.KVCacheManager(64, 4)
+    seqs = [manager.create(tokens(5, i)) for i in range(2)]
+    latest = [manager.step(seqs, [5, 5])]
+
+    def look(index: int) -> None:
+        batch = latest[0]
+        try:
+            assert batch.seq_lens.tolist() in ([5, 5], [5])
+            assert len(batch.positions) in (10, 5) and batch.block_table.shape[1] == 2
+        except ValueError as error:
+            assert "latest step" in str(error)
+
+    with Background(3, look):
+        for turn in range(2000):
+            latest[0] = manager.step(seqs[: 1 + turn % 2], [5, 5][: 1 + turn % 2])
+
+
+def test_a_list_of_sequences_that_changes_while_it_is_read():
+    manager = quire.KVCacheManager(64, 4)
+    kept = [manager.create(tokens(5, i)) for i in range(8)]
+    seqs = list(kept)
+
+    def change(index: int) -> None:
+        seqs.clear()
+        seqs.extend(kept)
+
+    with Background(1, change):
+        for _ in range(2000):
+            try:
+                batch = manager.step(seqs, [5] * 8)
+                assert batch is not None
+            except (ValueError, IndexError) as error:
+                assert "step: " in str(error) or "list index" in str(error)
+    manager.free(kept)
+    manager.validate()
+
+
+def test_a_log_has_the_order_in_which_calls_of_threads_ran(tmp_path):
+    path = str(tmp_path / "calls.quirelog")
+    manager = quire.RecordedKVCacheManager(path, 200, 4)
+    done = []
+
+    def run(index: int) -> None:
+        seq = manager.create(tokens(30, index % 2))
+        child = manager.fork(seq)
+        manager.truncate(child, 10)
+        manager.free([child, seq])
+        done.append(index)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that threads meet within the recorder's own code
+    try:
+        with Background(4, run):
+            while len(done) < 200:
+                time.sleep(0.001)
+    finally:
+        sys.setswitchinterval(interval)
+    num_calls, difference = quire.replay_calls(path)
+    assert difference is None and num_calls >= 800

@@ -43,6 +43,16 @@ def threads():
     quire.set_num_threads(before)
 
 
+def test_import_does_not_turn_the_gil_on():
+    """Where the interpreter has none; elsewhere it stays on."""
+    code = (
+        "import sys; on = getattr(sys, '_is_gil_enabled', lambda: True); import numpy; "
+        "before = on(); import quire; assert on() == before"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_shared_prefixes_are_found():
     attn, plan, *_ = make_step()
     assert plan.num_shared_items > 0
