@@ -75,7 +75,7 @@ def environment(name: str, python: str, *packages: object, fresh: bool = False) 
     if not (folder / "bin/python").exists():
         run(python, "-m", "venv", folder)
     if packages:
-        run(folder / "bin/python", "-m", "pip", "install", "-q", "--prefer-binary", *packages)
+        run(folder / "bin/python", "-m", "pip", "install", "-q", "--only-binary=:all:", *packages)
     return folder / "bin/python"
 
 
@@ -124,7 +124,7 @@ def try_wheel(version: str, python: str, wheel: Path) -> str:
     fresh = environment(f"smoke-{version}", python, wheel, "ml_dtypes", fresh=True)
     smoke = (fresh, ROOT / "tests/packaging/smoke.py")
     said = [run(*smoke).strip()]
-    run(fresh, "-m", "pip", "install", "-q", f"{wheel}[cli]", *TRIALS)
+    environment(f"smoke-{version}", python, f"{wheel}[cli]", *TRIALS)
     if "ISAs here" not in (info := run(fresh.parent / "quire", "info")):
         sys.exit(f"quire info: expected the instruction sets of this machine, got {info}")
     tests = (fresh, "-m", "pytest", "-p", "no:cacheprovider", ROOT / "tests/packaging")
@@ -132,7 +132,7 @@ def try_wheel(version: str, python: str, wheel: Path) -> str:
     chosen = ("-k", "not prefix and not readme_commands")  # those are about the repository
     said.append(run(*tests, *chosen, folder=ROOT, first_on_path=fresh.parent).splitlines()[-1])
     if version != "3.10":
-        run(fresh, "-m", "pip", "install", "-q", JAX)
+        environment(f"smoke-{version}", python, JAX)
         said.append(run(*smoke, "--jax").strip())
     return "; ".join(said)
 
