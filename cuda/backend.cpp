@@ -128,10 +128,11 @@ class CudaBackend final : public Backend {
     device::BoxedAttentionArgs boxed{};
     device::AttentionArgs& args = boxed.attention;
     args.params = params;
+    args.params.sequences = nullptr;  // they are with the items
     args.is_aligned = is_aligned(params);
     on_gpu->use(stream.handle, args);
     const auto mode = static_cast<int>(mode_of(params, args.is_aligned));
-    const WorkItem* items = args.items;
+    const device::ListedItem* items = args.items;
     const device::ItemRange* ranges = args.range;
     for (const PlanOnGpu::Segment& segment : on_gpu->segments()) {
       args.items = items + segment.first;

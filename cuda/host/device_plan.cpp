@@ -115,7 +115,6 @@ size_t DevicePlan::lay_out(DeviceAddress base) {
     end += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
   };
   place(args_.counts, 1);
-  place(args_.sequences, batch_.batch_size);
   place(args_.items, bounds_.pieces * num_kv_heads_);
   place(args_.merges, bounds_.merges);
   place(args_.counters, bounds_.merges * counters_a_merge());
@@ -158,7 +157,6 @@ void DevicePlan::use(Handle stream, device::AttentionArgs& args) {
       capture_ == 0 || gpu_.capture_of(stream) == capture_,
       "attention: plan: expected one that was not made in a capture, or a run in the same "
       "capture");
-  args.params.sequences = args_.sequences;
   args.params.block_table = batch_.block_table;
   args.params.block_table_stride = batch_.block_table_stride;
   args.items = args_.items;

@@ -37,8 +37,7 @@ PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim, int counters_a_m
     return begin;
   };
   const size_t rows = static_cast<size_t>(plan.num_partials) * plan.partial_rows;
-  sequences = add(plan.sequences.size(), sizeof(Sequence));
-  items = add(plan.items.size(), sizeof(WorkItem));
+  items = add(plan.items.size(), sizeof(device::ListedItem));
   merges = add(plan.merges.size(), sizeof(MergeItem));
   block_ids = add(plan.block_ids.size(), sizeof(int32_t));
   counters = add(plan.merges.size() * counters_a_merge, sizeof(uint32_t));
@@ -132,8 +131,10 @@ void SentPlan::stage(const AttentionPlan& plan) {
     add_segment({phase, first, count, rows,
                  takes_tickets ? std::min(blocks, resident_blocks(phase)) : blocks});
   }
-  put(layout_.sequences, plan.sequences);
-  put(layout_.items, sorted);
+  std::vector<device::ListedItem> listed;
+  listed.reserve(sorted.size());
+  for (const WorkItem& item : sorted) listed.push_back({item, plan.sequences[item.sequence]});
+  put(layout_.items, listed);
   put(layout_.merges, plan.merges);
   put(layout_.block_ids, plan.block_ids);
 }
@@ -175,10 +176,9 @@ void SentPlan::use(Handle stream, device::AttentionArgs& args) {
     base = copy.slab->device;
   }
   const auto at = [base](size_t offset) { return reinterpret_cast<void*>(base + offset); };
-  args.params.sequences = static_cast<const Sequence*>(at(layout_.sequences));
   args.params.block_table =
       is_paged_ ? static_cast<const int32_t*>(at(layout_.block_ids)) : nullptr;
-  args.items = static_cast<const WorkItem*>(at(layout_.items));
+  args.items = static_cast<const device::ListedItem*>(at(layout_.items));
   args.merges = static_cast<const MergeItem*>(at(layout_.merges));
   args.counters = static_cast<uint32_t*>(at(layout_.counters));
   args.tickets = static_cast<uint32_t*>(at(layout_.tickets));

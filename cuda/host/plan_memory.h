@@ -27,7 +27,7 @@ struct StreamId {
 // Where the parts of a plan lie, in bytes from the begin of a slab. The first `staged_bytes` are
 // sent from the host; counters and tickets are among them, as they begin as zero.
 struct PlanLayout {
-  size_t sequences, items, merges, block_ids, counters, tickets, staged_bytes;
+  size_t items, merges, block_ids, counters, tickets, staged_bytes;
   size_t partial_values, partial_stats, total_bytes;
 
   // `counters_a_merge`: one for each of the blocks that share the rows of an item.

@@ -45,10 +45,10 @@ QUIRE_DEVICE Sequence load_sequence(const Sequence* s) {
 }
 
 QUIRE_DEVICE Item load_item(const AttentionArgs& args, int index) {
-  const WorkItem* work = args.items + index;
+  const WorkItem* work = &args.items[index].work;
   Item item;
   item.sequence_index = ld_global(&work->sequence);
-  item.sequence = load_sequence(args.params.sequences + item.sequence_index);
+  item.sequence = load_sequence(&args.items[index].sequence);
   item.kv_head = ld_global(&work->kv_head);
   item.q_begin = ld_global(&work->q_begin);
   item.kv_begin = ld_global(&work->kv_begin);

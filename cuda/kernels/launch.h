@@ -12,9 +12,15 @@ struct ItemRange {
   int32_t begin, end;
 };
 
+// A work item as lists have it: its sequence is with it, so that a block waits for one read.
+struct ListedItem {
+  WorkItem work;
+  Sequence sequence;
+};
+
 struct AttentionArgs {
-  AttentionParams params;
-  const WorkItem* items;
+  AttentionParams params;  // but for `sequences`
+  const ListedItem* items;
   int32_t num_items;
   const ItemRange* range;  // of the items that are meant, where the list was made by the device
   int32_t item_rows;       // of the item that has the most of them
@@ -73,8 +79,7 @@ struct PlanArgs {
   int32_t counters_a_merge;
   int32_t max_tiles;  // what follows has room for
   // results
-  Sequence* sequences;  // [num_sequences]
-  WorkItem* items;
+  ListedItem* items;
   MergeItem* merges;
   uint32_t* counters;  // [merges, counters_a_merge], made zero,
   uint32_t* tickets;   // and so is this one

@@ -93,6 +93,40 @@ class MlaRing {
 
 // --- A tile --------------------------------------------------------------------------------------
 
+// What masks have to know of a thread's rows, lane / 4 and lane / 4 + 8 of its warp. It lies in
+// shared memory, as sums and queries leave no registers for it.
+template <class Traits>
+QUIRE_DEVICE SharedAddress score_row_slot(int h) {
+  const int row = row_warp<Traits>() * kTile + fresh_thread_index() % kWarpSize / 4 + 8 * h;
+  return shared_base() + static_cast<uint32_t>(Traits::kRowOffset + row * 32);
+}
+
+template <class Traits>
+QUIRE_DEVICE void store_score_row(int h, const ScoreRow& row) {
+  const auto word = [](int value) { return static_cast<uint32_t>(value); };
+  const auto mask = reinterpret_cast<uint64_t>(row.mask);
+  const SharedAddress slot = score_row_slot<Traits>(h);
+  st_shared(slot, U32x4{word(row.visible.begin), word(row.visible.end), word(row.position),
+                        bits_of(row.slope)});
+  st_shared(slot + 16, U32x4{word(row.mask_begin), static_cast<uint32_t>(mask),
+                             static_cast<uint32_t>(mask >> 32), 0});
+}
+
+template <class Traits>
+QUIRE_DEVICE ScoreRow load_score_row(int h) {
+  const SharedAddress slot = score_row_slot<Traits>(h);
+  const U32x4 low = ld_shared<U32x4>(slot);
+  ScoreRow row{{static_cast<int>(low.x), static_cast<int>(low.y)}, 0, 0, nullptr, 0};
+  if constexpr (Traits::kMode == Mode::kFull) {
+    const U32x4 high = ld_shared<U32x4>(slot + 16);
+    row.position = static_cast<int>(low.z);
+    row.slope = float_of(low.w);
+    row.mask = reinterpret_cast<const uint8_t*>(uint64_t{high.z} << 32 | high.y);
+    row.mask_begin = static_cast<int>(high.x);
+  }
+  return row;
+}
+
 // This warp's steps of queries x keys.
 template <class Traits>
 QUIRE_DEVICE void multiply_key_columns(float (&scores)[Traits::kKeys / 8][4],
@@ -125,37 +159,45 @@ QUIRE_DEVICE SharedAddress score_slot(int warp, int n) {
                                ((warp * (Traits::kKeys / 8) + n) * kWarpSize + lane) * 16);
 }
 
-// The sum over the warps that share the rows, to each of them.
+// The sum over the warps that share the rows, masked, to each of them. The keys of fragment n are
+// warp n's to add up: so the options are applied once, and few scores are in registers meanwhile.
 template <class Traits>
-QUIRE_DEVICE void add_scores(float (&scores)[Traits::kKeys / 8][4]) {
-  const int first_warp = row_warp<Traits>() * Traits::kColumnWarps;
+QUIRE_DEVICE void add_scores(const AttentionParams& p, int tile,
+                             float (&scores)[Traits::kKeys / 8][4]) {
+  const int first_warp = row_warp<Traits>() * Traits::kColumnWarps, own = column_warp<Traits>();
   QUIRE_UNROLL
   for (int n = 0; n < Traits::kKeys / 8; ++n)
-    st_shared(score_slot<Traits>(first_warp + column_warp<Traits>(), n),
+    st_shared(score_slot<Traits>(first_warp + own, n),
               F32x4{scores[n][0], scores[n][1], scores[n][2], scores[n][3]});
+  sync_block();
+  if (own < Traits::kKeys / 8) {
+    float sum[1][4] = {};
+    QUIRE_UNROLL
+    for (int warp = 0; warp < Traits::kColumnWarps; ++warp) {
+      const F32x4 given = ld_shared<F32x4>(score_slot<Traits>(first_warp + warp, own));
+      sum[0][0] += given.x, sum[0][1] += given.y, sum[0][2] += given.z, sum[0][3] += given.w;
+    }
+    const ScoreRow rows[2] = {load_score_row<Traits>(0), load_score_row<Traits>(1)};
+    mask_scores<Traits::kMode, 8>(p, rows, tile * Traits::kKeys + 8 * own, sum);
+    st_shared(score_slot<Traits>(first_warp, own),
+              F32x4{sum[0][0], sum[0][1], sum[0][2], sum[0][3]});
+  }
   sync_block();
   QUIRE_UNROLL
   for (int n = 0; n < Traits::kKeys / 8; ++n) {
-    F32x4 sum{0, 0, 0, 0};
-    QUIRE_UNROLL
-    for (int warp = 0; warp < Traits::kColumnWarps; ++warp) {
-      const F32x4 given = ld_shared<F32x4>(score_slot<Traits>(first_warp + warp, n));
-      sum = {sum.x + given.x, sum.y + given.y, sum.z + given.z, sum.w + given.w};
-    }
+    const F32x4 sum = ld_shared<F32x4>(score_slot<Traits>(first_warp, n));
     scores[n][0] = sum.x, scores[n][1] = sum.y, scores[n][2] = sum.z, scores[n][3] = sum.w;
   }
 }
 
 template <class Traits>
 QUIRE_DEVICE void attend_mla_tile(const AttentionParams& p, MlaSums<Traits>& chunk,
-                                  const ScoreRow (&rows)[2],
                                   const uint32_t (&queries)[Traits::kSteps][4], float factor,
                                   int tile, SharedAddress keys) {
   using Columns = typename Traits::Columns;
   float scores[Traits::kKeys / 8][4] = {};
   multiply_key_columns<Traits>(scores, queries, keys);
-  add_scores<Traits>(scores);
-  mask_scores<Traits::kMode, Traits::kKeys>(p, rows, tile * Traits::kKeys, scores);
+  add_scores<Traits>(p, tile, scores);
   add_to_softmax<Columns>(factor, TokenScales{keys, false}, chunk.rows, scores, chunk.columns);
   multiply_values<Columns>(chunk.columns, scores, keys,
                            column_warp<Traits>() * (Traits::kColumns / kPiece));
@@ -197,7 +239,7 @@ QUIRE_DEVICE void finish_mla_chunk(const AttentionArgs& args, const Item& item,
 // the permutation keeps the rows that a warp writes at once in different banks.
 template <class Traits>
 QUIRE_DEVICE SharedAddress result_slot(const MlaSums<Traits>&, int row, int column) {
-  const int warp = thread_index() / kWarpSize;
+  const int warp = fresh_thread_index() / kWarpSize;
   return shared_base() +
          static_cast<uint32_t>(
              Traits::kStageOffset +
@@ -209,7 +251,8 @@ template <class Traits>
 QUIRE_DEVICE void write_mla_rows(const AttentionArgs& args, const Item& item,
                                  const MlaSums<Traits>& total, int first_row) {
   constexpr int kPieces = Traits::kColumns / kPiece;
-  const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
+  const int thread = fresh_thread_index();
+  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
   const SharedAddress stats = shared_base() + (Traits::kStatsOffset + warp * kTile * 8);
   QUIRE_UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -237,10 +280,12 @@ QUIRE_DEVICE void write_mla_rows(const AttentionArgs& args, const Item& item,
 
 // --- The loop ------------------------------------------------------------------------------------
 
+// Loads the item anew wherever it is needed again: no register holds it through the tiles.
 template <class Traits>
-QUIRE_DEVICE void mla_decode_rows(const AttentionArgs& args, const Item& item, int first_row) {
+QUIRE_DEVICE void mla_decode_rows(const AttentionArgs& args, int index, int first_row) {
   const AttentionParams& p = args.params;
-  const int lane = thread_index() % kWarpSize, warp_row = row_warp<Traits>() * kTile;
+  const Item item = load_item(args, index);
+  const int lane = fresh_thread_index() % kWarpSize, warp_row = row_warp<Traits>() * kTile;
   const int last_row = min(item.num_rows, first_row + Traits::kRows) - 1;
   const KeyRange keys = keys_to_read(p, item, first_row, last_row);
   const float factor = score_factor<Traits>(p);
@@ -256,29 +301,31 @@ QUIRE_DEVICE void mla_decode_rows(const AttentionArgs& args, const Item& item, i
   for (int step = 0; step < Traits::kSteps; ++step)
     load_query_fragment<Traits::kHeadDim>(queries[step], query_tile, warp_row,
                                           Traits::kColumnWarps * step + column_warp<Traits>());
+  if (column_warp<Traits>() == 0 && lane % 4 == 0) QUIRE_UNROLL
+  for (int h = 0; h < 2; ++h)
+    store_score_row<Traits>(
+        h, make_score_row(p, item, min(first_row + warp_row + lane / 4 + 8 * h, last_row)));
 
-  ScoreRow rows[2];
-  QUIRE_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    rows[h] = make_score_row(p, item, min(first_row + warp_row + lane / 4 + 8 * h, last_row));
-    if (Traits::kMode == Mode::kFast) rows[h].mask = nullptr;  // it is: no registers for it
-  }
   MlaSums<Traits> total;
-  int tile = keys.begin / Traits::kKeys;
+  int tile = keys.begin / Traits::kKeys, chunk = item.kv_begin / kKvChunk;
   const int end_tile = keys.begin < keys.end ? ceil_div(keys.end, Traits::kKeys) : tile;
-  int slot = item.partial, chunk = item.kv_begin / kKvChunk;
+  bool is_last;
   do {
     MlaSums<Traits> sums;
     const int end = min(end_tile, (chunk + 1) * (kKvChunk / Traits::kKeys));
     for (; tile < end; ++tile)
-      attend_mla_tile<Traits>(p, sums, rows, queries, factor, tile, ring.advance(tile));
-    finish_mla_chunk<Traits>(args, item, sums, total, factor, slot, first_row);
-    if (slot >= 0) ++slot;
-  } while (++chunk * kKvChunk < item.kv_end);
+      attend_mla_tile<Traits>(p, sums, queries, factor, tile, ring.advance(tile));
+    const Item again = load_item(args, index);
+    const int slot =
+        again.partial < 0 ? -1 : again.partial + chunk - again.kv_begin / kKvChunk;
+    finish_mla_chunk<Traits>(args, again, sums, total, factor, slot, first_row);
+    is_last = ++chunk * kKvChunk >= again.kv_end;
+  } while (!is_last);
   cp_async_wait<0>();
   sync_block();
-  if (item.partial < 0) {
-    write_mla_rows<Traits>(args, item, total, first_row);
+  const Item again = load_item(args, index);
+  if (again.partial < 0) {
+    write_mla_rows<Traits>(args, again, total, first_row);
     sync_block();
   }
 }
@@ -290,12 +337,13 @@ QUIRE_DEVICE void mla_decode(const AttentionArgs& args) {
   const int tiles = ceil_div(args.item_rows, Traits::kRows);
   for (int i = block_index(); i < (end_of_items(args) - first_item(args)) * tiles;
        i += num_blocks()) {
-    const Item item = load_item(args, first_item(args) + i / tiles);
-    const int tile = i % tiles, first_row = tile * Traits::kRows;
-    if (first_row >= item.num_rows) continue;
-    mla_decode_rows<Traits>(args, item, first_row);
+    const int index = first_item(args) + i / tiles, tile = i % tiles;
+    const int first_row = tile * Traits::kRows;
+    if (first_row >= load_item(args, index).num_rows) continue;
+    mla_decode_rows<Traits>(args, index, first_row);
+    const Item item = load_item(args, index);
     if (item.merge < 0) continue;
-    merge_if_last<typename Traits::Values, Traits::kMergeAhead>(
+    merge_if_last<typename Traits::Values>(
         args, item, shared_base() + Traits::kFlagOffset,
         {item.merge * tiles + tile, first_row, min(item.num_rows - first_row, Traits::kRows)});
   }

@@ -82,25 +82,15 @@ QUIRE_DEVICE Sequence planned_sequence(const PlanArgs& args, int index) {
   return s;
 }
 
-QUIRE_DEVICE void store_sequence(Sequence* to, const Sequence& s) {
-  st_global(&to->q_begin, s.q_begin);
-  st_global(&to->q_len, s.q_len);
-  st_global(&to->seq_len, s.seq_len);
-  st_global(&to->kv_row, s.kv_row);
-}
-
-// Writes the sequences and where their tiles begin. Returns how many tiles there are.
+// Writes where the sequences' tiles begin. Returns how many tiles there are.
 template <class Traits>
 QUIRE_DEVICE int place_tiles(const PlanArgs& args) {
   int num_tiles = 0;
   for (int first = 0; first < args.num_sequences; first += Traits::kThreads) {
     const int index = first + thread_index();
     int tiles = 0;
-    if (index < args.num_sequences) {
-      const Sequence s = planned_sequence(args, index);
-      store_sequence(args.sequences + index, s);
-      tiles = ceil_div(s.q_len, args.tile_rows);
-    }
+    if (index < args.num_sequences)
+      tiles = ceil_div(planned_sequence(args, index).q_len, args.tile_rows);
     const int total = exclusive_sum<Traits>(tiles);
     if (index < args.num_sequences) st_global(args.first_tiles + index, num_tiles + tiles);
     num_tiles = min(num_tiles + total, args.max_tiles);  // the lengths make no sense if it is more
@@ -245,7 +235,7 @@ struct PlanPiece {
 // --- Order ---------------------------------------------------------------------------------------
 
 QUIRE_DEVICE Phase phase_of(const PlanArgs& args, int sequence) {
-  const int64_t rows = int64_t{ld_global(&args.sequences[sequence].q_len)} * args.group;
+  const int64_t rows = int64_t{planned_sequence(args, sequence).q_len} * args.group;
   return rows <= args.decode_rows ? kDecode : rows >= args.wide_rows ? kWide : kNarrow;
 }
 
@@ -277,7 +267,9 @@ struct PieceOrder {
   }
 };
 
-// Leaves the pieces in shared memory as their items are to follow each other: a bitonic sort.
+// Leaves the pieces in shared memory as their items are to follow each other: a bitonic sort. Over
+// short distances the entries of 32 exchanges in a row stay among themselves, so that a warp does
+// not have to wait for others.
 template <class Traits>
 QUIRE_DEVICE void sort_pieces(const PlanArgs& args, int num_tiles, int num_pieces) {
   using Order = PieceOrder<Traits>;
@@ -296,21 +288,30 @@ QUIRE_DEVICE void sort_pieces(const PlanArgs& args, int num_tiles, int num_piece
         const int low = 2 * i - (i & (distance - 1));
         Order::exchange(low, low + distance, (low & size) == 0);
       }
-      sync_block();
+      const int next = distance > 1 ? distance / 2 : size;
+      if (max(distance, next) > kWarpSize)
+        sync_block();
+      else
+        sync_warp();
     }
+  sync_block();
 }
 
 // --- Lists ---------------------------------------------------------------------------------------
 
-QUIRE_DEVICE void store_item(WorkItem* to, const WorkItem& item) {
-  st_global(&to->sequence, item.sequence);
-  st_global(&to->kv_head, item.kv_head);
-  st_global(&to->q_begin, item.q_begin);
-  st_global(&to->q_end, item.q_end);
-  st_global(&to->kv_begin, item.kv_begin);
-  st_global(&to->kv_end, item.kv_end);
-  st_global(&to->partial, item.partial);
-  st_global(&to->merge, item.merge);
+QUIRE_DEVICE void store_item(ListedItem* to, const WorkItem& work, const Sequence& sequence) {
+  st_global(&to->work.sequence, work.sequence);
+  st_global(&to->work.kv_head, work.kv_head);
+  st_global(&to->work.q_begin, work.q_begin);
+  st_global(&to->work.q_end, work.q_end);
+  st_global(&to->work.kv_begin, work.kv_begin);
+  st_global(&to->work.kv_end, work.kv_end);
+  st_global(&to->work.partial, work.partial);
+  st_global(&to->work.merge, work.merge);
+  st_global(&to->sequence.q_begin, sequence.q_begin);
+  st_global(&to->sequence.q_len, sequence.q_len);
+  st_global(&to->sequence.seq_len, sequence.seq_len);
+  st_global(&to->sequence.kv_row, sequence.kv_row);
 }
 
 template <class Traits>
@@ -327,7 +328,7 @@ QUIRE_DEVICE void write_items(const PlanArgs& args, int num_tiles, int num_piece
       item.partial = tile.partial + head * num_chunks(tile) + piece.first_chunk;
       item.merge = tile.merge + head;
     }
-    store_item(args.items + i, item);
+    store_item(args.items + i, item, planned_sequence(args, tile.sequence));
   }
   // Where the phase changes a range ends and another begins.
   const auto phase_at = [](int i) {

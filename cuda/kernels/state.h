@@ -82,32 +82,37 @@ struct MergeRows {
   int counter, first, count;
 };
 
-// Folds all slots of the rows in chunk order and writes the rows. kAhead slots are loaded at once:
-// what a thread waits for is one of them after the other.
-template <class Traits, int kAhead>
+// Folds all slots of the rows in chunk order and writes the rows. What a thread waits for is one
+// load after the other, so a few slots are loaded at once, and nothing depends on how many of those
+// there are: behind a branch the compiler would load them where it folds them. A slot that is not
+// there folds as a chunk without keys does, which changes nothing.
+template <class Traits>
 QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item, const MergeRows& rows) {
-  constexpr int kPieces = Traits::kHeadDim / kPiece;
+  constexpr int kPieces = Traits::kHeadDim / kPiece, kAhead = 4;
   const MergeItem* work = args.merges + item.merge;
-  const int first_slot = ld_global(&work->partial), num_slots = ld_global(&work->num_partials);
+  const int first_slot = ld_global(&work->partial);
+  const int end_slot = first_slot + ld_global(&work->num_partials);
   for (int i = thread_index(); i < rows.count * kPieces; i += Traits::kThreads) {
     const int row = rows.first + i / kPieces, column = i % kPieces * kPiece;
     RowStats total;
     float values[kPiece] = {};
-    for (int slot = first_slot; slot < first_slot + num_slots; slot += kAhead) {
+    for (int slot = first_slot; slot < end_slot; slot += kAhead) {
       F32x2 stats[kAhead];
       float chunk[kAhead][kPiece];
       QUIRE_UNROLL
       for (int a = 0; a < kAhead; ++a) {
-        const int there = min(slot + a, first_slot + num_slots - 1);
+        const int there = min(slot + a, end_slot - 1);
         stats[a] = ld_global(partial_stats(args, there, row));
         load_floats(chunk[a], partial_values<Traits>(args, there, row) + column);
       }
       QUIRE_UNROLL
       for (int a = 0; a < kAhead; ++a) {
-        if (slot + a >= first_slot + num_slots) break;
-        const FoldScales scales = fold(total, {stats[a].x, stats[a].y});
+        const bool exists = slot + a < end_slot;
+        const RowStats added{exists ? stats[a].x : -kInfinity, exists ? stats[a].y : 0.0f};
+        const FoldScales scales = fold(total, added);
         QUIRE_UNROLL
-        for (int e = 0; e < kPiece; ++e) values[e] = scales.apply(values[e], chunk[a][e]);
+        for (int e = 0; e < kPiece; ++e)
+          values[e] = scales.apply(values[e], exists ? chunk[a][e] : 0.0f);
       }
     }
     write_row<Traits>(args, item, row, column, total, values);
@@ -116,12 +121,12 @@ QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item, const Merge
 
 template <class Traits>
 QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item) {
-  merge<Traits, 1>(args, item, {item.merge, 0, item.num_rows});
+  merge<Traits>(args, item, {item.merge, 0, item.num_rows});
 }
 
 // Called by a block that has stored its partial results: the last of those that share the rows
 // merges. `flag`: a word of shared memory.
-template <class Traits, int kAhead>
+template <class Traits>
 QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, SharedAddress flag,
                                 const MergeRows& rows) {
   fence_gpu();
@@ -133,12 +138,12 @@ QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, Sha
   sync_block();
   if (!ld_shared<uint32_t>(flag)) return;
   fence_gpu();
-  merge<Traits, kAhead>(args, item, rows);
+  merge<Traits>(args, item, rows);
 }
 
 template <class Traits>
 QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, SharedAddress flag) {
-  merge_if_last<Traits, 1>(args, item, flag, {item.merge, 0, item.num_rows});
+  merge_if_last<Traits>(args, item, flag, {item.merge, 0, item.num_rows});
 }
 
 }  // namespace quire::device

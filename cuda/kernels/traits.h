@@ -115,7 +115,6 @@ struct MlaTraits : KeyTiles<Type_, Type_, kHeadDim_, kKeys_> {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kSteps = kHeadDim / kTile / kColumnWarps;  // of the product with keys
   static constexpr int kColumns = kHeadDimV / kColumnWarps;       // of that with values
-  static constexpr int kMergeAhead = 4;
 
   // Shared memory, in bytes from its begin. Queries are in registers before the last stage is
   // first filled.
@@ -125,7 +124,8 @@ struct MlaTraits : KeyTiles<Type_, Type_, kHeadDim_, kKeys_> {
   static constexpr int kScoreOffset = kStageOffset + kStages * kStageBytes;  // [kWarps]
   static constexpr int kStatsOffset = kScoreOffset + kWarps * kTile * kKeys * 4;
   static constexpr int kFlagOffset = kStatsOffset + kWarps * kTile * 8;
-  static constexpr int kSharedBytes = kFlagOffset + 16;
+  static constexpr int kRowOffset = kFlagOffset + 16;  // [kRows], see store_score_row
+  static constexpr int kSharedBytes = kRowOffset + kRows * 32;
 
   // What the parts that kernels share see: results of all columns, and those of one warp.
   struct Values {

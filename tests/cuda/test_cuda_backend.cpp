@@ -152,11 +152,11 @@ TEST_CASE("a mixed batch: kernels by sequence, grids, shared memory, arguments")
     std::set<int> taken;
     int64_t cost = INT64_MAX;
     for (int item = 0; item < args.num_items; ++item) {
-      const WorkItem& work = args.items[item];
+      const auto& [work, sequence] = args.items[item];
       taken.insert(work.sequence);
       const int64_t own = int64_t{work.kv_end - work.kv_begin} * (work.q_end - work.q_begin);
       if (work.partial < 0) cost = own;
-      CHECK(args.params.sequences[work.sequence].seq_len == batch.seq_lens[work.sequence]);
+      CHECK(sequence.seq_len == batch.seq_lens[work.sequence]);
       if (work.merge >= 0) {
         CHECK(args.counters[work.merge] == 0);
         CHECK(args.merges[work.merge].sequence == work.sequence);
@@ -169,7 +169,7 @@ TEST_CASE("a mixed batch: kernels by sequence, grids, shared memory, arguments")
   for (size_t i = 0; i < plan.block_ids.size(); ++i)
     CHECK(seen.all[0].params.block_table[i] == plan.block_ids[i]);
   // All that a launch points into is one piece of memory, of the size that is promised.
-  const auto* begin = reinterpret_cast<const std::byte*>(seen.all[0].params.sequences);
+  const auto* begin = reinterpret_cast<const std::byte*>(seen.all[0].items);
   const auto* end = reinterpret_cast<const std::byte*>(
       seen.all[0].partial_stats + 2 * static_cast<size_t>(plan.num_partials) * plan.partial_rows);
   const size_t promised = s.backend().workspace_size(desc, plan);
@@ -198,7 +198,7 @@ TEST_CASE("on sm_90 blocks ask for items: heads in sections of the L2 cache, the
   int section = 0;
   int64_t cost = INT64_MAX;
   for (int i = 0; i < args.num_items; ++i) {
-    const WorkItem& item = args.items[i];
+    const WorkItem& item = args.items[i].work;
     const std::pair pair{item.sequence, item.kv_head};
     const int64_t own = int64_t{item.kv_end - item.kv_begin} * (item.q_end - item.q_begin);
     if (own > cost) ++section;

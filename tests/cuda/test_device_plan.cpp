@@ -81,7 +81,6 @@ TEST_CASE("a decode plan: one planner, one kernel on a fixed grid, the caller's 
   CHECK(run.range == args.counts->ranges + kDecode);
   CHECK(run.merges == args.merges);
   CHECK(run.counters == args.counters);
-  CHECK(run.params.sequences == args.sequences);
   CHECK(run.params.block_table == kTable);
   CHECK(run.params.block_table_stride == 517);
   CHECK(s.driver.count("cuMemcpyHtoDAsync") == 0);

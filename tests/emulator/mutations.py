@@ -36,12 +36,7 @@ STATE, SCALES, TRAITS = (f"cuda/kernels/{x}.h" for x in "state scales traits".sp
 H, PR = (f"cuda/kernels/sm90/{x}.h" for x in "prefill producer".split())
 L = "cuda/kernels/mla_decode.h"
 PL = "cuda/kernels/plan.h"
-PROGRAMS = {
-    H: "test_mutation_sm90",
-    PR: "test_mutation_sm90",
-    L: "test_mutation_mla",
-    PL: "test_mutation_plan",
-}
+PROGRAMS = {"sm90", "mla", "plan"}  # begin descriptions; test_mutation.cpp is of all others
 
 MUTATIONS = [
     Mutation("prefill: no barrier before a tile is read", P,
@@ -130,7 +125,17 @@ MUTATIONS = [
     Mutation("the counter does not come back to zero", STATE,
              "num_items) - 1);", "num_items));"),
     Mutation("partial results folded without their scale", STATE,
-             "values[e] = scales.apply(values[e], chunk[a][e]);", "values[e] += chunk[a][e];"),
+             "scales.apply(values[e], exists ? chunk[a][e] : 0.0f);",
+             "values[e] + (exists ? chunk[a][e] : 0.0f);"),
+    Mutation("the last slot is folded again where there are no more", STATE,
+             "const bool exists = slot + a < end_slot;", "const bool exists = true;"),
+    Mutation("a slot is left out where four are loaded at once", STATE,
+             "const bool exists = slot + a < end_slot;",
+             "const bool exists = slot + a < end_slot - 1;"),
+    Mutation("slots of other rows are read ahead", STATE,
+             "const int there = min(slot + a, end_slot - 1);", "const int there = slot + a;"),
+    Mutation("slots that are loaded at once are one and the same", STATE,
+             "const int there = min(slot + a, end_slot - 1);", "const int there = slot;"),
     Mutation("the rescale is not exactly 1", S, "exp2(mul(rows[h].max, factor) - base)",
              "exp2(fma(rows[h].max, factor, -base))"),
     Mutation("sm90: bytes of boxes are not announced", PR,
@@ -248,14 +253,29 @@ MUTATIONS = [
              "Traits::kColumnWarps * step + column_warp<Traits>());",
              "Traits::kColumnWarps * step);"),
     Mutation("mla: scores are read before they are written", L,
+             "  sync_block();\n  if (own", "  if (own"),
+    Mutation("mla: sums of scores are read before they are written", L,
              "  sync_block();\n  QUIRE_UNROLL", "  QUIRE_UNROLL"),
     Mutation("mla: scores of other rows", L,
-             "row_warp<Traits>() * Traits::kColumnWarps;", "0;"),
+             "first_warp = row_warp<Traits>() * Traits::kColumnWarps,", "first_warp = 0,"),
+    Mutation("mla: every warp adds up the first keys", L,
+             "score_slot<Traits>(first_warp + warp, own)",
+             "score_slot<Traits>(first_warp + warp, 0)"),
+    Mutation("mla: masks of the tile's first keys", L,
+             "tile * Traits::kKeys + 8 * own, sum", "tile * Traits::kKeys, sum"),
+    Mutation("mla: masks of other rows", L,
+             "row_warp<Traits>() * kTile + fresh_thread_index() % kWarpSize / 4 + 8 * h",
+             "fresh_thread_index() % kWarpSize / 4 + 8 * h"),
+    Mutation("mla: masks of a thread's first row", L,
+             "load_score_row<Traits>(1)", "load_score_row<Traits>(0)"),
+    Mutation("mla: half of the shared memory that rows take", TRAITS,
+             "kRowOffset + kRows * 32", "kRowOffset + kRows * 16"),
     Mutation("mla: every warp multiplies the first columns", L,
              "column_warp<Traits>() * (Traits::kColumns / kPiece)", "0"),
     Mutation("mla: partial results in the first columns", L,
              "(args, slot, row) + first_column;", "(args, slot, row);"),
-    Mutation("mla: chunks in one slot", L, "if (slot >= 0) ++slot;", ""),
+    Mutation("mla: chunks in one slot", L,
+             "again.partial + chunk - again.kv_begin / kKvChunk", "again.partial"),
     Mutation("mla: results overwrite a tile in use", L,
              "cp_async_wait<0>();\n  sync_block();", "cp_async_wait<0>();"),
     Mutation("mla: the next rows overwrite results in use", L,
@@ -268,7 +288,7 @@ MUTATIONS = [
              "  sync_block();  // before the sums may be overwritten\n", ""),
     Mutation("plan: sums are read before they are there", PL,
              "inclusive);\n  sync_block();", "inclusive);"),
-    Mutation("plan: sequences are read before they are there", PL,
+    Mutation("plan: first tiles are read before they are there", PL,
              "  sync_block();  // what is in memory is read by other threads from here on\n", ""),
     Mutation("plan: tiles are read before they are there", PL,
              "num_partials);\n  }\n  sync_block();", "num_partials);\n  }"),
@@ -276,7 +296,16 @@ MUTATIONS = [
              "    st_shared(Order::piece(i), i);\n  }\n  sync_block();",
              "    st_shared(Order::piece(i), i);\n  }"),
     Mutation("plan: no barrier between two steps of the sort", PL,
-             "(low & size) == 0);\n      }\n      sync_block();", "(low & size) == 0);\n      }"),
+             "        sync_block();\n      else", "        sync_warp();\n      else"),
+    Mutation("plan: warps do not wait between steps over 64 entries", PL,
+             "max(distance, next) > kWarpSize", "max(distance, next) > 2 * kWarpSize"),
+    Mutation("plan: lanes do not wait between two steps of the sort", PL,
+             "      else\n        sync_warp();", ""),
+    Mutation("plan: items are made before the pieces are in order", PL,
+             "sync_warp();\n    }\n  sync_block();", "sync_warp();\n    }"),
+    Mutation("plan: an item has the sequence before", PL,
+             "planned_sequence(args, tile.sequence));",
+             "planned_sequence(args, max(0, tile.sequence - 1)));"),
     Mutation("plan: equal pieces in any order", PL,
              "(low_key == high_key && low_piece < high_piece)", "low_key == high_key"),
     Mutation("plan: the cheap ones first", PL, "(kMost - cost)", "cost"),
@@ -336,8 +365,8 @@ def build_and_run(folder: Path, name: str) -> tuple[int, str]:
 
 
 def program_of(mutation: Mutation) -> str:
-    shared = "test_mutation_sm90" if mutation.what.startswith("sm90") else "test_mutation"
-    return PROGRAMS.get(mutation.file, shared)
+    kernel = mutation.what.split(":")[0]
+    return f"test_mutation_{kernel}" if kernel in PROGRAMS else "test_mutation"
 
 
 def planted(source: str, mutation: Mutation) -> str:

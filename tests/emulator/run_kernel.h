@@ -54,12 +54,12 @@ inline device::TensorMap tensor_map(const AttentionParams& params, bool is_k, in
   return map;
 }
 
-// Partial results, which begin as NaN, the counters, and the items as a device that plans says
-// them: a range of a list.
+// Partial results, which begin as NaN, the counters, and the items as lists have them; one that is
+// nonsense comes before those that are meant.
 struct Workspace {
   std::vector<float> values, stats;
   std::vector<uint32_t> counters;
-  std::vector<WorkItem> items;
+  std::vector<device::ListedItem> items;
   device::ItemRange range;
 };
 
@@ -82,12 +82,14 @@ inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& p
   device::BoxedAttentionArgs boxed{};
   device::AttentionArgs& args = boxed.attention;
   args.params = params;
-  args.items = plan.items.data();
+  args.params.sequences = nullptr;
+  workspace.items.assign(1, {{1 << 30, 1 << 30, 0, 1 << 30, 0, 1 << 30, -1, -1}, {}});
+  for (const WorkItem& item : plan.items)
+    workspace.items.push_back({item, plan.sequences[item.sequence]});
+  args.items = workspace.items.data() + 1;
   args.num_items = static_cast<int32_t>(plan.items.size());
   args.item_rows = most_rows(plan, params);
-  if (options.seed % 2 == 1) {
-    workspace.items.assign(1, {1 << 30, 1 << 30, 0, 1 << 30, 0, 1 << 30, -1, -1});
-    workspace.items.insert(workspace.items.end(), plan.items.begin(), plan.items.end());
+  if (options.seed % 2 == 1) {  // as a device that plans says them: a range of a list
     workspace.range = {1, args.num_items + 1};
     args.items = workspace.items.data();
     args.num_items = 0;
@@ -109,7 +111,7 @@ inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& p
     const auto allow = [&options](const auto& array) {
       options.global.allow(array.data(), array.size() * sizeof(array[0]));
     };
-    allow(plan.sequences), allow(plan.items), allow(plan.merges), allow(plan.block_ids);
+    allow(plan.merges), allow(plan.block_ids);
     allow(workspace.values), allow(workspace.stats), allow(workspace.counters);
     allow(workspace.items), options.global.allow(&workspace.range, sizeof workspace.range);
   }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Likewise the decode kernel over latent caches, with items of two tiles of rows.
+// Likewise the decode kernel over latent caches, with items of two tiles of rows and of rows
+// that see different keys.
 #include "emulator/mutation.h"
 #include "kernels/mla_decode.h"
 
@@ -14,7 +15,12 @@ std::string run_all(uint32_t seed) {
   c.is_latent = true;
   c.batch = {{1, 1}, {2, 45}, {1, 0}, {1, 530}};
   c.block_size = 7;
-  return run(bind<Decode>(device::mla_decode<Decode>), c, 32, seed);
+  const AttentionKernel decode = bind<Decode>(device::mla_decode<Decode>);
+  const std::string error = run(decode, c, 32, seed);
+  if (!error.empty()) return error;
+  c.num_heads = 5;  // rows of a tile that see different keys
+  c.batch = {{6, 40}};
+  return run(decode, c, 32, seed);
 }
 
 }  // namespace
