@@ -124,6 +124,9 @@ size_t DevicePlan::lay_out(DeviceAddress base) {
   const int64_t rows = bounds_.partials * bounds_.partial_rows;
   place(partial_values_, rows * kernels_.head_dim);
   place(partial_stats_, rows * 2);
+  for (const Segment& segment : segments())
+    if (segment.phase == kWide)
+      place(totals_, static_cast<int64_t>(global_bytes(segment.blocks) / sizeof(float)));
   return end;
 }
 
@@ -166,6 +169,7 @@ void DevicePlan::use(Handle stream, device::AttentionArgs& args) {
   args.tickets = args_.tickets;
   args.partial_values = partial_values_;
   args.partial_stats = partial_stats_;
+  args.totals = totals_;
   args.partial_rows = bounds_.partial_rows;
 }
 

@@ -40,7 +40,7 @@ class DevicePlan final : public PlanOnGpu {
   const int max_total_q_, max_keys_;
   const PlanBounds bounds_;
   device::PlanArgs args_{};  // where the lists lie
-  float *partial_values_ = nullptr, *partial_stats_ = nullptr;
+  float *partial_values_ = nullptr, *partial_stats_ = nullptr, *totals_ = nullptr;
   size_t bytes_ = 0;
   StreamId stream_;
   uint64_t capture_ = 0;

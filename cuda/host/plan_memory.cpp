@@ -22,13 +22,20 @@ int row_tiles(const AttentionPlan& plan, const KernelSet& kernels, int group) {
   return most;
 }
 
+int64_t wide_items(const AttentionPlan& plan, const KernelSet& kernels, int group) {
+  return std::count_if(plan.items.begin(), plan.items.end(), [&](const WorkItem& item) {
+    return kernels.phase_of(int64_t{plan.sequences[item.sequence].q_len} * group) == kWide;
+  });
+}
+
 }  // namespace
 
 StreamId::StreamId(Handle handle)
     : handle(handle),
       thread(handle == kPerThreadStream ? std::this_thread::get_id() : std::thread::id()) {}
 
-PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim, int counters_a_merge) {
+PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim, int counters_a_merge,
+                       size_t global_bytes) {
   constexpr size_t kAlignment = 64;
   size_t end = 0;
   const auto add = [&end](size_t count, size_t bytes) {
@@ -45,6 +52,7 @@ PlanLayout::PlanLayout(const AttentionPlan& plan, int head_dim, int counters_a_m
   staged_bytes = end;
   partial_values = add(rows * head_dim, sizeof(float));
   partial_stats = add(rows * 2, sizeof(float));
+  totals = add(global_bytes, 1);
   total_bytes = end;
 }
 
@@ -68,9 +76,15 @@ int64_t PlanOnGpu::resident_blocks(Phase phase) const {
   return int64_t{gpu_.info().parallelism} * kernels_.kernels[phase][0]->blocks_per_multiprocessor;
 }
 
+size_t PlanOnGpu::global_bytes(int64_t items) const {
+  const int64_t a_block = kernels_.global_bytes();
+  return a_block == 0 ? 0 : static_cast<size_t>(std::min(items, resident_blocks(kWide)) * a_block);
+}
+
 SentPlan::SentPlan(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& plan)
     : PlanOnGpu(gpu, desc),
-      layout_(plan, kernels_.head_dim, row_tiles(plan, kernels_, num_heads_ / num_kv_heads_)),
+      layout_(plan, kernels_.head_dim, row_tiles(plan, kernels_, num_heads_ / num_kv_heads_),
+              global_bytes(wide_items(plan, kernels_, num_heads_ / num_kv_heads_))),
       num_partial_rows_(plan.partial_rows) {
   const ContextScope scope(gpu_);
   stage(plan);
@@ -184,6 +198,7 @@ void SentPlan::use(Handle stream, device::AttentionArgs& args) {
   args.tickets = static_cast<uint32_t*>(at(layout_.tickets));
   args.partial_values = static_cast<float*>(at(layout_.partial_values));
   args.partial_stats = static_cast<float*>(at(layout_.partial_stats));
+  args.totals = static_cast<float*>(at(layout_.totals));
   args.partial_rows = num_partial_rows_;
 }
 

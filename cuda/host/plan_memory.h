@@ -28,10 +28,11 @@ struct StreamId {
 // sent from the host; counters and tickets are among them, as they begin as zero.
 struct PlanLayout {
   size_t items, merges, block_ids, counters, tickets, staged_bytes;
-  size_t partial_values, partial_stats, total_bytes;
+  size_t partial_values, partial_stats, totals, total_bytes;
 
-  // `counters_a_merge`: one for each of the blocks that share the rows of an item.
-  PlanLayout(const AttentionPlan& plan, int head_dim, int counters_a_merge);
+  // `counters_a_merge`: one for each of the blocks that share the rows of an item. `global_bytes`:
+  // what all blocks work in.
+  PlanLayout(const AttentionPlan& plan, int head_dim, int counters_a_merge, size_t global_bytes);
 };
 
 class PlanOnGpu {
@@ -63,6 +64,8 @@ class PlanOnGpu {
   // Loading takes long and may not happen while a stream is captured: plans do it when made.
   void add_segment(const Segment& segment);
   int64_t resident_blocks(Phase phase) const;  // that the GPU runs at once
+  // Of device memory that the blocks of kWide work in, for so many items.
+  size_t global_bytes(int64_t items) const;
 
   Gpu& gpu_;
   const KernelSet kernels_;

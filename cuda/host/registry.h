@@ -27,6 +27,7 @@ struct Kernel {
   const char* arch = nullptr;     // the only one it is compiled for, "90a"; null: all
   int box_rows = 0;               // at most; 0: its only argument is AttentionArgs
   bool takes_tickets = false;     // a block asks for items one by one
+  int global_bytes = 0;           // of device memory that a block works in
   int latent_dim = 0;  // > 0: V is the first columns of K, at most so many; a block takes one tile
                        // of rows
 };
@@ -68,6 +69,7 @@ constexpr Kernel sm90_prefill(const char* name) {
   kernel.arch = "90a";
   kernel.box_rows = Traits::kWarpKeys;
   kernel.takes_tickets = true;
+  kernel.global_bytes = Traits::kGlobalBytes;
   return kernel;
 }
 

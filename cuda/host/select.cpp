@@ -77,6 +77,13 @@ int64_t KernelSet::decode_rows() const {
   return decode.latent_dim > 0 ? decode.rows : kDecodeRows;
 }
 
+int64_t KernelSet::global_bytes() const {
+  int64_t most = 0;
+  for (const Kernel* kernel : kernels[kWide])
+    if (kernel) most = std::max<int64_t>(most, kernel->global_bytes);
+  return most;
+}
+
 Phase KernelSet::phase_of(int64_t rows) const {
   return rows <= decode_rows() ? kDecode : rows >= wide_rows() ? kWide : kNarrow;
 }

@@ -33,6 +33,7 @@ struct KernelSet {
   int64_t decode_rows() const;  // up to here kDecode
   int64_t wide_rows() const;    // from here on kWide
   Phase phase_of(int64_t rows) const;
+  int64_t global_bytes() const;  // of device memory that a block of kWide works in
   // Blocks that share a work item of so many rows.
   int row_tiles(Phase phase, int rows) const;
 };

@@ -33,6 +33,7 @@ struct AttentionArgs {
   uint32_t* counters;  // [merges], zero; every launch leaves them zero
   uint32_t* tickets;   // likewise, one: items that blocks have asked for, where they do
   bool is_aligned;     // rows of q, k, v and out begin at multiples of 16 bytes
+  float* totals;       // [blocks, kGlobalBytes / 4], of kernels whose total is not in shared memory
 };
 
 // For kernels that bring keys and values by bulk copies. AttentionArgs come first: other kernels

@@ -110,23 +110,36 @@ QUIRE_DEVICE SharedAddress total_slot(int row, int column) {
                                (row * Traits::kHeadDim + (column ^ (row & 3) << 3)) * 4);
 }
 
-// Adds the chunk's result to `total`; the first one is `total`.
+// `total` in shared memory, each warp's rows its own.
 template <class Traits>
-QUIRE_DEVICE void fold_chunk(PrefillState<Traits>& state, bool is_first, int warp_row) {
-  const int lane = fresh_thread_index() % kWarpSize;
-  QUIRE_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const FoldScales scales = fold(state.total[h], state.chunk[h]);
+struct SharedTotal {
+  // Adds the chunk's result; the first one is `total`.
+  QUIRE_DEVICE void fold_chunk(PrefillState<Traits>& state, bool is_first) const {
+    const int lane = fresh_thread_index() % kWarpSize;
+    const int warp_row = thread_index() / kWarpSize * kTile;
     QUIRE_UNROLL
-    for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
-      const ColumnPair pair = column_pair<Traits>(state.sums, n, h, lane);
-      const SharedAddress slot = total_slot<Traits>(warp_row + lane / 4 + 8 * h, pair.column);
-      const F32x2 before = is_first ? F32x2{0, 0} : ld_shared<F32x2>(slot);
-      st_shared(slot, F32x2{scales.apply(before.x, pair.values.x),
-                            scales.apply(before.y, pair.values.y)});
+    for (int h = 0; h < 2; ++h) {
+      const FoldScales scales = fold(state.total[h], state.chunk[h]);
+      QUIRE_UNROLL
+      for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
+        const ColumnPair pair = column_pair<Traits>(state.sums, n, h, lane);
+        const SharedAddress slot = total_slot<Traits>(warp_row + lane / 4 + 8 * h, pair.column);
+        const F32x2 before = is_first ? F32x2{0, 0} : ld_shared<F32x2>(slot);
+        st_shared(slot, F32x2{scales.apply(before.x, pair.values.x),
+                              scales.apply(before.y, pair.values.y)});
+      }
     }
   }
-}
+  QUIRE_DEVICE void load_stats(PrefillState<Traits>&) const {}  // they are there
+  // Eight columns of a row of the warp, after a warp sync.
+  QUIRE_DEVICE void load(float (&values)[kPiece], int row, int column) const {
+    const F32x4 low = ld_shared<F32x4>(total_slot<Traits>(row, column));
+    const F32x4 high = ld_shared<F32x4>(total_slot<Traits>(row, column) + 16);
+    const float loaded[kPiece] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    QUIRE_UNROLL
+    for (int i = 0; i < kPiece; ++i) values[i] = loaded[i];
+  }
+};
 
 template <class Traits>
 QUIRE_DEVICE void store_chunk(const AttentionArgs& args, const Item& item,
@@ -148,17 +161,17 @@ QUIRE_DEVICE void store_chunk(const AttentionArgs& args, const Item& item,
 }
 
 // A chunk is complete: folds it or leaves it to be merged, and begins the next one.
-template <class Traits>
+template <class Traits, class Total = SharedTotal<Traits>>
 QUIRE_DEVICE void finish_chunk(const AttentionArgs& args, const Item& item,
                                PrefillState<Traits>& state, float factor, int chunk, bool is_first,
-                               int first_row) {
-  const int warp_row = thread_index() / kWarpSize * kTile;
+                               int first_row, const Total& total = {}) {
   QUIRE_UNROLL
   for (int h = 0; h < 2; ++h) state.chunk[h] = state.chunk[h].finish(factor);
   if (item.partial < 0) {
-    fold_chunk<Traits>(state, is_first, warp_row);
+    total.fold_chunk(state, is_first);
   } else {
     const int slot = item.partial + chunk - item.kv_begin / kKvChunk;
+    const int warp_row = thread_index() / kWarpSize * kTile;
     store_chunk<Traits>(args, item, state, slot, first_row + warp_row);
   }
   QUIRE_UNROLL
@@ -169,9 +182,10 @@ QUIRE_DEVICE void finish_chunk(const AttentionArgs& args, const Item& item,
 }
 
 // Writes the warp's rows from `total`.
-template <class Traits>
+template <class Traits, class Total = SharedTotal<Traits>>
 QUIRE_DEVICE void write_total(const AttentionArgs& args, const Item& item,
-                              const PrefillState<Traits>& state, int first_row) {
+                              const PrefillState<Traits>& state, int first_row,
+                              const Total& sums = {}) {
   constexpr int kPieces = Traits::kHeadDim / kPiece;
   const int lane = thread_index() % kWarpSize, warp_row = thread_index() / kWarpSize * kTile;
   const SharedAddress stats = shared_base() + Traits::kStatsOffset;
@@ -185,9 +199,8 @@ QUIRE_DEVICE void write_total(const AttentionArgs& args, const Item& item,
     const int row = warp_row + i / kPieces, column = i % kPieces * kPiece;
     if (first_row + row >= item.num_rows) continue;
     const F32x2 total = ld_shared<F32x2>(stats + row * 8);
-    const F32x4 low = ld_shared<F32x4>(total_slot<Traits>(row, column));
-    const F32x4 high = ld_shared<F32x4>(total_slot<Traits>(row, column) + 16);
-    float values[kPiece] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    float values[kPiece];
+    sums.load(values, row, column);
     write_row<Traits>(args, item, first_row + row, column, {total.x, total.y}, values);
   }
 }

@@ -184,7 +184,11 @@ struct Sm90PrefillTraits {
   static constexpr int kQueryOffset = 0;
   static constexpr int kStageOffset = kRows * kKeyDim * 2;
   static constexpr int kTotalOffset = kStageOffset + kStages * kStageBytes;
-  static constexpr int kStatsOffset = kTotalOffset + kRows * kHeadDim * 4;
+  // `total` of long rows and its stats lie in global memory, a place for each block.
+  static constexpr bool kTotalIsShared = kHeadDim <= 128;
+  static constexpr int kGlobalBytes =
+      kTotalIsShared ? 0 : kRows * kHeadDim * 4 + kConsumerThreads * 16;
+  static constexpr int kStatsOffset = kTotalOffset + (kTotalIsShared ? kRows * kHeadDim * 4 : 0);
   static constexpr int kBarrierOffset = kStatsOffset + kRows * 8;  // [K, V][full, empty][kStages]
   static constexpr int kItemOffset = kBarrierOffset + 4 * kStages * 8;  // of ItemQueue
   static constexpr int kItemSlots = 4;

@@ -211,6 +211,16 @@ QUIRE_DEVICE void wgmma_wait(Site site = Site::here()) {
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, "  \
   "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "  \
   "%62, %63}"
+#define QUIRE_REGISTERS_128                                                        \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, "   \
+  "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "    \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, "    \
+  "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "    \
+  "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, "    \
+  "%77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "    \
+  "%92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, "   \
+  "%106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, " \
+  "%119, %120, %121, %122, %123, %124, %125, %126, %127}"
 #define QUIRE_WGMMA_64_SS(type)                                                          \
   asm volatile(                                                                          \
       "{\n"                                                                              \
@@ -253,6 +263,17 @@ QUIRE_DEVICE void wgmma_wait(Site site = Site::here()) {
       : QUIRE_SUMS_8(0), QUIRE_SUMS_8(8)                                                  \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits),                          \
         "r"(static_cast<int>(accumulate)), "n"(kTransposed))
+#define QUIRE_WGMMA_256_RS(type)                                                           \
+  asm volatile(                                                                            \
+      "{\n"                                                                                \
+      ".reg .pred %%accumulates;\n"                                                        \
+      "setp.ne.b32 %%accumulates, %133, 0;\n"                                              \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " " QUIRE_REGISTERS_128 \
+      ", {%128, %129, %130, %131}, %132, %%accumulates, 1, 1, %134;\n"                     \
+      "}"                                                                                  \
+      : QUIRE_SUMS_8(0), QUIRE_SUMS_8(8), QUIRE_SUMS_8(16), QUIRE_SUMS_8(24)               \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits),                           \
+        "r"(static_cast<int>(accumulate)), "n"(kTransposed))
 #endif
 
 // d[64][8 kN8] = (accumulate ? d : 0) + a[64][16] b[16][8 kN8], by a warpgroup and in the
@@ -285,7 +306,7 @@ QUIRE_DEVICE void wgmma(float (&d)[kN8][4], MatrixDescriptor a, MatrixDescriptor
 template <class Type, Major kMajor, int kN8>
 QUIRE_DEVICE void wgmma(float (&d)[kN8][4], const uint32_t (&a)[4], MatrixDescriptor b,
                         bool accumulate, Site site = Site::here()) {
-  static_assert(kN8 == 8 || kN8 == 16);
+  static_assert(kN8 == 8 || kN8 == 16 || kN8 == 32);
 #if defined(__CUDACC__)
   constexpr int kTransposed = kMajor == Major::kN;
   if constexpr (kN8 == 8) {
@@ -293,11 +314,16 @@ QUIRE_DEVICE void wgmma(float (&d)[kN8][4], const uint32_t (&a)[4], MatrixDescri
       QUIRE_WGMMA_64_RS("bf16");
     else
       QUIRE_WGMMA_64_RS("f16");
-  } else {
+  } else if constexpr (kN8 == 16) {
     if constexpr (Type::is_bfloat16)
       QUIRE_WGMMA_128_RS("bf16");
     else
       QUIRE_WGMMA_128_RS("f16");
+  } else {
+    if constexpr (Type::is_bfloat16)
+      QUIRE_WGMMA_256_RS("bf16");
+    else
+      QUIRE_WGMMA_256_RS("f16");
   }
 #else
   emulator::multiply({&d[0][0], {a[0], a[1], a[2], a[3]}, 0, b.bits, accumulate},

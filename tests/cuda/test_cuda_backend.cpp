@@ -63,6 +63,9 @@ TEST_CASE("which GPU runs what, and the reason where none does") {
   CHECK(!contains(explain("sm_100", model()), "prefill_sm90"));
   CHECK(contains(explain("sm_90", model()), "cuda.d96: head_dim 128: at most 96"));
   CHECK(contains(explain("sm_90", model(256)), "cuda.sm_90a.d256 (decode_BFloat16_256"));
+  CHECK(contains(explain("sm_90", model(256)), "prefill_sm90_BFloat16_256_256_128_64_2_kFast)"));
+  CHECK(contains(explain("sm_90", model(200)), "prefill_sm90_BFloat16_256_256_128_64_2_kFast)"));
+  CHECK(!contains(explain("sm_100", model(256)), "prefill_sm90"));
   CHECK(contains(explain("sm_89", model()), "decode_BFloat16_128_4_2_kFast"));  // 99 KB a block
   CHECK(contains(explain("sm_121", model()), "cuda.sm_120.d128"));
   for (const char* unknown : {"sm_75", "sm_91", "sm_110"}) {
@@ -175,6 +178,27 @@ TEST_CASE("a mixed batch: kernels by sequence, grids, shared memory, arguments")
   const size_t promised = s.backend().workspace_size(desc, plan);
   CHECK(static_cast<size_t>(end - begin) <= promised);
   CHECK(promised - static_cast<size_t>(end - begin) < 64);
+}
+
+TEST_CASE("head dim 256 on sm_90: every block of a launch has a place in the workspace") {
+  Setup s;
+  Seen<device::AttentionArgs> seen(s.driver);
+  const AttentionDesc desc = model(256);
+  const size_t a_block = 128 * 256 * 4 + 2 * 128 * 16;
+  const auto places = [&](const Batch& batch) {
+    const AttentionPlan plan = make_plan(s.backend(), desc, batch);
+    s.backend().run(plan, params_of(desc, plan), {kGpu, kStream});
+    const auto* begin = reinterpret_cast<const std::byte*>(seen.all.back().params.sequences);
+    const auto* totals = reinterpret_cast<const std::byte*>(seen.all.back().totals);
+    CHECK(reinterpret_cast<uintptr_t>(totals) % 16 == 0);
+    return s.backend().workspace_size(desc, plan) - static_cast<size_t>(totals - begin);
+  };
+  CHECK(places(Batch({{1, 1000}, {20, 90}})) == 0);
+  CHECK(places(Batch({{32, 32}, {1, 1000}})) == 2 * a_block);
+  CHECK(s.driver.launches[s.driver.launches.size() - 2].blocks == 2);
+  CHECK(places(Batch({{20000, 20000}})) == 132 * a_block);
+  CHECK(s.driver.launches.back().blocks == 132);
+  CHECK(contains(s.driver.launches.back().kernel, "prefill_sm90_BFloat16_256_256_"));
 }
 
 TEST_CASE("on sm_90 blocks ask for items: heads in sections of the L2 cache, the longest first") {

@@ -118,6 +118,28 @@ TEST_CASE("a ragged plan launches what its rows may need, and nothing more") {
   CHECK(phases(8, 0) == "");
 }
 
+TEST_CASE("head dim 256 on sm_90: every block of a fixed grid has a place in the workspace") {
+  Setup s;
+  Launched launched(s.driver);
+  const AttentionDesc desc = model(256);
+  const auto bytes = [&](int max_total_q) {
+    const AttentionPlan plan =
+        plan_on_device(s.backend(), desc, batch_on_device(3, 8, true), max_total_q);
+    launched.runs.clear();
+    s.backend().run(plan, params_of(desc, plan), {kGpu, kStream});
+    return s.backend().workspace_size(desc, plan);
+  };
+  CHECK(bytes(31) < 60u << 20);
+  CHECK(launched.runs[0].second.totals == nullptr);
+  const size_t whole = bytes(3000);
+  const auto& [launch, args] = launched.runs[0];
+  CHECK(contains(launch.kernel, "prefill_sm90_BFloat16_256_256_"));
+  CHECK(launch.blocks == 132);
+  const auto* begin = reinterpret_cast<const std::byte*>(args.range);
+  const auto* totals = reinterpret_cast<const std::byte*>(args.totals);
+  CHECK(whole - static_cast<size_t>(totals - begin) == 132 * (128 * 256 * 4 + 2 * 128 * 16));
+}
+
 TEST_CASE("a plan of the device stays on its stream and in its capture") {
   Setup s;
   const AttentionDesc desc = model();

@@ -22,7 +22,8 @@ struct AttentionKernel {
   int threads;
   int shared_bytes;
   bool is_bfloat16;
-  int box_rows = 0;  // at most; 0: it takes no tensor maps
+  int box_rows = 0;      // at most; 0: it takes no tensor maps
+  int global_bytes = 0;  // that a block works in
 };
 
 template <class Traits>
@@ -43,7 +44,8 @@ AttentionKernel bind(void (*run)(const device::BoxedAttentionArgs&)) {
           Traits::kThreads,
           Traits::kSharedBytes,
           Traits::Type::is_bfloat16,
-          Traits::kWarpKeys};
+          Traits::kWarpKeys,
+          Traits::kGlobalBytes};
 }
 
 inline device::TensorMap tensor_map(const AttentionParams& params, bool is_k, int rows) {
@@ -54,10 +56,10 @@ inline device::TensorMap tensor_map(const AttentionParams& params, bool is_k, in
   return map;
 }
 
-// Partial results, which begin as NaN, the counters, and the items as lists have them; one that is
-// nonsense comes before those that are meant.
+// Partial results and the places that blocks work in, which begin as NaN, the counters, and the
+// items as lists have them; one that is nonsense comes before those that are meant.
 struct Workspace {
-  std::vector<float> values, stats;
+  std::vector<float> values, stats, totals;
   std::vector<uint32_t> counters;
   std::vector<device::ListedItem> items;
   device::ItemRange range;
@@ -78,6 +80,7 @@ inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& p
   const size_t rows = static_cast<size_t>(plan.num_partials) * plan.partial_rows;
   workspace.values.assign(rows * kernel.head_dim, NAN);
   workspace.stats.assign(rows * 2, NAN);
+  workspace.totals.assign(static_cast<size_t>(blocks) * kernel.global_bytes / 4, NAN);
   workspace.counters.assign(plan.merges.size() * row_tiles + 1, 0);
   device::BoxedAttentionArgs boxed{};
   device::AttentionArgs& args = boxed.attention;
@@ -99,6 +102,7 @@ inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& p
   args.partial_values = workspace.values.data();
   args.partial_stats = workspace.stats.data();
   args.partial_rows = plan.partial_rows;
+  args.totals = workspace.totals.data();
   args.counters = workspace.counters.data();
   args.tickets = &workspace.counters.back();
   args.is_aligned = is_aligned;
@@ -113,7 +117,8 @@ inline Report run_kernel(const AttentionKernel& kernel, const AttentionParams& p
     };
     allow(plan.merges), allow(plan.block_ids);
     allow(workspace.values), allow(workspace.stats), allow(workspace.counters);
-    allow(workspace.items), options.global.allow(&workspace.range, sizeof workspace.range);
+    allow(workspace.totals), allow(workspace.items),
+        options.global.allow(&workspace.range, sizeof workspace.range);
   }
   return launch({blocks, kernel.threads, kernel.shared_bytes}, options, [&] { kernel.run(boxed); });
 }

@@ -66,6 +66,36 @@ TEST_CASE("keys of another head dim than values") {
   check_bits(kernel<BFloat16, 192, 128, 128, 64, 2, Mode::kFast>(), c);
 }
 
+TEST_CASE("head dim 256: the total is in global memory") {
+  const AttentionKernel fast = kernel<BFloat16, 256, 256, 128, 64, 2, Mode::kFast>();
+  check_plain(fast, base(256));
+  check_options(kernel<Float16, 256, 256, 128, 64, 2, Mode::kFull>(), base(256));
+  check_chunks(fast, base(200));
+  AttentionCase c = base(256);
+  c.batch = {{5, 1300}, {80, 700}};
+  check_bits(fast, c);
+  c.num_heads = 260, c.num_kv_heads = 2;  // three tiles of rows an item
+  c.batch = {{1, 1100}, {2, 530}};
+  for (const int block_size : {16, 7}) {
+    c.block_size = block_size;
+    check_case(fast, c, AsyncMode::kRandom, static_cast<uint32_t>(block_size));
+  }
+}
+
+TEST_CASE("blocks have places of their own for what they work on in global memory") {
+  const AttentionKernel k = kernel<Float16, 256, 256, 128, 64, 2, Mode::kFast>();
+  AttentionCase c = base(256);
+  c.num_heads = c.num_kv_heads = 1;
+  c.batch = {{3, 40}, {9, 20}, {130, 600}, {1, 1}};
+  AttentionProblem problem(c, false, k.rows);
+  const int blocks = static_cast<int>(problem.plan.items.size());
+  REQUIRE(blocks > 3);
+  REQUIRE(problem.plan.num_partials == 0);
+  REQUIRE(run_attention(k, problem, {}, blocks).error == "");
+  REQUIRE(problem.workspace.totals.size() == static_cast<size_t>(blocks) * k.global_bytes / 4);
+  for (const float value : problem.workspace.totals) REQUIRE(!std::isnan(value));
+}
+
 TEST_CASE("boxes of every height, and block sizes that have none") {
   const AttentionKernel k = kernel<Float16, 64, 64, 128, 128, 3, Mode::kFast>();
   AttentionCase c = base(64);

@@ -107,6 +107,19 @@ TEST_CASE("prefill of sm_90a") {
   check_bits(fast, c);
 }
 
+TEST_CASE("prefill of sm_90a, head dim 256") {
+  if (!has_sm90()) return;
+  using Fast = device::Sm90PrefillTraits<Float16, 256, 256, 128, 64, 2, Mode::kFast>;
+  const auto fast = sm90_from_ptx<Fast>("prefill_sm90_Float16_256_256_128_64_2_kFast");
+  AttentionCase c = base(256);
+  c.batch = {{3, 1100}, {70, 100}};
+  for (const int block_size : {16, 3}) {
+    c.block_size = block_size;
+    check_case(fast, c, AsyncMode::kRandom, static_cast<uint32_t>(block_size));
+    c.parallelism = 6;
+  }
+}
+
 TEST_CASE("decode") {
   using Traits = device::DecodeTraits<Float16, 128, 4, 3, Mode::kFast>;
   const auto kernel = from_ptx<Traits>("decode.ptx", "decode_Float16_128_4_3_kFast");

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "kernels/sm90/producer.h"
+#include "kernels/sm90/total.h"
 
 namespace quire::device {
 
@@ -24,6 +25,13 @@ QUIRE_DEVICE void sync_consumers(Site site = Site::here()) {
   sync_threads<Traits::kConsumerThreads>(kConsumerBarrier, site);
 }
 
+// thread_index(), but that where sums take half of the registers nothing that follows from it is
+// kept in one: of the queries it would be the descriptors of all steps.
+template <class Traits>
+QUIRE_DEVICE int consumer_index() {
+  return Traits::kHeadDim > 128 ? fresh_thread_index() : thread_index();
+}
+
 // Query rows [first_row, first_row + kRows); rows and columns that do not exist are zero.
 template <class Traits>
 QUIRE_DEVICE void load_query_columns(const AttentionArgs& args, const Item& item, int first_row) {
@@ -32,7 +40,8 @@ QUIRE_DEVICE void load_query_columns(const AttentionArgs& args, const Item& item
   const auto* q = static_cast<const uint16_t*>(p.q) + item.sequence_index * p.q_stride_seq;
   sync_consumers<Traits>();  // before the queries in use are overwritten
   QUIRE_UNROLL_BY(2)
-  for (int i = thread_index(); i < Traits::kRows * kPieces; i += Traits::kConsumerThreads) {
+  for (int i = consumer_index<Traits>(); i < Traits::kRows * kPieces;
+       i += Traits::kConsumerThreads) {
     const int row = i / kPieces, piece = i % kPieces;
     const bool exists = first_row + row < item.num_rows;
     const int source = exists ? first_row + row : 0;
@@ -70,8 +79,8 @@ QUIRE_DEVICE void give_turn() {
 // Issues scores[64 queries][kKeys] = queries x keys of the stage, as a group.
 template <class Traits>
 QUIRE_DEVICE void issue_keys(float (&scores)[Traits::kKeys / 8][4], const Ring<Traits>& ring) {
-  const SharedAddress queries =
-      shared_base() + Traits::kQueryOffset + static_cast<uint32_t>(thread_index() / 128 * 64 * 128);
+  const SharedAddress queries = shared_base() + Traits::kQueryOffset +
+                                static_cast<uint32_t>(consumer_index<Traits>() / 128 * 64 * 128);
   const SharedAddress keys = ring.template tile<Side::kKeys>();
   mbarrier_wait(ring.template barrier<Side::kKeys, Handover::kFull>(), ring.parity);
   wgmma_fence();
@@ -134,7 +143,7 @@ struct Consumer {
     const Item item = load_item(args, items.current());
     for (; chunk < end; ++chunk)
       finish_chunk<Traits>(args, item, state, factor, chunk, chunk == item.kv_begin / kKvChunk,
-                           first_row);
+                           first_row, total_of<Traits>(args));
   }
 
   // Scores of a tile to weights, relative to the maximum of their chunk so far.
@@ -195,7 +204,8 @@ QUIRE_DEVICE void consume_rows(const AttentionArgs& args, const ItemQueue<Traits
   load_query_columns<Traits>(args, load_item(args, items.current()), first_row);
   const Item item = load_item(args, items.current());  // again: it is many registers
   const AttentionParams& p = args.params;
-  const int lane = thread_index() % kWarpSize, warp_row = thread_index() / kWarpSize * kTile;
+  const int thread = consumer_index<Traits>();
+  const int lane = thread % kWarpSize, warp_row = thread / kWarpSize * kTile;
   const int last_row = min(item.num_rows, first_row + Traits::kRows) - 1;
   const PrefillTiles<Traits> tiles(keys_to_read(p, item, first_row, last_row));
   const int first_chunk = item.kv_begin / kKvChunk;
@@ -207,7 +217,10 @@ QUIRE_DEVICE void consume_rows(const AttentionArgs& args, const ItemQueue<Traits
   consumer.attend(tiles.begin, tiles.end, ring);
   const Item same = load_item(args, items.current());  // so that it is not kept so long
   consumer.finish_chunks(max(same.kv_begin / kKvChunk + 1, ceil_div(same.kv_end, kKvChunk)));
-  if (same.partial < 0) write_total<Traits>(args, same, state, first_row);
+  if (same.partial >= 0) return;
+  const TotalOf<Traits> total = total_of<Traits>(args);
+  total.load_stats(state);
+  write_total<Traits>(args, same, state, first_row, total);
 }
 
 // To the merge, the consumers are all threads there are.
