@@ -316,8 +316,7 @@ QUIRE_DEVICE void mla_decode_rows(const AttentionArgs& args, int index, int firs
     for (; tile < end; ++tile)
       attend_mla_tile<Traits>(p, sums, queries, factor, tile, ring.advance(tile));
     const Item again = load_item(args, index);
-    const int slot =
-        again.partial < 0 ? -1 : again.partial + chunk - again.kv_begin / kKvChunk;
+    const int slot = again.partial < 0 ? -1 : again.partial + chunk - again.kv_begin / kKvChunk;
     finish_mla_chunk<Traits>(args, again, sums, total, factor, slot, first_row);
     is_last = ++chunk * kKvChunk >= again.kv_end;
   } while (!is_last);

@@ -143,6 +143,9 @@ TEST_CASE("attention: a batch and its tensors") {
         std::string::npos);
   CHECK(plan == nullptr);
   batch.block_table = block_table;
+  CHECK(error_of(quire_attention_plan_on_device(attention, &batch, 1, nullptr, &plan),
+                 QUIRE_UNSUPPORTED) == "plan: cpu plans of lengths on the host only");
+  CHECK(plan == nullptr);
   REQUIRE(quire_attention_plan(attention, &batch, &plan) == QUIRE_OK);
   size_t bytes = 1;
   CHECK(quire_attention_workspace_size(attention, plan, &bytes) == QUIRE_OK);

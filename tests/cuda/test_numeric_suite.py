@@ -26,15 +26,19 @@ def run_suite(device: str, *arguments: str, **environment: str) -> None:
     assert " passed" in run.stdout
 
 
-@pytest.fixture(scope="session")
-def emulated_package(tmp_path_factory) -> Path:
-    """A folder for PYTHONPATH with the installed package and the emulated GPU."""
+def build(target: str) -> None:
     for command in (
         ["cmake", "--preset", "dev"],
-        ["cmake", "--build", "--preset", "dev", "--target", "quire_cuda_emulated"],
+        ["cmake", "--build", "--preset", "dev", "--target", target],
     ):
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
+
+
+@pytest.fixture(scope="session")
+def emulated_package(tmp_path_factory) -> Path:
+    """A folder for PYTHONPATH with the installed package and the emulated GPU."""
+    build("quire_cuda_emulated")
     folder = tmp_path_factory.mktemp("emulated")
     installed = Path(quire._core.__file__).parent
     shutil.copytree(
@@ -52,6 +56,12 @@ def test_on_the_gpu():
 
 def test_on_the_emulated_gpu(emulated_package):
     run_suite("emulator", PYTHONPATH=str(emulated_package))
+
+
+def test_the_device_plans_for_c():
+    build("test_c_device_plan")
+    run = subprocess.run([LIBRARY.parent / "test_c_device_plan"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
 
 
 def test_the_emulated_gpu_is_described_like_one(emulated_package):

@@ -11,19 +11,19 @@
 
 namespace quire::emulator {
 
-// What is wrong with one run, or an empty string.
+// What is wrong with one run, or an empty string: whole sequences, then cut for some workers.
 inline std::string run(const AttentionKernel& kernel, const AttentionCase& c, int max_rows,
-                       uint32_t seed) {
+                       uint32_t seed, int workers = 5, int blocks = 3) {
   std::string result;
   std::vector<uint16_t> bits;
-  for (int parallelism : {1, 5}) {
+  for (int parallelism : {1, workers}) {
     AttentionCase cut = c;
     cut.parallelism = parallelism;
     AttentionProblem problem(cut, kernel.is_bfloat16, parallelism == 1 ? max_rows : 4);
     Options options;
     options.seed = seed;
     options.async = static_cast<AsyncMode>(seed % 3);
-    const Report report = run_attention(kernel, problem, options);
+    const Report report = run_attention(kernel, problem, options, blocks);
     if (!report.ok()) return report.error;
     if (report.ldmatrix_conflicts > 0) return "bank conflicts";
     result = compare_with_reference(problem);

@@ -22,7 +22,9 @@ std::string run_all(uint32_t seed) {
   worker.cut.parallelism = 1;
   PlanCase shares{plan_model(4, 1), {2, 128}};  // eight of them, and nine chunks
   shares.lengths = {{1, 9 * kKvChunk}};
-  for (const PlanCase& c : {shares, mixed, window, decode, one, worker})
+  PlanCase few{plan_model(32, 8), {132, 128}};  // pieces for a warp, items for more than one
+  few.lengths = {{1, 700}, {1, 30}, {1, 900}, {1, 1}};
+  for (const PlanCase& c : {few, shares, mixed, window, decode, one, worker})
     if (const std::string error = compare_plans(planner, c, seed); !error.empty()) return error;
   return {};
 }

@@ -101,7 +101,7 @@ typedef struct QuireAttentionDesc {
   {sizeof(QuireAttentionDesc), 0, 0, 0, 0, QUIRE_BFLOAT16, QUIRE_BFLOAT16, 0, 1, -1, -1, 0, 0, 0, 0}
 
 /* paged: block_table, seq_lens, and cu_seqlens_q or NULL (one query row each); ragged: both
- * cu_seqlens; dense: dense_q and dense_k. Read by quire_attention_plan() only. */
+ * cu_seqlens; dense: dense_q and dense_k. Read while a plan is made, and then no more. */
 typedef struct QuireAttentionBatch {
   size_t struct_size;
   int32_t batch_size;
@@ -154,6 +154,15 @@ void quire_attention_delete(QuireAttention* attention);
 QuireStatus quire_attention_explain(const QuireAttention* attention, char* buffer, size_t* size);
 QuireStatus quire_attention_plan(const QuireAttention* attention, const QuireAttentionBatch* batch,
                                  QuireAttentionPlan** plan);
+/* A plan for lengths that only a GPU knows: a paged batch, all of its pointers to that GPU's
+ * memory, and the arrays live as long as the plan. It is made there when `stream` (a cudaStream_t;
+ * NULL: the default one) comes to it, and runs on that stream. Captured together with its runs it
+ * makes a graph that serves every batch up to this one: other lengths, other blocks, sequences
+ * without keys or rows. max_total_q: rows of q and out; batch_size where cu_seqlens_q is NULL.
+ * Lengths out of range count as the nearest that is not. */
+QuireStatus quire_attention_plan_on_device(const QuireAttention* attention,
+                                           const QuireAttentionBatch* batch, int32_t max_total_q,
+                                           void* stream, QuireAttentionPlan** plan);
 void quire_attention_plan_delete(QuireAttentionPlan* plan);
 /* Bytes that run() uses for itself. */
 QuireStatus quire_attention_workspace_size(const QuireAttention* attention,

@@ -34,9 +34,8 @@ AttentionDesc as_desc(const QuireAttentionDesc& given) {
   return desc;
 }
 
-AttentionBatch as_batch(const QuireAttentionBatch* batch) {
-  const auto given = read_struct<QuireAttentionBatch>("quire_attention_plan: batch", batch,
-                                                      QUIRE_ATTENTION_BATCH_INIT);
+AttentionBatch as_batch(const char* argument, const QuireAttentionBatch* batch) {
+  const auto given = read_struct<QuireAttentionBatch>(argument, batch, QUIRE_ATTENTION_BATCH_INIT);
   return {.batch_size = given.batch_size,
           .seq_lens = given.seq_lens,
           .cu_seqlens_q = given.cu_seqlens_q,
@@ -111,7 +110,18 @@ QuireStatus quire_attention_plan(const QuireAttention* attention, const QuireAtt
   return guard([&] {
     const auto& self = deref("quire_attention_plan: attention", attention).attention;
     QuireAttentionPlan*& out = deref("quire_attention_plan: plan", plan);
-    out = new QuireAttentionPlan{self.plan(as_batch(batch))};
+    out = new QuireAttentionPlan{self.plan(as_batch("quire_attention_plan: batch", batch))};
+  });
+}
+
+QuireStatus quire_attention_plan_on_device(const QuireAttention* attention,
+                                           const QuireAttentionBatch* batch, int32_t max_total_q,
+                                           void* stream, QuireAttentionPlan** plan) {
+  return guard([&] {
+    const auto& self = deref("quire_attention_plan_on_device: attention", attention).attention;
+    QuireAttentionPlan*& out = deref("quire_attention_plan_on_device: plan", plan);
+    out = new QuireAttentionPlan{self.plan_on_device(
+        as_batch("quire_attention_plan_on_device: batch", batch), max_total_q, stream)};
   });
 }
 
