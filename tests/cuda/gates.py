@@ -91,7 +91,7 @@ def read_opcodes(path: Path) -> dict[tuple[str, str], set[str]]:
 def allowed_stack(kernel: str) -> int:
     """Bytes. A few spilled registers where every option is in or where the sums alone take half
     of all registers, a few more where both are so; none elsewhere."""
-    if "_576_32_" in kernel:
+    if "_576_32_" in kernel or "_sm90_" in kernel and "_256_" in kernel:
         return 64 if kernel.endswith("kFull") else 32
     return 32 if kernel.endswith("kFull") or "_256_" in kernel else 0
 

@@ -72,14 +72,14 @@ struct GlobalTotal {
 
 template <class Traits>
 using TotalOf =
-    std::conditional_t<Traits::kTotalIsShared, SharedTotal<Traits>, GlobalTotal<Traits>>;
+    std::conditional_t<Traits::kIsLong, GlobalTotal<Traits>, SharedTotal<Traits>>;
 
 template <class Traits>
 QUIRE_DEVICE TotalOf<Traits> total_of(const AttentionArgs& args) {
-  if constexpr (Traits::kTotalIsShared)
-    return {};
-  else
+  if constexpr (Traits::kIsLong)
     return {args.totals + int64_t{block_index()} * (Traits::kGlobalBytes / 4)};
+  else
+    return {};
 }
 
 }  // namespace quire::device
