@@ -71,8 +71,7 @@ struct GlobalTotal {
 };
 
 template <class Traits>
-using TotalOf =
-    std::conditional_t<Traits::kIsLong, GlobalTotal<Traits>, SharedTotal<Traits>>;
+using TotalOf = std::conditional_t<Traits::kIsLong, GlobalTotal<Traits>, SharedTotal<Traits>>;
 
 template <class Traits>
 QUIRE_DEVICE TotalOf<Traits> total_of(const AttentionArgs& args) {
