@@ -221,7 +221,7 @@ QUIRE_DEVICE void consume_rows(const AttentionArgs& args, const ItemQueue<Traits
   const Item same = load_item(args, items.current());  // so that it is not kept so long
   consumer.finish_chunks(max(same.kv_begin / kKvChunk + 1, ceil_div(same.kv_end, kKvChunk)));
   if (same.partial >= 0) return;
-  const TotalOf<Traits> total = total_of<Traits>(args);
+  const auto total = total_of<Traits>(args);
   total.load_stats(state);
   write_total<Traits>(args, same, state, first_row, total);
 }
