@@ -184,11 +184,12 @@ struct Sm90PrefillTraits {
   static constexpr int kQueryOffset = 0;
   static constexpr int kStageOffset = kRows * kKeyDim * 2;
   static constexpr int kTotalOffset = kStageOffset + kStages * kStageBytes;
-  // `total` of long rows and its stats lie in global memory, a place for each block.
-  static constexpr bool kTotalIsShared = kHeadDim <= 128;
-  static constexpr int kGlobalBytes =
-      kTotalIsShared ? 0 : kRows * kHeadDim * 4 + kConsumerThreads * 16;
-  static constexpr int kStatsOffset = kTotalOffset + (kTotalIsShared ? kRows * kHeadDim * 4 : 0);
+  // Sums of long rows take half of all registers, and their total has no room in shared memory: it
+  // lies in global memory together with its stats, a place for each block.
+  static constexpr bool kIsLong = kHeadDim > 128;
+  static constexpr int kTotalBytes = kRows * kHeadDim * 4;
+  static constexpr int kGlobalBytes = kIsLong ? kTotalBytes + kConsumerThreads * 16 : 0;
+  static constexpr int kStatsOffset = kTotalOffset + (kIsLong ? 0 : kTotalBytes);
   static constexpr int kBarrierOffset = kStatsOffset + kRows * 8;  // [K, V][full, empty][kStages]
   static constexpr int kItemOffset = kBarrierOffset + 4 * kStages * 8;  // of ItemQueue
   static constexpr int kItemSlots = 4;

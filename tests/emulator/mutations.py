@@ -33,10 +33,10 @@ class Mutation:
 
 P, D, T, S, K, A = (f"cuda/kernels/{x}.h" for x in "prefill decode tile softmax keys args".split())
 STATE, SCALES, TRAITS = (f"cuda/kernels/{x}.h" for x in "state scales traits".split())
-H, PR = (f"cuda/kernels/sm90/{x}.h" for x in "prefill producer".split())
+H, PR, TO = (f"cuda/kernels/sm90/{x}.h" for x in "prefill producer total".split())
 L = "cuda/kernels/mla_decode.h"
 PL = "cuda/kernels/plan.h"
-PROGRAMS = {"sm90", "mla", "plan"}  # begin descriptions; test_mutation.cpp is of all others
+PROGRAMS = {"sm90", "mla", "plan", "total"}  # begin descriptions; test_mutation.cpp is of all others
 
 MUTATIONS = [
     Mutation("prefill: no barrier before a tile is read", P,
@@ -235,6 +235,32 @@ MUTATIONS = [
              "item_at(static_cast<int>(ticket))"),
     Mutation("sm90: tickets do not come back to zero", PR,
              "end_of_items(args.attention) - first - 1)", "end_of_items(args.attention) - first)"),
+    Mutation("total: the first chunk is added to what was there", TO,
+             "is_first ? F32x4{0, 0, 0, 0} : ld_global", "ld_global"),
+    Mutation("total: the first chunk has the stats of what was there", TO,
+             "if (!is_first) {", "{"),
+    Mutation("total: every chunk is the first", TO,
+             "RowStats low_stats, high_stats;", "is_first = true; RowStats low_stats, high_stats;"),
+    Mutation("total: stats lie among the sums", TO,
+             "own + kFragments * Traits", "own + (kFragments - 1) * Traits"),
+    Mutation("total: stats are not kept", TO, "    st_global(stats, F32x4{", "    (void)(F32x4{"),
+    Mutation("total: stats are those of the last chunk", H,
+             "  total.load_stats(state);\n", ""),
+    Mutation("total: rows are scaled alike", TO,
+             "high.apply(before[a].z, sums[2])", "low.apply(before[a].z, sums[2])"),
+    Mutation("total: every batch of reads is the first", TO,
+             "ld_global(own + (first + a) *", "ld_global(own + a *"),
+    Mutation("total: warpgroups share their places", TO,
+             "(n * Traits::kConsumerThreads + thread) * 4",
+             "(n * Traits::kConsumerThreads + thread % 128) * 4"),
+    Mutation("total: blocks share a place", TO, "int64_t{block_index()} *", "int64_t{0} *"),
+    Mutation("total: places have no room for stats", TRAITS,
+             "kTotalBytes + kConsumerThreads * 16 : 0", "kTotalBytes : 0"),
+    Mutation("total: columns of a row by two where they are by four", TO,
+             "from + 4 * i", "from + 2 * i"),
+    Mutation("total: rows beyond the eighth are read for those before", TO,
+             " + row / 8 % 2 * 2;", ";"),
+    Mutation("total: a warp reads the rows of another", TO, "row / kTile * kWarpSize +", "0 +"),
     Mutation("mla: a tile is read before it has landed", L,
              "cp_async_wait<Traits::kStages - 2>();", "cp_async_wait<Traits::kStages - 1>();"),
     Mutation("mla: no barrier before a tile is read", L,

@@ -205,6 +205,9 @@ def sweeps() -> list[Case]:
             for shape in ((2, 128), (64, 200), (113, 113), (130, 70), (1, 700), (257, 513)):
                 cases.append(Case("dense", dtype, batch=(shape,) * 2, causal=causal))
             cases.append(Case("ragged", dtype, batch=MIXED, causal=causal))
+        for d in (200, 256):  # of more rows than MIXED has
+            long = Case(dtype=dtype, head_dim=d, head_dim_v=d, batch=((90, 700), (1, 90), (70, 70)))
+            cases += [long, replace(long, softcap=30.0, alibi=True, sinks=True, window=(300, 3))]
         cases.append(Case("dense", dtype, batch=((40, 40),) * 2, mask="full", alibi=True))
     return cases
 

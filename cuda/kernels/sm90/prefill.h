@@ -29,7 +29,7 @@ QUIRE_DEVICE void sync_consumers(Site site = Site::here()) {
 // kept in one: of the queries it would be the descriptors of all steps.
 template <class Traits>
 QUIRE_DEVICE int consumer_index() {
-  return Traits::kHeadDim > 128 ? fresh_thread_index() : thread_index();
+  return Traits::kIsLong ? fresh_thread_index() : thread_index();
 }
 
 // Query rows [first_row, first_row + kRows); rows and columns that do not exist are zero.
@@ -212,13 +212,16 @@ QUIRE_DEVICE void consume_rows(const AttentionArgs& args, const ItemQueue<Traits
   Consumer<Traits> consumer{args, items, first_row, score_factor<Traits>(p), first_chunk, {}};
   PrefillState<Traits>& state = consumer.state;
   QUIRE_UNROLL
-  for (int h = 0; h < 2; ++h)
+  for (int h = 0; h < 2; ++h) {
     state.rows[h] = make_score_row(p, item, min(first_row + warp_row + lane / 4 + 8 * h, last_row));
+    // It is null: the compiler shall know, and keep no register for it.
+    if (Traits::kMode == Mode::kFast && Traits::kIsLong) state.rows[h].mask = nullptr;
+  }
   consumer.attend(tiles.begin, tiles.end, ring);
   const Item same = load_item(args, items.current());  // so that it is not kept so long
   consumer.finish_chunks(max(same.kv_begin / kKvChunk + 1, ceil_div(same.kv_end, kKvChunk)));
   if (same.partial >= 0) return;
-  const TotalOf<Traits> total = total_of<Traits>(args);
+  const auto total = total_of<Traits>(args);
   total.load_stats(state);
   write_total<Traits>(args, same, state, first_row, total);
 }

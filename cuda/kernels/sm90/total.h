@@ -4,8 +4,6 @@
 // in a row, and nothing is waited for but the warp's own.
 #pragma once
 
-#include <type_traits>
-
 #include "kernels/prefill.h"
 
 namespace quire::device {
@@ -71,15 +69,11 @@ struct GlobalTotal {
 };
 
 template <class Traits>
-using TotalOf =
-    std::conditional_t<Traits::kTotalIsShared, SharedTotal<Traits>, GlobalTotal<Traits>>;
-
-template <class Traits>
-QUIRE_DEVICE TotalOf<Traits> total_of(const AttentionArgs& args) {
-  if constexpr (Traits::kTotalIsShared)
-    return {};
+QUIRE_DEVICE auto total_of(const AttentionArgs& args) {
+  if constexpr (Traits::kIsLong)
+    return GlobalTotal<Traits>{args.totals + int64_t{block_index()} * (Traits::kGlobalBytes / 4)};
   else
-    return {args.totals + int64_t{block_index()} * (Traits::kGlobalBytes / 4)};
+    return SharedTotal<Traits>{};
 }
 
 }  // namespace quire::device
