@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of other KV cache managers ask for, asked of this one.
+"""What the tests of other KV cache managers ask for, asked of this one; see test_vllm_scenarios.py.
 
-Named after the suites they come from: vLLM's prefix caching, TensorRT-LLM's kvCacheManagerTest,
-SGLang's radix cache, the paged KV cache of TVM and MLC. Block ids are quire's own.
+Named after the suites they come from: TensorRT-LLM's kvCacheManagerTest, SGLang's radix cache,
+TokenSpeed, the paged KV cache of TVM and MLC. Block ids are quire's own.
 """
 
 from __future__ import annotations
@@ -12,205 +12,12 @@ import time
 import numpy as np
 import pytest
 import quire
-
-SIZE = 16
-
-
-def tokens(count: int, first: int = 0) -> np.ndarray:
-    return np.arange(first, first + count, dtype=np.int32)
-
-
-def text(common: int, end: int, count: int) -> np.ndarray:
-    """`common` tokens that all texts share, then `count` of its own."""
-    return np.concatenate([tokens(common), np.full(count, 1000 + end, np.int32)])
-
-
-def start(manager: quire.KVCacheManager, prompt, **options) -> quire.Sequence:
-    seq = manager.create(prompt, **options)
-    batch = manager.step([seq], [seq.num_tokens - seq.num_computed_tokens])
-    assert batch is not None
-    manager.commit([seq])
-    manager.validate()
-    return seq
-
-
-def finish(manager: quire.KVCacheManager, *seqs: quire.Sequence) -> None:
-    manager.free(list(seqs))
-    manager.validate()
-
-
-def blocks(seq: quire.Sequence) -> list[int]:
-    return seq.block_table.tolist()
+from peer_scenarios import SIZE, blocks, evict, finish, start, text, tokens
 
 
 @pytest.fixture
 def manager() -> quire.KVCacheManager:
     return quire.KVCacheManager(10, SIZE)
-
-
-# ---- vLLM: prefix caching
-
-
-def test_vllm_second_request_shares_48_of_55_tokens(manager):
-    first = start(manager, text(48, 1, 7))
-    assert first.num_cached_tokens == 0 and len(blocks(first)) == 4
-    second = start(manager, text(48, 2, 7))
-    assert second.num_cached_tokens == 48
-    assert blocks(second)[:3] == blocks(first)[:3] and blocks(second)[3] != blocks(first)[3]
-    assert manager.num_used_blocks == 5
-
-
-def test_vllm_a_freed_prefix_is_revived_before_anything_is_allocated(manager):
-    first, second = start(manager, text(48, 1, 7)), start(manager, text(48, 2, 7))
-    prefix = blocks(first)[:3]
-    finish(manager, first)
-    finish(manager, second)
-    third = manager.create(text(48, 3, 7))
-    assert blocks(third) == prefix and manager.num_used_blocks == 3
-
-
-def test_vllm_a_miss_evicts_tails_before_heads_and_the_oldest_first(manager):
-    first, second = start(manager, text(64, 1, 0)), start(manager, tokens(64, 500))
-    finish(manager, first)
-    finish(manager, second)
-    for needed, left_of_first, left_of_second in ((3, 48, 63), (2, 16, 63), (3, 0, 32)):
-        manager.free([start(manager, np.full(needed * SIZE, 7000 + left_of_first, np.int32))])
-        assert manager.match(text(64, 1, 0)) == left_of_first
-        assert manager.match(tokens(64, 500)) == left_of_second
-
-
-def test_vllm_decode_fills_a_block_that_then_hits(manager):
-    seq = start(manager, tokens(63))
-    manager.commit([seq], [63])
-    assert manager.match(tokens(80)) == 48
-    manager.step([seq], [1])
-    assert len(blocks(seq)) == 4
-    manager.commit([seq], [64])
-    assert manager.match(tokens(80)) == 64
-    manager.step([seq], [1])
-    assert len(blocks(seq)) == 5
-
-
-def test_vllm_hits_are_not_evicted_by_their_own_allocation(manager):
-    finish(manager, start(manager, tokens(64)))
-    seq = manager.create(np.concatenate([tokens(64), tokens(96, 500)]))
-    assert seq.num_cached_tokens == 64
-    hits = blocks(seq)
-    assert manager.step([seq], [96]) is not None
-    assert blocks(seq)[:4] == hits and manager.num_used_blocks == 10
-
-
-def test_vllm_not_enough_blocks_changes_no_reference(manager):
-    finish(manager, start(manager, tokens(64)))
-    holder = start(manager, tokens(64, 500))
-    seq = manager.create(np.concatenate([tokens(64), tokens(112, 900)]))
-    before = manager.stats()
-    assert manager.step([seq], [112]) is None
-    assert manager.stats() == before and holder.num_computed_tokens == 64
-    manager.validate()
-
-
-def test_vllm_a_wholly_cached_prompt_computes_its_last_token_alone(manager):
-    finish(manager, start(manager, tokens(64)))
-    seq = manager.create(tokens(64))
-    assert seq.num_cached_tokens == 63  # not 48: the last block is copied, not computed again
-    assert len(manager.step([seq], [1]).copies) == 1
-
-
-def test_vllm_caching_off_never_hits():
-    manager = quire.KVCacheManager(10, SIZE, prefix_caching=False)
-    finish(manager, start(manager, tokens(64)))
-    assert manager.match(tokens(64)) == 0 and manager.num_free_blocks == 10
-
-
-def test_vllm_salts_separate(manager):
-    finish(manager, start(manager, tokens(48), salt="a"))
-    assert manager.match(tokens(49), salt="a") == 48
-    assert manager.match(tokens(49), salt="b") == manager.match(tokens(49)) == 0
-
-
-def test_vllm_equal_blocks_of_two_requests_become_one(manager):
-    first, second = manager.create(tokens(64)), manager.create(tokens(64))
-    manager.step([first, second], [64, 64])
-    assert manager.num_used_blocks == 8
-    manager.commit([first, second])
-    assert blocks(first) == blocks(second) and manager.num_used_blocks == 4
-
-
-def test_vllm_nothing_leaks_when_all_requests_have_ended(manager):
-    rng = np.random.default_rng(0)
-    for turn in range(50):
-        seqs = [manager.create(tokens(int(n), turn % 3)) for n in rng.integers(1, 50, 3)]
-        left = [seq.num_tokens - seq.num_computed_tokens for seq in seqs]
-        if manager.step(seqs, left) is not None and turn % 2:
-            manager.commit(seqs)
-        finish(manager, *seqs)
-    assert manager.num_used_blocks == 0 and manager.num_used_tokens == 0
-
-
-def test_vllm_blocks_of_steps_in_flight_come_back_with_their_step():
-    manager = quire.KVCacheManager(8, SIZE, prefix_caching=False, async_depth=2)
-    first, second = manager.create(tokens(32)), manager.create(tokens(32))
-    one = manager.step([first], [32])
-    two = manager.step([second], [32])
-    manager.free([first, second])
-    assert manager.num_free_blocks == 4 and manager.stats().fenced_blocks == 4
-    manager.retire(one.ticket)
-    assert manager.num_free_blocks == 4  # freed while the second step ran too
-    manager.retire(two.ticket)
-    assert manager.num_free_blocks == 8 and manager.stats().fenced_blocks == 0
-
-
-def test_vllm_a_copied_block_lives_until_its_copy_has_run():
-    manager = quire.KVCacheManager(8, SIZE, async_depth=1)
-    first = manager.create(tokens(32))
-    manager.retire(manager.step([first], [32]).ticket)
-    manager.commit([first])
-    second = manager.create(np.append(tokens(24), np.int32(-5)))
-    batch = manager.step([second], [1])
-    source = int(batch.copies[0, 0])
-    manager.free([first])
-    others = manager.create(tokens(96, 700))
-    with pytest.raises(ValueError, match="retire"):
-        manager.step([others], [80])
-    assert source not in blocks(second)
-    manager.retire(batch.ticket)
-    assert manager.step([others], [96]) is not None
-
-
-def test_vllm_a_reset_while_in_use_leaves_what_is_used_and_after_free_nothing(manager):
-    seq = start(manager, tokens(48))
-    finish(manager, start(manager, tokens(32, 500)))
-    assert manager.clear_cache() == 2
-    assert manager.match(tokens(48)) == 47 and manager.match(tokens(32, 500)) == 0
-    finish(manager, seq)
-    assert manager.clear_cache() == 3 and manager.clear_cache() == 0
-    assert manager.match(tokens(48)) == 0 and manager.num_free_blocks == 10
-    manager.validate()
-
-
-def test_vllm_events_are_stored_a_block_and_removed_with_the_reset():
-    manager = quire.KVCacheManager(10, SIZE, event_capacity=100)
-    finish(manager, start(manager, tokens(48)))
-    stored = manager.take_events()
-    keys = [bytes(key) for key in quire.chain_keys(tokens(48), SIZE)]
-    assert [event.kind for event in stored] == ["stored"] * 3
-    assert [event.key for event in stored] == keys
-    assert [event.parent for event in stored[1:]] == keys[:2]
-    assert manager.clear_cache() == 3
-    removed = manager.take_events()
-    assert [event.kind for event in removed] == ["removed"] * 3
-    assert [event.key for event in removed] == keys[::-1]  # no block without its prefix
-    assert manager.stats().evicted_blocks == 0 and manager.num_cached_blocks == 0
-
-
-def test_vllm_of_a_window_only_the_tail_need_be_cached():
-    groups = [quire.LayerGroup(), quire.LayerGroup("sliding_window", window=SIZE)]
-    manager = quire.KVCacheManager(20, SIZE, groups=groups)
-    finish(manager, start(manager, tokens(80)))
-    seq = manager.create(tokens(100))
-    assert seq.num_cached_tokens == 80
-    assert (seq.block_tables[1][:4] == -1).all() and seq.block_tables[1][4] >= 0
 
 
 # ---- TensorRT-LLM: kvCacheManagerTest
@@ -223,15 +30,6 @@ def cache_four(manager: quire.KVCacheManager, options: list[dict]) -> list[np.nd
     for seq in seqs:
         finish(manager, seq)
     return texts
-
-
-def evict(manager: quire.KVCacheManager, count: int) -> None:
-    """Takes the free blocks and `count` cached ones."""
-    seq = manager.create(np.array([-1], np.int32))
-    needed = manager.num_free_blocks + count
-    assert manager.step([seq], [1], lookahead=needed * SIZE - 1) is not None
-    manager.free([seq])
-    manager.validate()
 
 
 def test_trtllm_lower_priorities_are_evicted_first(manager):
@@ -400,6 +198,14 @@ def test_sglang_a_reset_zeroes_all_sizes(manager):
     assert (stats.free_blocks, stats.used_blocks, stats.cached_blocks) == (10, 0, 0)
 
 
+def test_sglang_a_split_keeps_locks(manager):
+    seq = start(manager, tokens(48))
+    finish(manager, start(manager, text(40, 1, 30)))  # leaves the path of `seq` in its third block
+    evict(manager, manager.num_cached_blocks)
+    assert manager.match(tokens(49)) == 48 and blocks(seq) == sorted(blocks(seq))
+    finish(manager, seq)
+
+
 # ---- TokenSpeed and Dynamo: admission
 
 
@@ -431,6 +237,17 @@ def test_tokenspeed_an_abort_in_mid_prefill_restores_the_baseline(manager):
     scheduler.finish(request)
     assert manager.num_used_blocks == 0 and not scheduler.has_work
     manager.validate()
+
+
+def test_tokenspeed_what_was_reserved_and_not_used_is_refunded(manager):
+    seq = manager.create(tokens(20))
+    assert manager.step([seq], [20], lookahead=60) is not None
+    assert manager.num_used_blocks == 5
+    manager.commit([seq], [20])
+    manager.truncate(seq, 20)
+    assert manager.num_used_blocks == 2
+    finish(manager, seq)
+    assert manager.num_used_blocks == 0
 
 
 # ---- MLC and TVM: fork and rollback
@@ -512,3 +329,16 @@ def test_lookahead_reaches_beyond_known_tokens(manager):
     assert manager.step([seq], [3]) is not None and len(blocks(seq)) == 2
     with pytest.raises(ValueError, match="lookahead: expected 0 or more, got -1"):
         manager.step([seq], [1], lookahead=-1)
+
+
+def test_mlc_a_rollback_into_a_shared_block_is_a_fork():
+    manager = quire.KVCacheManager(8, SIZE)
+    seq = start(manager, tokens(40))
+    child = manager.fork(seq)
+    manager.truncate(child, 20)
+    manager.commit([child], [99])
+    batch = manager.step([child], [1])
+    assert batch.copies.tolist() == [[blocks(seq)[1], blocks(child)[1]]]
+    assert seq.token_ids.tolist() == list(range(40)) and blocks(seq)[1] != blocks(child)[1]
+    manager.commit([child])
+    finish(manager, seq, child)
