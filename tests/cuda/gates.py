@@ -89,13 +89,12 @@ def read_opcodes(path: Path) -> dict[tuple[str, str], set[str]]:
 
 
 def allowed_stack(kernel: str) -> int:
-    """Bytes. A few spilled registers where every option is in or where the sums alone take half
-    of all registers, a few more where both are so; none elsewhere."""
-    if kernel.startswith("mla_decode"):
+    """Bytes. A few spilled registers in prefill where every option is in or where the sums alone
+    take half of all registers, a few more where both are so; none elsewhere."""
+    every_option, wide_sums = kernel.endswith("kFull"), "_256_" in kernel
+    if not kernel.startswith("prefill") or not (every_option or wide_sums):
         return 0
-    if "_sm90_" in kernel and "_256_" in kernel and kernel.endswith("kFull"):
-        return 64
-    return 32 if kernel.endswith("kFull") or "_256_" in kernel else 0
+    return 64 if "_sm90_" in kernel and every_option and wide_sums else 32
 
 
 def check(kernels: list[str], resources: dict, opcodes: dict) -> list[str]:

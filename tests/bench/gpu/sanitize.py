@@ -6,48 +6,68 @@ python tests/bench/gpu/sanitize.py cuda|cpu"""
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import numpy as np
 import quire
 import torch
 
-DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("device", choices=("cuda", "cpu"), nargs="?", default="cuda")
+DEVICE = parser.parse_args().device
+OPTIONS = {"softcap": 20.0, "window": (200, 0)}
+LENGTHS = [(1, 40), (1, 1500), (16, 100), (140, 140)]  # decode, a split sequence, two prompts
+BLOCKS = [-(-s // 16) for _, s in LENGTHS]
 
 
-def attend(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, options: dict) -> None:
-    """Decode, a split sequence, a prompt and a long prompt in one batch."""
-    lengths = [(1, 40), (1, 1500), (16, 100), (140, 140)]
-    rows = sum(q for q, _ in lengths)
-    blocks = [-(-s // 16) for _, s in lengths]
-    print(f"attention {dtype} over {kv_dtype}, head dim {head_dim}, {options}", flush=True)
-    table = np.full((len(lengths), max(blocks)), -1, np.int32)
-    ids = iter(np.random.default_rng(0).permutation(sum(blocks)))
-    for b, count in enumerate(blocks):
+def random(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def attend(dtype: torch.dtype, heads: int, k: torch.Tensor, v: torch.Tensor, options: dict) -> None:
+    """All lengths in one batch."""
+    print(
+        f"attention {dtype} over {k.dtype}, {heads} heads, head dims {k.shape[-1]} and "
+        f"{v.shape[-1]}, {options}",
+        flush=True,
+    )
+    table = np.full((len(LENGTHS), max(BLOCKS)), -1, np.int32)
+    ids = iter(np.random.default_rng(0).permutation(sum(BLOCKS)))
+    for b, count in enumerate(BLOCKS):
         table[b, :count] = [next(ids) for _ in range(count)]
-    cache = torch.randn(2, sum(blocks), 16, 2, head_dim, device=DEVICE).to(kv_dtype)
-    q = torch.randn(rows, 8, head_dim, device=DEVICE).to(dtype)
-    cu = np.cumsum([0, *(n for n, _ in lengths)], dtype=np.int32)
-    seq_lens = np.array([s for _, s in lengths], np.int32)
+    q = random(dtype, sum(n for n, _ in LENGTHS), heads, k.shape[-1])
+    cu = np.cumsum([0, *(n for n, _ in LENGTHS)], dtype=np.int32)
+    seq_lens = np.array([s for _, s in LENGTHS], np.int32)
     out, lse = quire.paged_attention(
-        q, cache[0], cache[1], table, seq_lens, cu_seqlens_q=cu, return_lse=True, **options
+        q, k, v, table, seq_lens, cu_seqlens_q=cu, return_lse=True, **options
     )
     assert torch.isfinite(out.float()).all() and torch.isfinite(lse).all()
-    if DEVICE == "cuda" and not options:
-        planned_on_the_device(q, cache, torch.from_numpy(table), seq_lens, cu, out)
+    if DEVICE == "cuda" and not options and k.shape == v.shape:
+        planned_on_the_device(q, k, v, (table, seq_lens, cu), out)
 
 
-def planned_on_the_device(q, cache, table, seq_lens, cu, expected) -> None:
+def planned_on_the_device(q, k, v, arrays, expected) -> None:
     """The same, planned by the GPU."""
     print("  planned on the device", flush=True)
-    codes = "float8_e4m3" if cache.dtype == torch.float8_e4m3fn else None
     attn = quire.Attention(
-        num_heads=8, num_kv_heads=2, head_dim=q.shape[-1], kv_dtype=codes, device=DEVICE,
+        num_heads=q.shape[1], num_kv_heads=k.shape[2], head_dim=k.shape[3], device=DEVICE,
+        kv_dtype="float8_e4m3" if k.dtype == torch.float8_e4m3fn else None,
         dtype=str(q.dtype).removeprefix("torch."),
     )  # fmt: skip
-    arrays = (x.to(DEVICE) for x in (table, torch.from_numpy(seq_lens), torch.from_numpy(cu)))
-    plan = attn.plan(*arrays, max_total_q=len(q))
-    assert torch.equal(attn.run(plan, q, *cache), expected)
+    plan = attn.plan(*(torch.from_numpy(x).to(DEVICE) for x in arrays), max_total_q=len(q))
+    assert torch.equal(attn.run(plan, q, k, v), expected)
+
+
+def attend_all(dtype: torch.dtype, options: dict) -> None:
+    """Every head dim and type of cache."""
+    for head_dim in (64, 96, 128, 192, 256):
+        for kv_dtype in (dtype, torch.float8_e4m3fn):
+            attend(dtype, 8, *random(kv_dtype, 2, sum(BLOCKS), 16, 2, head_dim), options)
+    k = random(dtype, sum(BLOCKS), 16, 8, 192)  # latent attention as prompts have it
+    attend(dtype, 8, k, random(dtype, sum(BLOCKS), 16, 8, 128), options)
+    latent = random(dtype, sum(BLOCKS), 16, 1, 576)  # and as it is decoded
+    for heads in (16, 128):
+        attend(dtype, heads, latent, latent[..., :512], options)
 
 
 def cache_operations(dtype: torch.dtype) -> None:
@@ -69,10 +89,8 @@ def main() -> None:
     torch.manual_seed(0)
     for dtype in (torch.float16, torch.bfloat16):
         cache_operations(dtype)
-        for head_dim in (64, 96, 128, 192, 256):
-            for kv_dtype in (dtype, torch.float8_e4m3fn):
-                attend(dtype, kv_dtype, head_dim, {})
-                attend(dtype, kv_dtype, head_dim, {"softcap": 20.0, "window": (200, 0)})
+        attend_all(dtype, {})
+        attend_all(dtype, OPTIONS)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print("every kernel has run")
