@@ -35,17 +35,6 @@ void BlockAllocator::insert_after(int32_t position, int32_t block) {
   entries_[position].next = static_cast<uint32_t>(block);
 }
 
-void BlockAllocator::unlink(int32_t block) {
-  entries_[prev(block)].next = entries_[block].next;
-  entries_[next(block)].prev = entries_[block].prev;
-}
-
-int32_t BlockAllocator::victim() {
-  if (reuse_) return victim_of_classes();
-  while (is_empty(cached_list(lowest_level_))) ++lowest_level_;
-  return next(cached_list(lowest_level_));
-}
-
 int32_t BlockAllocator::victim_of_classes() {
   for (;; ++lowest_level_) {
     std::array<int32_t, ReuseClasses::kNumClasses> oldest;
@@ -114,13 +103,6 @@ void BlockAllocator::release(std::span<const int32_t> blocks) {
     i = release_cached(blocks.first(i));
     if (i > 0 && (reuse_ || entries[blocks[i - 1]].prev > 1)) release(blocks[--i]);
   }
-}
-
-void BlockAllocator::take_cached(int32_t block) {
-  unlink(block);
-  if (reuse_) reuse_->evict(block);
-  entries_[block] = {1, 0, kStartLevel, 1};
-  --num_cached_;
 }
 
 void BlockAllocator::revive(int32_t block) {

@@ -3,12 +3,18 @@
 
 #include <algorithm>
 
+#include "reserve_more.h"
+
 namespace quire {
 
 std::vector<int32_t> BlockTable::ids() const {
   std::vector<int32_t> result(shared_.begin(), shared_.end());
   result.insert(result.end(), own_.begin(), own_.end());
   return result;
+}
+
+void BlockTable::reserve_more(int32_t num_blocks) {
+  quire::reserve_more(own_, static_cast<size_t>(num_blocks));
 }
 
 void BlockTable::append(std::span<const int32_t> blocks) {

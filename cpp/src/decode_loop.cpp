@@ -9,7 +9,21 @@ namespace {
 
 constexpr int32_t kKeptTokens = 64;  // of a row: fewer make rows due more often, more take memory
 
+int32_t num_kept_of(int32_t block_size) { return std::max(1, kKeptTokens / block_size); }
+
 }  // namespace
+
+void DecodeLoop::reserve(size_t num_rows, int32_t block_size) {
+  const size_t size = static_cast<size_t>(block_size);
+  const size_t num_filled = num_rows * num_kept_of(block_size);
+  rows_.reserve(num_rows);
+  states_.reserve(num_rows);
+  next_rank_.reserve(size);
+  first_rank_.reserve(size + 1);
+  columns_.reserve(std::bit_ceil(size) * num_rows);
+  filled_.reserve(num_filled);
+  tiles_.reserve(num_filled * size);
+}
 
 void DecodeLoop::begin(std::span<const int32_t> first, int32_t block_size) {
   block_size_ = block_size;
@@ -22,16 +36,16 @@ void DecodeLoop::begin(std::span<const int32_t> first, int32_t block_size) {
   };
   for (int32_t position : first) ++first_rank_[begin_time(position) + 1];
   for (int32_t time = 0; time < block_size; ++time) first_rank_[time + 1] += first_rank_[time];
-  std::vector<int32_t> next(first_rank_.begin(), first_rank_.end() - 1);
+  next_rank_.assign(first_rank_.begin(), first_rank_.end() - 1);
   for (size_t row = 0; row < first.size(); ++row) {
     const int32_t time = begin_time(first[row]);
-    const int32_t rank = next[time]++;
+    const int32_t rank = next_rank_[time]++;
     rows_[rank] = static_cast<int32_t>(row);
     states_[rank] = {time, first[row] / block_size + 1, kNone, kNone, 0, 0};
   }
   num_columns_ = std::bit_ceil(static_cast<size_t>(block_size));
   columns_.resize(num_columns_ * first.size());
-  num_kept_ = std::max(1, kKeptTokens / block_size);
+  num_kept_ = num_kept_of(block_size);
   filled_.resize(num_kept_ * first.size());
   tiles_.resize(filled_.size() * block_size);
 }
@@ -83,8 +97,9 @@ void DecodeLoop::drain(int32_t rank, bool is_replaced, BlockTable* table,
   }
 }
 
-void DecodeLoop::drain_at_end(int32_t rank, BlockTable* table, std::vector<int32_t>* tokens) {
-  drain(rank, false, table, tokens);
+void DecodeLoop::drain_at_end(int32_t rank, bool is_replaced, BlockTable* table,
+                              std::vector<int32_t>* tokens) {
+  drain(rank, is_replaced, table, tokens);
   const State& state = states_[rank];
   // It filled a block one commit before it began the next.
   const int64_t since = (num_commits_ - state.begin_time) % block_size_;

@@ -82,7 +82,7 @@ void KVCacheManager::watch_evicted(int32_t block) {
 }
 
 // A block has left the prefix cache.
-void KVCacheManager::on_left(int32_t block) {
+void KVCacheManager::watch_left(int32_t block) {
   for (YieldedMatch* reader = yielded_; reader; reader = reader->next)
     reader->is_lost |= reader->block == block;
   drop_expiry(block);

@@ -39,15 +39,14 @@ bool KVCacheManager::caches_states() const {
 
 // ---- Steps
 
-void KVCacheManager::begin_group_batches(const StepBatch::Size& size) {
-  for (int32_t group = 1; group < num_groups(); ++group) {
-    StepBatch::Size own = size;
-    if (companions_->is_state(group)) {
-      own.max_blocks = std::min(1, size.max_blocks);
-      own.has_slots = false;
-    }
-    group_batches_[group - 1].begin(last_ticket_, own);
+// What a group's batch has to hold of a step's.
+StepBatch::Size KVCacheManager::size_of(int32_t group, const StepBatch::Size& size) const {
+  StepBatch::Size own = size;
+  if (companions_->is_state(group)) {
+    own.max_blocks = std::min(1, size.max_blocks);
+    own.has_slots = false;
   }
+  return own;
 }
 
 // Blocks up to token `reach`, taken from `fresh`, and the rows of the step. Returns the rest.
@@ -130,7 +129,6 @@ void KVCacheManager::attach_groups(Sequence& seq) {
 }
 
 void KVCacheManager::share_groups(const Sequence& parent, Sequence& child) {
-  child.groups.assign(parent.groups.size(), {BlockTable(block_size_)});
   for (int32_t group = 1; group < num_groups(); ++group) {
     const GroupTable& from = parent.groups[group - 1];
     GroupTable& to = child.groups[group - 1];

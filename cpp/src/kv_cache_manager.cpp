@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <utility>
 
 #include "quire/error.h"
+#include "reserve_more.h"
 
 namespace quire {
 namespace {
@@ -87,15 +89,15 @@ KVCacheManager::Sequence& KVCacheManager::get(SequenceId id) {
 
 // The sequences of a call, in visited_; each at most once.
 void KVCacheManager::visit(const char* function, std::span<const SequenceId> seqs) {
-  visited_.clear();
+  visited_.resize(seqs.size());
   ++num_visits_;
-  for (SequenceId id : seqs) {
-    QUIRE_CHECK_ARG(is_live(id), function, ": seqs[", visited_.size(), "]: ", kNotLive);
-    Sequence& seq = sequence_of(id);
-    QUIRE_CHECK_ARG(seq.visit != num_visits_, function, ": seqs[", visited_.size(),
+  for (size_t i = 0; i < seqs.size(); ++i) {
+    QUIRE_CHECK_ARG(is_live(seqs[i]), function, ": seqs[", i, "]: ", kNotLive);
+    Sequence& seq = sequence_of(seqs[i]);
+    QUIRE_CHECK_ARG(seq.visit != num_visits_, function, ": seqs[", i,
                     "]: expected each sequence once, got one twice");
     seq.visit = num_visits_;
-    visited_.push_back(&seq);
+    visited_[i] = &seq;
   }
 }
 
@@ -105,6 +107,17 @@ void KVCacheManager::reserve_sequences(size_t count) {
   QUIRE_CHECK_ARG(size <= kMaxSequences, "create: expected at most ", kMaxSequences,
                   " sequences at once");
   if (size > sequences_.capacity()) sequences_.reserve(std::max(size, 2 * sequences_.capacity()));
+  unused_sequences_.reserve(sequences_.capacity());  // free() must not throw
+  while (unused_sequences_.size() < count) {
+    unused_sequences_.insert(unused_sequences_.begin(), static_cast<int32_t>(sequences_.size()));
+    sequences_.emplace_back().table = BlockTable(block_size_);
+  }
+}
+
+// The one that add_sequence() takes when `ahead` others have been taken. It may still have tokens
+// and blocks of one that could not begin.
+KVCacheManager::Sequence& KVCacheManager::unused_sequence(size_t ahead) {
+  return sequences_[unused_sequences_.end()[-1 - static_cast<int64_t>(ahead)]];
 }
 
 // The first of `count` new serials.
@@ -113,10 +126,6 @@ int64_t KVCacheManager::take_serials(int64_t count) {
 }
 
 KVCacheManager::Sequence& KVCacheManager::add_sequence(int64_t serial) {
-  if (unused_sequences_.empty()) {
-    unused_sequences_.push_back(static_cast<int32_t>(sequences_.size()));
-    sequences_.emplace_back().table = BlockTable(block_size_);
-  }
   const int32_t index = unused_sequences_.back();
   unused_sequences_.pop_back();
   sequences_[index].id = {serial << SequenceId::kIndexBits | index};
@@ -194,7 +203,13 @@ SequenceId KVCacheManager::create(std::span<const int32_t> token_ids, Salt salt,
                                   Retention retention) {
   const std::lock_guard guard(mutex_);
   const SequenceId id = open(token_ids, salt, retention);
-  attach(id);
+  try {
+    attach(id);
+  } catch (const std::bad_alloc&) {  // it has no blocks yet
+    if (cache_) cache_->close_root(get(id).root);
+    remove_sequence(get(id));
+    throw;
+  }
   return id;
 }
 
@@ -206,15 +221,17 @@ SequenceId KVCacheManager::open(std::span<const int32_t> token_ids, Salt salt,
                   token_ids.size());
   check_retention(retention);
   reserve_sequences(1);
-  Sequence& seq = add_sequence(take_serials(1));
+  Sequence& seq = unused_sequence(0);
   seq.tokens.reserve(token_ids.size() + kSpareCapacity);
-  seq.table.reserve(static_cast<int64_t>(token_ids.size() + kSpareCapacity));
   seq.tokens.assign(token_ids.begin(), token_ids.end());
+  seq.table.clear();
+  seq.table.reserve(static_cast<int64_t>(token_ids.size() + kSpareCapacity));
+  seq.groups.assign(num_groups() - 1, {BlockTable(block_size_)});
+  if (cache_) seq.root = cache_->open_root(salt);
+  add_sequence(take_serials(1));
   seq.retention = retention;
   const Retention usual;
   has_retention_ |= retention.priority != usual.priority || retention.ttl != usual.ttl;
-  if (cache_) seq.root = cache_->open_root(salt);
-  seq.groups.assign(num_groups() - 1, {BlockTable(block_size_)});
   return seq.id;
 }
 
@@ -224,12 +241,23 @@ void KVCacheManager::attach(SequenceId id) {
   check_here("attach", seq);
   QUIRE_CHECK_ARG(seq.table.size() == 0, "attach: seq: expected one without blocks, got ",
                   seq.table.size(), " blocks");
-  seq.num_cached = find_path(seq.root, std::span(seq.tokens).first(seq.tokens.size() - 1));
+  take_path(seq, find_path(seq.root, std::span(seq.tokens).first(seq.tokens.size() - 1)));
+}
+
+// attach() of a sequence, of one group of layers, of which the latest call was match().
+void KVCacheManager::attach_matched(SequenceId id, int64_t num_matched) {
+  take_path(get(id), num_matched);
+}
+
+// Gives a sequence what it has in path_, whose length is num_cached tokens.
+void KVCacheManager::take_path(Sequence& seq, int64_t num_cached) {
+  for (GroupTable& group : seq.groups) group.table.reserve_more(static_cast<int32_t>(path_.size()));
+  seq.table.append(path_);
   for (int32_t block : path_) {
     allocator_.share(block);
     on_hit(block);
   }
-  seq.table.append(path_);
+  seq.num_cached = num_cached;
   seq.num_computed = seq.num_cached;
   if (companions_) attach_groups(seq);
   if (cache_ && !seq.was_attached) {  // a sequence that comes back is not a query of its own
@@ -245,6 +273,7 @@ void KVCacheManager::detach(SequenceId id) {
   if (seq.away == Away::kSwapped) return drop_slots(seq);
   check_here("detach", seq);
   settle();
+  reserve_more(seq.tokens, static_cast<size_t>(seq.num_trunk_tokens()));
   give_back(seq);
   seq.num_computed = seq.num_planned = 0;
 }

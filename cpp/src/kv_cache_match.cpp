@@ -24,18 +24,20 @@ int64_t KVCacheManager::find_path(int32_t root, std::span<const int32_t> tokens)
   return static_cast<int64_t>(path_.size()) * block_size_;
 }
 
-// Of several groups: the whole blocks of each that the prefix takes. It does not give way.
-PrefixMatch KVCacheManager::match_groups(int32_t root, std::span<const int32_t> tokens) const {
+// The whole blocks of each group that the prefix takes. It does not give way. Leaves in path_ what
+// find_path() does.
+PrefixMatch KVCacheManager::match_at_once(int32_t root, std::span<const int32_t> tokens) const {
   PrefixMatch result;
   result.num_tokens = find_path(root, tokens.first(tokens.size() - 1));
-  path_.resize(static_cast<size_t>(result.num_tokens / block_size_));
+  const size_t num_whole = static_cast<size_t>(block_size_.index(result.num_tokens));
+  const auto count = [&](int32_t block) {
+    ++result.num_blocks;
+    result.num_idle_blocks += allocator_.refcount(block) == 0;
+  };
+  for (size_t i = 0; i < num_whole; ++i) count(path_[i]);
   for (int32_t group = 1; group < num_groups(); ++group)
-    for (size_t i = companions_->first_needed(group, result.num_tokens),
-                end = result.num_tokens / block_size_;
-         i < end; ++i)
-      path_.push_back(companions_->find(group, path_[i]));
-  result.num_blocks = static_cast<int32_t>(path_.size());
-  for (int32_t block : path_) result.num_idle_blocks += allocator_.refcount(block) == 0;
+    for (size_t i = companions_->first_needed(group, result.num_tokens); i < num_whole; ++i)
+      count(companions_->find(group, path_[i]));
   return result;
 }
 
@@ -46,7 +48,7 @@ std::optional<PrefixMatch> KVCacheManager::match(int32_t root,
                                                  std::span<const int32_t> tokens) const {
   PrefixMatch result;
   if (!cache_ || root == PrefixCache::kNone || tokens.empty()) return result;
-  if (companions_) return match_groups(root, tokens);
+  if (companions_) return match_at_once(root, tokens);
   const int64_t count = static_cast<int64_t>(tokens.size()) - 1;
   const int64_t most = std::max(kMatchedAtOnce / block_size_, 1) * int64_t{block_size_};
   std::vector<int32_t> path;
@@ -86,7 +88,7 @@ PrefixMatch KVCacheManager::match(SequenceId id) const {
   const std::lock_guard guard(mutex_);
   settle();
   const Sequence& seq = get(id);
-  return *(seq.trunk ? match(seq.root, tokens(id)) : match(seq.root, seq.tokens));
+  return seq.trunk ? match_at_once(seq.root, tokens(id)) : match_at_once(seq.root, seq.tokens);
 }
 
 int64_t KVCacheManager::shareable_tokens(SequenceId a, SequenceId b, int64_t more_than) const {
@@ -110,15 +112,6 @@ int64_t KVCacheManager::shareable_tokens(SequenceId a, SequenceId b, int64_t mor
   size_t shared = 0;
   while (is_equal(shared)) shared += block;
   return static_cast<int64_t>(shared) > more_than ? static_cast<int64_t>(shared) : 0;
-}
-
-// Whether the next token goes to a block that others see too: other holders, or the prefix cache.
-bool KVCacheManager::shares_last_block(const Sequence& seq, int32_t group) const {
-  const bool is_state = group > 0 && companions_->is_state(group);
-  if (is_state ? seq.num_computed == 0 : seq.num_computed % block_size_ == 0) return false;
-  const BlockTable& table = group == 0 ? seq.table : seq.groups[group - 1].table;
-  const int32_t block = table[is_state ? 0 : static_cast<int32_t>(seq.num_computed / block_size_)];
-  return allocator_.refcount(block) > 1 || allocator_.is_cached(block);
 }
 
 int32_t KVCacheManager::num_missing_blocks(SequenceId id, int64_t num_tokens,

@@ -5,10 +5,12 @@
 #include <chrono>
 #include <cmath>
 #include <map>
+#include <new>
 #include <utility>
 
 #include "kv_snapshot/snapshot.h"
 #include "quire/error.h"
+#include "reserve_more.h"
 
 namespace quire {
 namespace {
@@ -29,15 +31,15 @@ void KVCacheManager::make_trunk(Sequence& seq) {
   if (num_whole - seq.table.num_shared() < kMinTrunkBlocks) return;
   unshare(seq);
   const int64_t num_tokens = int64_t{num_whole} * block_size_;
-  Trunk* trunk = new Trunk;
+  auto trunk = std::make_unique<Trunk>();
   trunk->num_holders = 1;
   trunk->blocks = seq.table.ids();
   trunk->blocks.resize(num_whole);
   std::vector<int32_t> rest(seq.tokens.begin() + num_tokens, seq.tokens.end());
   trunk->tokens = std::exchange(seq.tokens, std::move(rest));
   trunk->tokens.resize(num_tokens);
-  seq.trunk = trunk;
   seq.table.share(trunk->blocks);
+  seq.trunk = trunk.release();
 }
 
 // Gives up a sequence's hold on its trunk, whose tokens and ids it does not need any more.
@@ -51,6 +53,8 @@ void KVCacheManager::drop_trunk(Sequence& seq) {
 // Copies what lies in a trunk into the sequence, which then holds all of its blocks itself.
 void KVCacheManager::unshare(Sequence& seq) {
   if (!seq.trunk) return;
+  reserve_more(seq.tokens, seq.trunk->tokens.size());
+  seq.table.reserve_more(seq.table.num_shared());
   for (int32_t block : seq.trunk->blocks) allocator_.share(block);
   seq.tokens.insert(seq.tokens.begin(), seq.trunk->tokens.begin(), seq.trunk->tokens.end());
   seq.table.unshare();
@@ -79,6 +83,17 @@ void KVCacheManager::fork(SequenceId parent_id, std::span<SequenceId> children) 
   const std::span<const int32_t> own =
       parent.table.own_from(parent.table.num_shared())
           .first(parent.table.blocks_for(parent.num_computed) - parent.table.num_shared());
+  for (size_t i = 0; i < children.size(); ++i) {
+    Sequence& child = unused_sequence(i);
+    child.tokens.assign(parent.tokens.begin(), parent.tokens.end());
+    child.table.clear();
+    if (parent.trunk) child.table.share(parent.trunk->blocks);
+    for (int32_t block : own) child.table.append(block);
+    if (!companions_) continue;
+    child.groups.assign(parent.groups.size(), {BlockTable(block_size_)});
+    for (size_t group = 0; group < parent.groups.size(); ++group)
+      child.groups[group].table.reserve_more(parent.groups[group].table.size());
+  }
   for (int32_t block : own) allocator_.share(block, num_children);
   if (parent.trunk) parent.trunk->num_holders += num_children;
   if (cache_) cache_->hold_root(parent.root, num_children);
@@ -86,13 +101,10 @@ void KVCacheManager::fork(SequenceId parent_id, std::span<SequenceId> children) 
   for (SequenceId& id : children) {
     Sequence& child = add_sequence(serial++);
     id = child.id;
-    child.tokens = parent.tokens;
     child.retention = parent.retention;
     child.num_computed = child.num_cached = parent.num_computed;
     child.was_attached = true;
     child.trunk = parent.trunk;
-    if (parent.trunk) child.table.share(parent.trunk->blocks);
-    for (int32_t block : own) child.table.append(block);
     if (companions_) share_groups(parent, child);
     child.root = parent.root;
   }
@@ -150,13 +162,15 @@ void KVCacheManager::trim(Sequence& seq, int32_t num_blocks) {
   seq.table.truncate(num_blocks);
 }
 
-// Gives back all blocks of a sequence that is about to end or to wait. It keeps its tokens.
+// Gives back all blocks of a sequence that is about to end or to wait. It keeps its tokens if there
+// is room for those of its trunk.
 void KVCacheManager::give_back(Sequence& seq) {
   keep_partial_block(seq);
   trim(seq, seq.table.num_shared());
   if (seq.trunk) {
     for (int32_t block : seq.trunk->blocks) retain(seq.retention, block);
-    seq.tokens.insert(seq.tokens.begin(), seq.trunk->tokens.begin(), seq.trunk->tokens.end());
+    if (seq.tokens.capacity() - seq.tokens.size() >= seq.trunk->tokens.size())
+      seq.tokens.insert(seq.tokens.begin(), seq.trunk->tokens.begin(), seq.trunk->tokens.end());
     drop_trunk(seq);
   }
   seq.table.clear();
@@ -172,7 +186,11 @@ void KVCacheManager::keep_partial_block(Sequence& seq) {
   const int32_t parent = index == 0 ? seq.root : seq.table[index - 1];
   const int32_t block = seq.table[index];
   const int32_t* tokens = seq.tokens_from(seq.num_computed - count);
-  if (cache_->insert(parent, tokens, count, block) != block) return;
+  try {
+    if (cache_->insert(parent, tokens, count, block) != block) return;
+  } catch (const std::bad_alloc&) {  // not worth failing for
+    return;
+  }
   allocator_.mark_cached(block);
   on_stored(block, {tokens, static_cast<size_t>(count)});
 }

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// step() and commit(): of any batch, and of one that decodes on as it is (the loop).
+// step() and commit() of any batch.
 #include <algorithm>
-#include <cstring>
+#include <new>
 #include <utility>
 
+#include "packed_tokens.h"
 #include "quire/error.h"
 #include "quire/kv_cache_manager.h"
+#include "reserve_more.h"
 
 namespace quire {
 namespace {
-
-constexpr int32_t kPrefetched = 4;  // blocks ahead of the one that is published
 
 bool all_ones(std::span<const int32_t> counts) {
   int32_t others = 0;  // no early exit: the loop is vectorised
@@ -45,10 +45,15 @@ KVCacheManager::StepNeed KVCacheManager::check_step(std::span<const int32_t> num
     const int64_t known = seq.num_tokens() - seq.num_computed;
     QUIRE_CHECK_ARG(count >= 0 && count <= known, "step: num_new_tokens[", i, "]: expected 0 to ",
                     known, " (known and not computed), got ", count);
-    const int32_t num_blocks = seq.table.blocks_for(seq.num_computed + count + lookahead);
-    need.num_missing += std::max(0, num_blocks - seq.table.size());
+    const int32_t num_blocks = block_size_.blocks_for(seq.num_computed + count + lookahead);
+    if (const int32_t num_missing = num_blocks - seq.table.size(); num_missing > 0) {
+      visited_[i]->table.reserve_more(num_missing);
+      need.num_missing += num_missing;
+    }
     if (companions_) {
       const int64_t reach = seq.num_computed + count + lookahead;
+      for (GroupTable& group : visited_[i]->groups)
+        group.table.reserve_more(std::max(0, num_blocks - group.table.size()));
       need.num_missing += missing_in_groups(seq, reach, reach);
     }
     need.size.max_blocks = std::max(need.size.max_blocks, num_blocks);
@@ -59,15 +64,24 @@ KVCacheManager::StepNeed KVCacheManager::check_step(std::span<const int32_t> num
   return need;
 }
 
+// Whether the next token goes to a block that others see too: other holders, or the prefix cache.
+bool KVCacheManager::shares_last_block(const Sequence& seq, int32_t group) const {
+  const bool is_state = group > 0 && companions_->is_state(group);
+  if (is_state ? seq.num_computed == 0 : block_size_.offset(seq.num_computed) == 0) return false;
+  const BlockTable& table = group == 0 ? seq.table : seq.groups[group - 1].table;
+  const int64_t index = is_state ? 0 : block_size_.index(seq.num_computed);
+  return !allocator_.is_own(table[static_cast<int32_t>(index)]);
+}
+
 // Finds the writes into blocks that others see too. The last holder of a block that is not cached
 // may write in place, so references are given up as the copies are found. While steps run, the
 // sources stay referenced until this step is retired.
 void KVCacheManager::plan_copies(std::span<const int32_t> num_new_tokens, int32_t lookahead) {
-  copies_.clear();
   for (size_t i = 0; i < visited_.size(); ++i) {
     Sequence& seq = *visited_[i];
     if (num_new_tokens[i] + lookahead == 0) continue;
-    for (int32_t group = 0; group < num_groups(); ++group)
+    if (shares_last_block(seq)) plan_copy(seq, 0);
+    for (int32_t group = 1; companions_ && group < num_groups(); ++group)
       if (shares_last_block(seq, group)) plan_copy(seq, group);
   }
 }
@@ -106,6 +120,33 @@ bool KVCacheManager::allocate(int64_t num_blocks) {
   if (num_blocks > allocator_.num_free()) expire();
   new_blocks_.resize(num_blocks);
   return allocator_.allocate(new_blocks_, [this](int32_t victim) { return evict(victim); });
+}
+
+// Takes the blocks of a step and gives up the references on what it copies: all or nothing.
+bool KVCacheManager::take_blocks(std::span<const int32_t> num_new_tokens, int32_t lookahead,
+                                 StepNeed need) {
+  copies_.clear();
+  copies_.reserve(visited_.size() * num_groups());
+  plan_copies(num_new_tokens, lookahead);
+  need.size.num_copies = static_cast<int64_t>(copies_.size());
+  const int64_t num_blocks = need.num_missing + need.size.num_copies;
+  const int64_t num_short = std::max<int64_t>(0, num_blocks - allocator_.num_available());
+  try {
+    batch_.reserve(need.size);
+    for (int32_t group = 1; group < num_groups(); ++group)
+      group_batches_[group - 1].reserve(size_of(group, need.size));
+    if (!allocate(num_blocks - take_over(num_short))) {
+      undo_copies();
+      return false;
+    }
+  } catch (const std::bad_alloc&) {
+    undo_copies();
+    throw;
+  }
+  batch_.begin(++last_ticket_, need.size);
+  for (int32_t group = 1; group < num_groups(); ++group)
+    group_batches_[group - 1].begin(last_ticket_, size_of(group, need.size));
+  return true;
 }
 
 // Gives up what a cached block holds, and first what depends on it: returns the block to take.
@@ -166,25 +207,19 @@ const StepBatch* KVCacheManager::step(std::span<const SequenceId> seqs,
       decodes && !loop_.is_running() && !companions_ && block_size_ <= DecodeLoop::kMaxBlockSize;
   settle();
   visit("step", seqs);
-  StepNeed need = check_step(num_new_tokens, lookahead);
-  plan_copies(num_new_tokens, lookahead);
-  need.size.num_copies = static_cast<int64_t>(copies_.size());
-  const int64_t num_blocks = need.num_missing + need.size.num_copies;
-  const int64_t num_short = std::max<int64_t>(0, num_blocks - allocator_.num_available());
-  if (!allocate(num_blocks - take_over(num_short))) {
-    undo_copies();
-    return nullptr;
-  }
-  batch_.begin(++last_ticket_, need.size);
-  begin_group_batches(need.size);
+  const StepNeed need = check_step(num_new_tokens, lookahead);
+  if (starts_loop) loop_.reserve(seqs.size(), block_size_);
+  if (!take_blocks(num_new_tokens, lookahead, need)) return nullptr;
   std::span<const int32_t> fresh = apply_copies();
   for (size_t i = 0; i < visited_.size(); ++i) {
     Sequence& seq = *visited_[i];
     const int64_t end = seq.num_computed + num_new_tokens[i];
     const int64_t reach = end + lookahead;
-    const int32_t num_missing = std::max(0, seq.table.blocks_for(reach) - seq.table.size());
-    seq.table.append(fresh.first(num_missing));
-    fresh = fresh.subspan(num_missing);
+    const int32_t num_missing = block_size_.blocks_for(reach) - seq.table.size();
+    if (num_missing > 0) {
+      seq.table.append(fresh.first(num_missing));
+      fresh = fresh.subspan(num_missing);
+    }
     seq.num_planned = num_new_tokens[i];
     batch_.add_row(seq.id.value, seq.table, seq.num_computed, end, reach);
     if (companions_) fresh = extend_groups(seq, end, reach, fresh);
@@ -200,7 +235,7 @@ void KVCacheManager::commit(std::span<const SequenceId> seqs, std::span<const in
   const std::lock_guard guard(mutex_);
   const bool one_each = num_sampled.empty() && !sampled.empty();
   if (one_each && loop_.is_running() && loop_stepped_ && sampled.size() == seqs.size() &&
-      continues_loop(seqs))
+      continues_loop(seqs) && fits_packed(sampled.data(), static_cast<int32_t>(sampled.size())))
     return commit_loop(sampled);
   settle();
   visit("commit", seqs);
@@ -219,30 +254,40 @@ void KVCacheManager::commit(std::span<const SequenceId> seqs, std::span<const in
                     seq.num_tokens() - seq.num_computed - seq.num_planned,
                     " known tokens to compute");
     total += count;
+    prepare_advance(*visited_[i], count);
   }
   QUIRE_CHECK_ARG(total == static_cast<int64_t>(sampled.size()), "commit: sampled: expected ",
                   total, " tokens, got ", sampled.size());
+  loop_seqs_.reserve(seqs.size());
   bool one_is_pending = true;
   for (size_t i = 0; i < visited_.size(); ++i) {
     Sequence& seq = *visited_[i];
     advance(seq);
     const int32_t count = count_of(i);
-    seq.tokens.insert(seq.tokens.end(), sampled.begin(), sampled.begin() + count);
+    for (int32_t token : sampled.first(count)) seq.tokens.push_back(token);
     sampled = sampled.subspan(count);
     one_is_pending &= seq.num_tokens() - seq.num_computed == 1;
   }
+  if (cache_) cache_->drop_reserved();
   if (one_is_pending) loop_seqs_.assign(seqs.begin(), seqs.end());
+}
+
+// Asks for the memory that advance() and so many new tokens take.
+void KVCacheManager::prepare_advance(Sequence& seq, int32_t num_new_tokens) {
+  reserve_more(seq.tokens, static_cast<size_t>(num_new_tokens));
+  if (!cache_ || seq.num_planned == 0) return;
+  const int64_t first = block_size_.index(seq.num_computed);
+  const int64_t last = block_size_.index(seq.num_computed + seq.num_planned);
+  if (first < last)
+    cache_->reserve_for(seq.tokens_from(first * block_size_), static_cast<int32_t>(last - first));
 }
 
 // Planned tokens become computed ones.
 void KVCacheManager::advance(Sequence& seq) {
   const int64_t end = seq.num_computed + seq.num_planned;
-  const int32_t first = static_cast<int32_t>(seq.num_computed / block_size_);
-  const int32_t last = cache_ && seq.num_planned > 0 ? static_cast<int32_t>(end / block_size_) : 0;
-  for (int32_t i = first; i < last; ++i) {
-    if (i + kPrefetched < last) cache_->prefetch(seq.table[i + kPrefetched]);
-    publish(seq, i);
-  }
+  if (cache_ && seq.num_planned > 0)
+    publish(seq, static_cast<int32_t>(block_size_.index(seq.num_computed)),
+            static_cast<int32_t>(block_size_.index(end)));
   if (companions_ && seq.num_planned > 0) advance_groups(seq, end);
   seq.num_computed = end;
   seq.num_planned = 0;
@@ -263,137 +308,31 @@ int32_t KVCacheManager::publish(int32_t parent, const int32_t* tokens, int32_t b
   return cached;
 }
 
+// Blocks [first, last) of a sequence. Behind one that is new to the cache all others are, too.
+void KVCacheManager::publish(Sequence& seq, int32_t first, int32_t last) {
+  bool is_new = false;
+  for (; first < last && !is_new; ++first) {
+    const int32_t block = seq.table[first];
+    is_new = publish(seq, first) == block && !cache_->has_children(block);
+  }
+  if (first >= last) return;
+  const std::span<const int32_t> rest =
+      seq.table.own_from(first).first(static_cast<size_t>(last - first));
+  const int32_t* tokens = seq.tokens_from(int64_t{first} * block_size_);
+  cache_->insert_chain(seq.table[first - 1], tokens, rest);
+  for (int32_t block : rest) {
+    allocator_.mark_cached(block);
+    on_stored(block, {tokens, static_cast<size_t>(block_size_)});
+    tokens += block_size_;
+  }
+}
+
 int32_t KVCacheManager::publish(Sequence& seq, int32_t index) {
   const int32_t parent = index == 0 ? seq.root : seq.table[index - 1];
   const int32_t block = seq.table[index];
   const int32_t kept = publish(parent, seq.tokens_from(int64_t{index} * block_size_), block);
   if (kept != block) seq.table.replace(index, kept);
   return kept;
-}
-
-// ---- The loop
-
-// Whether a call names the sequences of the loop, in order.
-bool KVCacheManager::continues_loop(std::span<const SequenceId> seqs) const {
-  return !seqs.empty() && seqs.size() == loop_seqs_.size() &&
-         std::memcmp(seqs.data(), loop_seqs_.data(), seqs.size_bytes()) == 0;
-}
-
-// After a step of one token each of loop_seqs_, none of which has another known token.
-void KVCacheManager::begin_loop(std::span<const SequenceId> seqs) {
-  for (const Sequence* seq : visited_)  // a lookahead may have left blocks, which come first
-    if (seq->table.size() != seq->table.blocks_for(seq->num_tokens())) return;
-  loop_seqs_.assign(seqs.begin(), seqs.end());
-  loop_.begin({batch_.positions().data(), batch_.positions().size()}, block_size_);
-  loop_stepped_ = true;
-  for (size_t i = 0; i < visited_.size(); ++i) visited_[i]->row = static_cast<int32_t>(i);
-}
-
-// Whether the rows that begin a block have a column left for it.
-bool KVCacheManager::fits_loop() const {
-  const auto [first, last] = loop_.beginning();
-  int32_t most = 0;
-  for (int32_t rank = first; rank < last; ++rank) most = std::max(most, loop_.num_blocks(rank));
-  return most < batch_.block_table_stride();
-}
-
-// Asks for the memory of sequences that lie far apart before any of it is needed.
-void KVCacheManager::prefetch_rows(int32_t first_rank, int32_t last_rank, int32_t step) const {
-  for (int32_t rank = first_rank; rank < last_rank; rank += step) {
-    const Sequence* seq = &sequences_[loop_seqs_[loop_.row(rank)].index()];
-    __builtin_prefetch(seq, 1);
-    __builtin_prefetch(&seq->was_attached, 1);
-  }
-  for (int32_t rank = first_rank; rank < last_rank; rank += step) {
-    const Sequence& seq = sequences_[loop_seqs_[loop_.row(rank)].index()];
-    __builtin_prefetch(seq.tokens.data() + seq.tokens.size(), 1);
-    seq.table.prefetch_end();
-  }
-}
-
-const StepBatch* KVCacheManager::step_loop() {
-  const auto [first, last] = loop_.beginning();
-  if (!allocate(last - first)) return nullptr;
-  for (int32_t rank = first; rank < last; ++rank)
-    batch_.prefetch(loop_.row(rank), loop_.num_blocks(rank));
-  batch_.advance(++last_ticket_);
-  auto replaced = replaced_ranks_.begin();
-  for (int32_t rank = first; rank < last; ++rank) {
-    const int32_t row = loop_.row(rank), column = loop_.num_blocks(rank);
-    const int32_t block = new_blocks_[rank - first];
-    if (replaced != replaced_ranks_.end() && *replaced == rank) {
-      batch_.replace_block(row, column - 1, loop_.parent(rank));
-      sequence_of(loop_seqs_[row]).table.note_written();
-      ++replaced;
-    }
-    batch_.begin_block(row, column, block, int64_t{block} * block_size_);
-    loop_.begin_block(rank, block);
-  }
-  replaced_ranks_.clear();
-  loop_stepped_ = true;
-  return &batch_;
-}
-
-void KVCacheManager::commit_loop(std::span<const int32_t> sampled) {
-  const auto [first, last] = loop_.filling();
-  if (loop_.fills_first())
-    fill_first_blocks(first, last);
-  else
-    fill_blocks(first, last);
-  loop_.commit(sampled);
-  loop_stepped_ = false;
-}
-
-void KVCacheManager::fill_first_blocks(int32_t first_rank, int32_t last_rank) {
-  prefetch_rows(first_rank, last_rank, 1);
-  for (int32_t rank = first_rank; rank < last_rank; ++rank) {
-    Sequence& seq = sequence_of(loop_seqs_[loop_.row(rank)]);
-    loop_.drain_first(rank, &seq.tokens);
-    const int32_t index = seq.table.size() - 1;  // the loop has no blocks ahead
-    const int32_t block = seq.table[index];
-    const int32_t kept = cache_ ? publish(seq, index) : block;
-    loop_.set_filled(rank, kept);
-    if (kept != block) replaced_ranks_.push_back(rank);
-  }
-}
-
-void KVCacheManager::fill_blocks(int32_t first_rank, int32_t last_rank) {
-  const int32_t first_due = loop_.next_due(first_rank);
-  prefetch_rows(first_due, last_rank, loop_.num_kept());
-  for (int32_t rank = first_rank; cache_ && rank < last_rank; ++rank) {
-    cache_->prefetch(loop_.block(rank));
-    cache_->prefetch_node(loop_.parent(rank));
-    allocator_.prefetch(loop_.block(rank));
-  }
-  const auto drain = [this](int32_t rank, bool is_replaced) {
-    Sequence& seq = sequence_of(loop_seqs_[loop_.row(rank)]);
-    loop_.drain(rank, is_replaced, &seq.table, &seq.tokens);
-  };
-  loop_.gather();
-  for (int32_t rank = first_rank; rank < last_rank; ++rank) {
-    const int32_t block = loop_.block(rank);
-    const int32_t kept =
-        cache_ ? publish(loop_.parent(rank), loop_.filling_tokens(rank), block) : block;
-    loop_.set_filled(rank, kept);
-    if (kept == block) continue;
-    drain(rank, true);
-    replaced_ranks_.push_back(rank);
-  }
-  for (int32_t rank = first_due; rank < last_rank; rank += loop_.num_kept()) drain(rank, false);
-}
-
-// Leaves the loop, if it runs: its sequences get their tokens, blocks and counts.
-void KVCacheManager::settle() {
-  for (int32_t rank = 0; rank < loop_.size(); ++rank) {
-    Sequence& seq = sequence_of(loop_seqs_[loop_.row(rank)]);
-    loop_.drain_at_end(rank, &seq.table, &seq.tokens);
-    seq.num_computed = num_computed(seq);
-    seq.num_planned = loop_stepped_;
-    seq.row = -1;
-  }
-  loop_.end();
-  loop_seqs_.clear();
-  replaced_ranks_.clear();
 }
 
 }  // namespace quire

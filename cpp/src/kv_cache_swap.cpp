@@ -5,6 +5,7 @@
 
 #include "quire/error.h"
 #include "quire/kv_cache_manager.h"
+#include "reserve_more.h"
 
 namespace quire {
 
@@ -45,6 +46,7 @@ std::optional<KVCacheManager::BlockPairs> KVCacheManager::swap_out(SequenceId id
   settle();
   Sequence& seq = get(id);
   check_no_step("swap_out", seq);
+  reserve_more(seq.tokens, static_cast<size_t>(seq.num_trunk_tokens()));
   BlockPairs pairs;
   for (int32_t group = 0; group < num_groups(); ++group)
     for (auto [i, end] = needed_entries(group, seq.num_computed); i < end; ++i)

@@ -46,16 +46,21 @@ inline PackedRun load_run(const int32_t* tokens) {
 }
 #endif
 
-// One run of `count` tokens; `row` is where it lies.
-inline void pack_run(const int32_t* tokens, int32_t count, uint8_t* row) {
+// One run of `count` tokens; `row` is where it lies. False: some do not fit, the row is worthless.
+inline bool pack_run(const int32_t* tokens, int32_t count, uint8_t* row) {
 #if defined(__SSE2__)
   if (count == kPackedRun) {
     const PackedRun run = load_run(tokens);
+    const auto load = [&](int i) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tokens + i));
+    };
+    const __m128i either = _mm_or_si128(load(0), load(4)), other = _mm_or_si128(load(8), load(12));
+    const __m128i excess = _mm_srli_epi32(_mm_or_si128(either, other), 20);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(row), run.low0);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(row + 16), run.low1);
     const __m128i high = _mm_or_si128(run.high, _mm_slli_epi16(_mm_srli_si128(run.high, 8), 4));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(row + 32), high);
-    return;
+    return _mm_movemask_epi8(_mm_cmpeq_epi32(excess, _mm_setzero_si128())) == 0xffff;
   }
 #endif
   const int32_t half = (count + 1) / 2;
@@ -66,6 +71,7 @@ inline void pack_run(const int32_t* tokens, int32_t count, uint8_t* row) {
     std::memcpy(row + 2 * i, &low, 2);
     high[i % half] |= static_cast<uint8_t>((tokens[i] >> 16 & 15) << (i < half ? 0 : 4));
   }
+  return fits_packed(tokens, count);
 }
 
 inline int32_t unpack_one(const uint8_t* row, int32_t count, int32_t i) {
@@ -100,6 +106,26 @@ inline int32_t equal_run(const uint8_t* row, const int32_t* tokens) {
 #endif
 }
 
+// Whether all 16 do: half the work of telling how many.
+inline bool is_equal_run(const uint8_t* row, const int32_t* tokens) {
+#if defined(__SSE2__)
+  const auto load = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
+  const __m128i zero = _mm_setzero_si128(), nibble = _mm_set1_epi8(15);
+  const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + 32));
+  __m128i differs = zero;
+  for (int half = 0; half < 2; ++half) {  // 8 tokens each
+    const __m128i bits = _mm_and_si128(half == 0 ? packed : _mm_srli_epi16(packed, 4), nibble);
+    const __m128i low = load(row + 16 * half), high = _mm_unpacklo_epi8(bits, zero);
+    const int32_t* const own = tokens + 8 * half;
+    differs = _mm_or_si128(differs, _mm_xor_si128(_mm_unpacklo_epi16(low, high), load(own)));
+    differs = _mm_or_si128(differs, _mm_xor_si128(_mm_unpackhi_epi16(low, high), load(own + 4)));
+  }
+  return _mm_movemask_epi8(_mm_cmpeq_epi8(differs, zero)) == 0xffff;
+#else
+  return equal_run(row, tokens) == kPackedRun;
+#endif
+}
+
 // A row of `size` tokens, packed run by run.
 class PackedRow {
  public:
@@ -121,10 +147,26 @@ class PackedRow {
     return i;
   }
 
-  static void pack(const int32_t* tokens, int32_t size, uint8_t* row) {
-    for (int32_t run = 0; run < size; run += kPackedRun)
-      pack_run(tokens + run, size - run < kPackedRun ? size - run : kPackedRun,
-               row + run / kPackedRun * kPackedRunBytes);
+  // Whether all of them equal `tokens`.
+  bool equals(const int32_t* tokens) const {
+    int32_t i = 0;
+    for (; i + kPackedRun <= size_; i += kPackedRun)
+      if (!is_equal_run(at(i), tokens + i)) return false;
+    while (i < size_ && (*this)[i] == tokens[i]) ++i;
+    return i == size_;
+  }
+
+  // The first `count` tokens of a row of `size`. False: some do not fit, the row is worthless.
+  static bool pack(const int32_t* tokens, int32_t count, int32_t size, uint8_t* row) {
+    bool fits = true;
+    for (int32_t run = 0; run < count; run += kPackedRun, row += kPackedRunBytes) {
+      const int32_t in_run = size - run < kPackedRun ? size - run : kPackedRun;
+      int32_t padded[kPackedRun] = {};
+      const bool is_whole = count - run >= in_run;
+      if (!is_whole) std::memcpy(padded, tokens + run, sizeof(int32_t) * (count - run));
+      fits &= pack_run(is_whole ? tokens + run : padded, in_run, row);
+    }
+    return fits;
   }
 
  private:

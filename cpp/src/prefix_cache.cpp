@@ -8,11 +8,26 @@
 
 #include "packed_tokens.h"
 #include "quire/error.h"
+#include "reserve_more.h"
 
 namespace quire {
 namespace {
 
 constexpr int32_t kUnsaltedRoot = -1;  // never dropped
+constexpr size_t kPrefetched = 4;      // blocks ahead of the one that is inserted
+constexpr size_t kLookedAhead = 24;    // of the one that is compared
+
+// Behind the rows: room for the tokens of a block.
+size_t scratch_offset(int32_t num_blocks, int64_t row_bytes) {
+  constexpr size_t kSize = sizeof(int32_t);
+  return (static_cast<size_t>(num_blocks * row_bytes) + kSize - 1) / kSize * kSize;
+}
+
+// Asks for memory that may not be there: then nothing happens.
+void prefetch_at(const void* array, size_t offset) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(array) + offset;
+  __builtin_prefetch(reinterpret_cast<const void*>(address));
+}
 
 }  // namespace
 
@@ -22,7 +37,8 @@ PrefixCache::PrefixCache(int32_t num_blocks, int32_t block_size)
   seed_ = std::random_device{}();
   nodes_.assign(static_cast<size_t>(num_blocks), Node{});
   // Written once here, so that no step waits for the system to find the memory.
-  rows_ = std::make_unique<uint8_t[]>(static_cast<size_t>(num_blocks * row_bytes_));
+  rows_ = std::make_unique<uint8_t[]>(scratch_offset(num_blocks, row_bytes_) +
+                                      sizeof(int32_t) * static_cast<size_t>(block_size));
   roots_.emplace_back();
 }
 
@@ -37,14 +53,19 @@ int32_t PrefixCache::find_root(Salt salt) const {
 int32_t PrefixCache::open_root(Salt salt) {
   int32_t root = find_root(salt);
   if (root == kNone) {
-    if (idle_roots_.empty()) {
-      roots_.emplace_back();
-      idle_roots_.push_back(-static_cast<int32_t>(roots_.size()));
+    std::string name(*salt);
+    const bool is_new = idle_roots_.empty();
+    if (is_new) {
+      reserve_more(roots_, 1);
+      idle_roots_.reserve(roots_.capacity());  // drop_root_if_idle() must not throw
     }
-    root = idle_roots_.back();
-    idle_roots_.pop_back();
-    root_of(root).salt = std::string(*salt);
-    roots_by_salt_[std::string(*salt)] = root;
+    root = is_new ? -1 - static_cast<int32_t>(roots_.size()) : idle_roots_.back();
+    roots_by_salt_.emplace(name, root);
+    if (is_new)
+      roots_.emplace_back();
+    else
+      idle_roots_.pop_back();
+    root_of(root).salt = std::move(name);
   }
   ++root_of(root).num_holders;
   return root;
@@ -98,18 +119,29 @@ bool PrefixCache::is_before(uint32_t node, Key key, int32_t num_equal) const {
 void PrefixCache::store(int32_t block, Key key, Node* node) {
   node->is_partial = key.count < block_size_;
   node->child = node->is_partial ? static_cast<uint32_t>(key.count) : kNil;
-  node->is_wide = !fits_packed(key.tokens, key.count);
-  if (node->is_wide) {
-    wide_rows_[block].assign(key.tokens, key.tokens + key.count);
-    return;
-  }
-  uint8_t* row = &rows_[block * row_bytes_];
-  if (!node->is_partial) return PackedRow::pack(key.tokens, block_size_, row);
-  std::vector<int32_t> padded(key.tokens, key.tokens + key.count);
-  padded.resize(std::min<size_t>(block_size_, key.count + kPackedRun - 1));
-  if (padded.size() < static_cast<size_t>(block_size_))
-    padded.resize(padded.size() / kPackedRun * kPackedRun);  // whole runs
-  PackedRow::pack(padded.data(), static_cast<int32_t>(padded.size()), row);
+  uint8_t* const row = &rows_[block * row_bytes_];
+  node->is_wide = !PackedRow::pack(key.tokens, key.count, block_size_, row);
+  if (!node->is_wide) return;
+  if (spare_wide_rows_.empty()) reserve_wide_rows(1);
+  auto wide_row = std::move(spare_wide_rows_.back());
+  spare_wide_rows_.pop_back();
+  wide_row.key() = block;
+  wide_row.mapped().assign(key.tokens, key.tokens + key.count);
+  wide_rows_.insert(std::move(wide_row));
+}
+
+void PrefixCache::reserve_for(const int32_t* tokens, int32_t num_blocks) {
+  if (fits_packed(tokens, num_blocks * block_size_)) return;
+  for (int32_t i = 0; i < num_blocks; ++i)
+    if (!fits_packed(tokens + i * int64_t{block_size_}, block_size_)) reserve_wide_rows(1);
+}
+
+void PrefixCache::reserve_wide_rows(int32_t count) {
+  wide_rows_.reserve(wide_rows_.size() + spare_wide_rows_.size() + count);
+  reserve_more(spare_wide_rows_, static_cast<size_t>(count));
+  WideRows made;
+  for (int32_t i = 0; i < count; ++i) made[i].reserve(block_size_);
+  while (!made.empty()) spare_wide_rows_.push_back(made.extract(made.begin()));
 }
 
 std::vector<int32_t> PrefixCache::tokens(int32_t block) const {
@@ -208,12 +240,20 @@ int64_t PrefixCache::find_path(int32_t root, const int32_t* tokens, int64_t coun
   int32_t* out = blocks->data();
   int64_t num_found = 0;
   uint32_t top = top_child(root);
+  // What is compared some blocks from now, if the path goes on from id to next id, as most do. No
+  // load is waited for to know where that lies, as it is to know the next node.
+  const auto look_ahead = [&](uint32_t node, const int32_t* next_tokens) {
+    prefetch_at(nodes_.data(), (node + kLookedAhead) * sizeof(Node));
+    prefetch_at(rows_.get(), (node + kLookedAhead) * static_cast<size_t>(row_bytes_));
+    prefetch_at(next_tokens, kLookedAhead * sizeof(int32_t) * static_cast<size_t>(block_size_));
+  };
   for (int32_t parent = root; num_found < count; num_found += block_size_) {
     const int32_t size = static_cast<int32_t>(std::min<int64_t>(count - num_found, block_size_));
     // Most nodes have one child, and most of those are what is looked for.
     const bool is_plain = top != kNil && !nodes_[top].is_wide && !nodes_[top].is_partial;
+    look_ahead(top, tokens + num_found);
     if (is_plain && size == block_size_ &&
-        PackedRow(&rows_[top * row_bytes_], size).equal_prefix(tokens + num_found, size) == size) {
+        PackedRow(&rows_[top * row_bytes_], size).equals(tokens + num_found)) {
       parent = static_cast<int32_t>(top);
     } else {
       const Match found = find(parent, tokens + num_found, size);
@@ -238,6 +278,28 @@ int32_t PrefixCache::insert(int32_t parent, const int32_t* tokens, int32_t count
     const Match found = find(parent, tokens, count);
     if (found.num_tokens == count) return found.block;
   }
+  write_node(parent, key, block);
+  const uint32_t node = static_cast<uint32_t>(block);
+  set_top_child(parent, top == kNil ? node : put(top, node, key));
+  ++size_;
+  return block;
+}
+
+void PrefixCache::insert_chain(int32_t parent, const int32_t* tokens,
+                               std::span<const int32_t> blocks) {
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    const int32_t block = blocks[i];
+    if (i + kPrefetched < blocks.size()) prefetch(blocks[i + kPrefetched]);
+    write_node(parent, {tokens, block_size_}, block);
+    set_top_child(parent, static_cast<uint32_t>(block));
+    tokens += block_size_;
+    parent = block;
+  }
+  size_ += static_cast<int32_t>(blocks.size());
+}
+
+// A node without neighbours or children.
+void PrefixCache::write_node(int32_t parent, Key key, int32_t block) {
   Node node{};
   node.left = node.right = kNil;
   node.is_cached = 1;
@@ -245,9 +307,6 @@ int32_t PrefixCache::insert(int32_t parent, const int32_t* tokens, int32_t count
   node.parent = static_cast<uint32_t>(parent < 0 ? -1 - parent : parent);
   store(block, key, &node);
   nodes_[block] = node;
-  set_top_child(parent, put(top, static_cast<uint32_t>(block), key));
-  ++size_;
-  return block;
 }
 
 void PrefixCache::erase(int32_t block) {
@@ -255,11 +314,16 @@ void PrefixCache::erase(int32_t block) {
   QUIRE_INVARIANT(!has_children(block), "block ", block, ": evicted before its children");
   const int32_t parent = this->parent(block);
   const uint32_t node = static_cast<uint32_t>(block), top = top_child(parent);
+  const uint32_t left = nodes_[node].left, right = nodes_[node].right;
   if (top == node) {
-    set_top_child(parent, merge(nodes_[node].left, nodes_[node].right));
+    set_top_child(parent, (left & right) == kNil ? kNil : merge(left, right));
   } else {
-    const std::vector<int32_t> own = tokens(block);
-    set_top_child(parent, take_out(top, node, {own.data(), static_cast<int32_t>(own.size())}));
+    // An eviction must not ask for memory.
+    uint8_t* const scratch = rows_.get() + scratch_offset(num_blocks_, row_bytes_);
+    int32_t* const own = reinterpret_cast<int32_t*>(scratch);
+    const int32_t count = num_tokens(block);
+    for (int32_t i = 0; i < count; ++i) own[i] = token(node, i);
+    set_top_child(parent, take_out(top, node, {own, count}));
   }
   if (nodes_[node].is_wide) wide_rows_.erase(block);
   nodes_[node] = Node{};

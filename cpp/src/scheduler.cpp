@@ -15,7 +15,11 @@ constexpr int64_t kSampledWeight = 2;  // of a sampled token, beside 1 for compu
 }  // namespace
 
 Scheduler::Scheduler(KVCacheManager& manager, const SchedulerConfig& config)
-    : manager_(manager), config_(config), queue_(config.max_overtakes) {
+    : manager_(manager),
+      config_(config),
+      block_size_(manager.allocator().block_size()),
+      caches_states_(manager.caches_states()),
+      queue_(config.max_overtakes) {
   QUIRE_CHECK_ARG(config.max_tokens_per_step >= 1,
                   "Scheduler: max_tokens_per_step: expected 1 or more, got ",
                   config.max_tokens_per_step);
@@ -90,18 +94,7 @@ std::span<const int32_t> Scheduler::commit(std::span<const int32_t> sampled) {
     }
     return finished_;
   }
-  seqs_.clear();
-  counts_.clear();
-  next_tokens_.clear();
-  size_t next_sampled = 0;
-  for (const Row& row : rows_) {
-    const size_t i = next_sampled;
-    next_sampled += row.samples;
-    if (row.slot < 0) continue;
-    seqs_.push_back(requests_[row.slot].seq);
-    counts_.push_back(row.samples);
-    if (row.samples) next_tokens_.push_back(sampled[i]);
-  }
+  leave_out_finished(sampled);
   manager_.commit(seqs_, next_tokens_, counts_);
   auto next_token = next_tokens_.begin();
   for (const Row& row : rows_) {
@@ -117,6 +110,25 @@ std::span<const int32_t> Scheduler::commit(std::span<const int32_t> sampled) {
   end_finished();
   if (finished_.empty()) begin_going_on();
   return finished_;
+}
+
+// What the manager is to commit: the batch but for requests that were finished meanwhile.
+void Scheduler::leave_out_finished(std::span<const int32_t> sampled) {
+  next_tokens_.assign(sampled.begin(), sampled.end());
+  counts_.resize(rows_.size());
+  size_t num_left = 0, num_tokens = 0, next_sampled = 0;
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const Row& row = rows_[i];
+    if (row.slot >= 0) {
+      seqs_[num_left] = seqs_[i];
+      counts_[num_left++] = row.samples;
+      if (row.samples) next_tokens_[num_tokens++] = next_tokens_[next_sampled];
+    }
+    next_sampled += row.samples;
+  }
+  seqs_.resize(num_left);
+  counts_.resize(num_left);
+  next_tokens_.resize(num_tokens);
 }
 
 void Scheduler::end_finished() {

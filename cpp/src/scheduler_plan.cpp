@@ -61,9 +61,7 @@ const ScheduledBatch* Scheduler::go_on() {
 int32_t Scheduler::missing_blocks(const Request& request, int64_t end) const {
   if (request.is_fresh || manager_.num_groups() > 1)
     return manager_.num_missing_blocks(request.seq, end, config_.max_tokens_per_step);
-  const int64_t block_size = manager_.allocator().block_size();
-  const int64_t held = (request.num_computed + block_size - 1) / block_size;
-  return static_cast<int32_t>((end + block_size - 1) / block_size - held);
+  return block_size_.blocks_for(end) - block_size_.blocks_for(request.num_computed);
 }
 
 // The next tokens of a running request, within the budget. A state is cached where a step ends with
@@ -72,8 +70,8 @@ Scheduler::Row Scheduler::plan_row(int32_t slot, int32_t budget) const {
   const Request& request = requests_[slot];
   const int64_t num_left = request.num_tokens - request.num_computed;
   int32_t num_new = static_cast<int32_t>(std::min<int64_t>(num_left, budget));
-  if (manager_.caches_states()) {
-    const int64_t beyond = (request.num_computed + num_new) % manager_.allocator().block_size();
+  if (caches_states_) {
+    const int64_t beyond = block_size_.offset(request.num_computed + num_new);
     if (num_new > beyond) num_new -= static_cast<int32_t>(beyond);
   }
   return {slot, num_new, missing_blocks(request, request.num_computed + num_new),
@@ -168,6 +166,10 @@ bool Scheduler::come_back(Request& request, int64_t num_cached) {
     num_promised_ -= static_cast<int64_t>(pairs->size());
     swap_ins_.insert(swap_ins_.end(), pairs->begin(), pairs->end());
     return true;
+  }
+  if (request.num_swapped == 0 && manager_.num_groups() == 1) {
+    manager_.attach_matched(request.seq, num_cached);
+    return false;
   }
   give_up_swapped(request);
   manager_.attach(request.seq);
@@ -309,7 +311,7 @@ bool Scheduler::waits_for_prefix(const Request& head) {
 }
 
 void Scheduler::write_batch() {
-  seqs_.clear();
+  seqs_.resize(rows_.size());
   write_swaps();
   batch_.request_ids.resize(rows_.size());
   batch_.num_new_tokens.resize(rows_.size());
@@ -320,7 +322,7 @@ void Scheduler::write_batch() {
   for (size_t i = 0; i < rows_.size(); ++i) {
     const Row& row = rows_[i];
     const Request& request = requests_[row.slot];
-    seqs_.push_back(request.seq);
+    seqs_[i] = request.seq;
     batch_.request_ids[i] = request.id;
     batch_.num_new_tokens[i] = row.num_new;
     if (row.samples)

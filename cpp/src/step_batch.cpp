@@ -3,8 +3,26 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 
 namespace quire {
+
+namespace {
+
+// first, first + 1, ... In vectors: compilers make more of short loops like this than they gain.
+template <class T>
+void write_numbers(T* out, T first, int64_t count) {
+  constexpr int64_t kLanes = 16 / sizeof(T);
+  typedef T Vector __attribute__((vector_size(16)));
+  Vector numbers;
+  for (int64_t k = 0; k < kLanes; ++k) numbers[k] = first + static_cast<T>(k);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes, numbers += static_cast<T>(kLanes))
+    std::memcpy(out + i, &numbers, sizeof(numbers));
+  for (; i < count; ++i) out[i] = first + static_cast<T>(i);
+}
+
+}  // namespace
 
 int64_t StepBatch::stride_for(int32_t max_blocks) const {
   return std::max(block_table_stride_, static_cast<int64_t>(std::bit_ceil(uint64_t(max_blocks))));
@@ -19,18 +37,32 @@ bool StepBatch::may_hold(const Size& size) const {
   return rows_for(size.batch_size) * stride_for(size.max_blocks) <= INT32_MAX;
 }
 
-void StepBatch::reserve_rows(int32_t batch_size, int32_t max_blocks) {
-  const bool has_rows = static_cast<size_t>(batch_size) <= row_serials_.size();
-  if (has_rows && max_blocks <= block_table_stride_) return;
-  const int64_t rows = rows_for(batch_size);
-  block_table_stride_ = stride_for(max_blocks);
-  row_serials_.assign(rows, 0);
-  block_table_ = {};
-  block_table_.resize(rows * block_table_stride_);
+bool StepBatch::fits_table(const Size& size) const {
+  return static_cast<size_t>(size.batch_size) <= row_serials_.size() &&
+         size.max_blocks <= block_table_stride_;
+}
+
+void StepBatch::reserve(const Size& size) {
+  seq_lens_.reserve(size.batch_size);
+  cu_seqlens_q_.reserve(size.batch_size + 1);
+  slot_mapping_.reserve(size.has_slots ? size.num_new_tokens : 0);
+  positions_.reserve(size.num_new_tokens);
+  copies_.reserve(2 * size.num_copies);
+  changed_.reserve(size.batch_size);
+  if (fits_table(size)) return;
+  const int64_t rows = rows_for(size.batch_size);
+  next_serials_.assign(rows, 0);
+  next_table_.resize(rows * stride_for(size.max_blocks));
 }
 
 void StepBatch::begin(int64_t ticket, const Size& size) {
-  reserve_rows(size.batch_size, size.max_blocks);
+  reserve(size);
+  if (!fits_table(size)) {
+    block_table_stride_ = stride_for(size.max_blocks);
+    row_serials_ = std::move(next_serials_);
+    block_table_ = next_table_;
+    next_serials_.clear();
+  }
   ticket_ = ticket;
   batch_size_ = size.batch_size;
   max_blocks_ = size.max_blocks;
@@ -41,10 +73,11 @@ void StepBatch::begin(int64_t ticket, const Size& size) {
   cu_seqlens_q_[0] = 0;
   slot_mapping_.resize(size.has_slots ? size.num_new_tokens : 0);
   positions_.resize(size.num_new_tokens);
-  copies_.resize(2 * size.num_copies);
   copies_.resize(0);
   forget_changes();
 }
+
+void StepBatch::reserve_changes(size_t count) { changed_.reserve(count); }
 
 void StepBatch::forget_changes() {
   changed_.clear();
@@ -98,15 +131,16 @@ void StepBatch::add_row(int64_t serial, BlockTable& table, int64_t first, int64_
   cu_seqlens_q_[row + 1] = static_cast<int32_t>(end) + start;
   int32_t* const positions = positions_.data() + start;
   int64_t* const slots = slot_mapping_.data() + start;
-  for (int64_t position = first; position < end; ++position)
-    positions[position] = static_cast<int32_t>(position);
-  if (!has_slots_) return;
-  const int64_t size = table.block_size();
-  int32_t index = static_cast<int32_t>(first / size);
-  for (int64_t begin = index * size, position = first; position < end; begin += size, ++index) {
-    const int64_t offset = table[index] * size - begin;
-    const int64_t stop = std::min(end, begin + size);
-    for (; position < stop; ++position) slots[position] = offset + position;
+  if (end == first + 1) {
+    positions[first] = static_cast<int32_t>(first);
+    if (has_slots_) slots[first] = table.slot(first);
+    return;
+  }
+  write_numbers(positions + first, static_cast<int32_t>(first), end - first);
+  for (int64_t position = first; has_slots_ && position < end;) {
+    const int64_t count = table.left_in_block(position, end);
+    write_numbers(slots + position, table.slot(position), count);
+    position += count;
   }
 }
 

@@ -98,6 +98,42 @@ void bench_match() {
   timer.print("match of 8,192 cached tokens");
 }
 
+// With nothing of it in any cache, as a prompt's tokens and a tree that other work has pushed out.
+// Beside it the floor: memcmp() of two arrays of as many tokens, as cold.
+void bench_cold_match() {
+  KVCacheManager manager(4096, kBlockSize);
+  Ids tokens = random_tokens(8192, 2);
+  const SequenceId seq = manager.create(tokens);
+  run(manager, seq);
+  manager.free({&seq, 1});
+  tokens.push_back(7);
+  const Ids same = tokens;
+  std::vector<int64_t> others(size_t{16} << 20);  // 128 MiB: more than any cache
+  int64_t sum = 0;
+  const auto flush = [&] {
+    for (int64_t& other : others) sum += ++other;
+  };
+  Timer match, compare, system;
+  for (int turn = 0; turn < 40; ++turn) {
+    flush();
+    system.start();
+    system.stop();
+    match.start();
+    if (manager.match(tokens).num_tokens != 8192) std::abort();
+    match.stop();
+    flush();
+    system.start();
+    system.stop();
+    compare.start();
+    if (std::memcmp(tokens.data(), same.data(), 8192 * sizeof(int32_t)) != 0) std::abort();
+    compare.stop();
+  }
+  if (sum == 0) std::abort();
+  match.print("the same, nothing of it in a cache");
+  compare.print("  beside it: memcmp of 2 x 32 KiB, as cold");
+  system.print("  beside it: two looks at the clock");
+}
+
 // Blocks alone: one token has a slot, the other blocks are lookahead.
 void bench_allocate(const char* name, bool evicting) {
   KVCacheManager manager(4096, kBlockSize, evicting);
@@ -200,6 +236,7 @@ int main(int argc, char** argv) {
   bench_decode("step + commit, 256 sequences, no caching", 256, false);
   bench_decode("step + commit, 1000 sequences, no caching", 1000, false);
   bench_match();
+  bench_cold_match();
   bench_allocate("allocate + free 512 blocks, no caching", false);
   bench_allocate("the same, every block evicts a cached one", true);
   bench_fork();

@@ -85,6 +85,10 @@ class BlockAllocator {
   // Of Eviction::kReuseLru, else null: whoever knows the contents says what they are, and what hit.
   ReuseClasses* reuse() { return reuse_ ? &*reuse_ : nullptr; }
   const ReuseClasses* reuse() const { return reuse_ ? &*reuse_ : nullptr; }
+  // Whether one reference alone is on a used block, and it is not worth keeping.
+  bool is_own(int32_t block) const {
+    return entries_[block].prev == 1 && entries_[block].next == 0;
+  }
   // Asks for the memory of a block whose state is about to change.
   void prefetch(int32_t block) const { __builtin_prefetch(&entries_[block], 1); }
 
@@ -136,12 +140,26 @@ class BlockAllocator {
   int32_t next(int32_t block) const { return static_cast<int32_t>(entries_[block].next); }
   int32_t prev(int32_t block) const { return static_cast<int32_t>(entries_[block].prev); }
   void insert_after(int32_t position, int32_t block);
-  void unlink(int32_t block);
-  int32_t victim();  // a cached block of the lowest level that has any: the first, of its class
+  void unlink(int32_t block) {
+    const Entry entry = entries_[block];
+    entries_[entry.prev].next = entry.next;
+    entries_[entry.next].prev = entry.prev;
+  }
+  // A cached block of the lowest level that has any: the first, of its class.
+  int32_t victim() {
+    if (reuse_) return victim_of_classes();
+    while (is_empty(cached_list(lowest_level_))) ++lowest_level_;
+    return next(cached_list(lowest_level_));
+  }
   int32_t victim_of_classes();
   size_t release_cached(std::span<const int32_t> blocks);
   void take_free(std::span<int32_t> blocks);
-  void take_cached(int32_t block);
+  void take_cached(int32_t block) {
+    unlink(block);
+    if (reuse_) reuse_->evict(block);
+    entries_[block] = {1, 0, kStartLevel, 1};
+    --num_cached_;
+  }
   void revive(int32_t block);
   void make_cached(int32_t block);
   void make_free(int32_t block) {

@@ -4,11 +4,37 @@
 // lie in memory that forks of the sequence share.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <span>
 #include <vector>
 
 namespace quire {
+
+// Of how many tokens blocks are. Steps ask of every sequence in which block a position lies; most
+// sizes are powers of two, and then no division answers.
+class BlockSize {
+ public:
+  explicit BlockSize(int32_t num_tokens)
+      : num_tokens_(num_tokens),
+        shift_(num_tokens > 0 && std::has_single_bit(static_cast<uint32_t>(num_tokens))
+                   ? std::countr_zero(static_cast<uint32_t>(num_tokens))
+                   : -1) {}
+  operator int32_t() const { return num_tokens_; }
+  // Of a position, 0 or more.
+  int64_t index(int64_t position) const {
+    return shift_ >= 0 ? position >> shift_ : position / num_tokens_;
+  }
+  int64_t offset(int64_t position) const { return position - index(position) * num_tokens_; }
+  int32_t blocks_for(int64_t num_tokens) const {
+    return static_cast<int32_t>(index(num_tokens + num_tokens_ - 1));
+  }
+
+ private:
+  int32_t num_tokens_;
+  int32_t shift_;  // -1: no power of two
+};
 
 class BlockTable {
  public:
@@ -25,14 +51,18 @@ class BlockTable {
   }
 
   // How many blocks `num_tokens` tokens take.
-  int32_t blocks_for(int64_t num_tokens) const {
-    return static_cast<int32_t>((num_tokens + block_size_ - 1) / block_size_);
-  }
+  int32_t blocks_for(int64_t num_tokens) const { return block_size_.blocks_for(num_tokens); }
 
   // Where the KV of a token lies: block * block_size + offset.
   int64_t slot(int64_t position) const {
-    return int64_t{(*this)[static_cast<int32_t>(position / block_size_)]} * block_size_ +
-           position % block_size_;
+    const int64_t index = block_size_.index(position);
+    return int64_t{(*this)[static_cast<int32_t>(index)]} * block_size_ + position -
+           index * block_size_;
+  }
+
+  // How many positions before `end` lie in the block of `position`, and not before that.
+  int64_t left_in_block(int64_t position, int64_t end) const {
+    return std::min(end - position, block_size_ - block_size_.offset(position));
   }
 
   void prefetch_end() const { __builtin_prefetch(own_.data() + own_.size(), 1); }
@@ -40,6 +70,7 @@ class BlockTable {
   // The row that was written last holds every id, by the caller's doing.
   void note_written() { num_written_ = size(); }
   void append(std::span<const int32_t> blocks);
+  void reserve_more(int32_t num_blocks);  // beyond those that there are
   void reserve(int64_t num_tokens) { own_.reserve(static_cast<size_t>(blocks_for(num_tokens))); }
   // These two reach own ids only.
   void replace(int32_t index, int32_t block);
@@ -63,7 +94,7 @@ class BlockTable {
   void note_moved(int32_t row) { row_ = row; }
 
  private:
-  int32_t block_size_;
+  BlockSize block_size_;
   int32_t row_ = -1;         // where write_row() wrote last,
   int32_t num_written_ = 0;  // and how many leading ids have not changed since
   std::span<const int32_t> shared_;

@@ -22,6 +22,8 @@ class DecodeLoop {
   static constexpr int32_t kMaxBlockSize = 1024;  // beyond that columns would take too much
 
   bool is_running() const { return !rows_.empty(); }
+  // After reserve() of as many rows, begin() does not throw.
+  void reserve(size_t num_rows, int32_t block_size);
   void begin(std::span<const int32_t> first, int32_t block_size);
   void end() { rows_.clear(); }
 
@@ -63,7 +65,8 @@ class DecodeLoop {
   // just filled a block is to be drained before commit().
   void drain(int32_t rank, bool is_replaced, BlockTable* table, std::vector<int32_t>* tokens);
   // And what it has gained since it filled a block. end() comes after all rows were drained so.
-  void drain_at_end(int32_t rank, BlockTable* table, std::vector<int32_t>* tokens);
+  void drain_at_end(int32_t rank, bool is_replaced, BlockTable* table,
+                    std::vector<int32_t>* tokens);
 
   // One new token of each row.
   void commit(std::span<const int32_t> sampled);
@@ -95,6 +98,7 @@ class DecodeLoop {
   int64_t num_commits_ = 0;
   std::vector<int32_t> rows_;        // by rank
   std::vector<State> states_;        // by rank
+  std::vector<int32_t> next_rank_;   // [block_size], scratch
   std::vector<int32_t> first_rank_;  // [block_size + 1] of the rows that begin a block at a time
   size_t num_columns_ = 1;           // a power of two, block_size or more
   std::vector<int32_t> columns_;     // [num_columns, rows] tokens of the latest commits, by rank

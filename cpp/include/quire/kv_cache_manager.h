@@ -311,13 +311,15 @@ class KVCacheManager {
   Sequence& sequence_of(SequenceId id) { return sequences_[id.index()]; }  // a live one
   void visit(const char* function, std::span<const SequenceId> seqs);
   void reserve_sequences(size_t count);
+  Sequence& unused_sequence(size_t ahead);
   Sequence& add_sequence(int64_t serial);
   void remove_sequence(Sequence& seq);
   int64_t num_computed(const Sequence& seq) const;
 
   int64_t find_path(int32_t root, std::span<const int32_t> tokens) const;
   std::optional<PrefixMatch> match(int32_t root, std::span<const int32_t> tokens) const;
-  PrefixMatch match_groups(int32_t root, std::span<const int32_t> tokens) const;
+  PrefixMatch match_at_once(int32_t root, std::span<const int32_t> tokens) const;
+  void take_path(Sequence& seq, int64_t num_cached);
   bool give_way_at(int32_t block) const;
   bool shares_last_block(const Sequence& seq, int32_t group = 0) const;
 
@@ -326,6 +328,7 @@ class KVCacheManager {
     int64_t num_missing = 0;  // blocks, copies apart
   };
   StepNeed check_step(std::span<const int32_t> num_new_tokens, int32_t lookahead);
+  bool take_blocks(std::span<const int32_t> num_new_tokens, int32_t lookahead, StepNeed need);
   void plan_copies(std::span<const int32_t> num_new_tokens, int32_t lookahead);
   void plan_copy(Sequence& seq, int32_t group);
   void undo_copies();
@@ -343,14 +346,17 @@ class KVCacheManager {
   void commit_loop(std::span<const int32_t> sampled);
   void fill_first_blocks(int32_t first_rank, int32_t last_rank);
   void fill_blocks(int32_t first_rank, int32_t last_rank);
+  bool is_replaced(int32_t rank) const;
   void settle();
   void settle() const {  // nobody can tell
     if (loop_.is_running()) const_cast<KVCacheManager*>(this)->settle();
   }
 
+  void prepare_advance(Sequence& seq, int32_t num_new_tokens);
   void advance(Sequence& seq);
   int32_t publish(int32_t parent, const int32_t* tokens, int32_t block);
   int32_t publish(Sequence& seq, int32_t index);
+  void publish(Sequence& seq, int32_t first, int32_t last);
   void keep_partial_block(Sequence& seq);
   void make_trunk(Sequence& seq);
   void drop_trunk(Sequence& seq);
@@ -370,7 +376,7 @@ class KVCacheManager {
     return group == 0 ? seq.table : seq.groups[group - 1].table;
   }
   int64_t missing_in_groups(const Sequence& seq, int64_t end, int64_t max_step) const;
-  void begin_group_batches(const StepBatch::Size& size);
+  StepBatch::Size size_of(int32_t group, const StepBatch::Size& size) const;
   std::span<const int32_t> extend_groups(Sequence& seq, int64_t end, int64_t reach,
                                          std::span<const int32_t> fresh);
   void advance_groups(Sequence& seq, int64_t end);
@@ -400,7 +406,10 @@ class KVCacheManager {
   void on_hit(int32_t block) {
     if (is_watched_) watch_hit(block);
   }
-  void on_left(int32_t block);
+  void on_left(int32_t block) {
+    if (yielded_ || !expiries_.empty()) watch_left(block);
+  }
+  void watch_left(int32_t block);
   void watch_stored(int32_t block, std::span<const int32_t> tokens);
   void watch_hit(int32_t block);
   void watch_evicted(int32_t block);
@@ -408,7 +417,8 @@ class KVCacheManager {
   void push_event(CacheEventKind kind, int32_t block, CacheTier tier = CacheTier::kDevice);
   uint64_t root_id(int32_t root) const;
 
-  friend class Scheduler;  // whose step comes after what its swap_in()s evicted
+  friend class Scheduler;  // which calls match() first; whose step comes after its swap_in()s
+  void attach_matched(SequenceId seq, int64_t num_matched);
   void offer_also(std::vector<KVTransfer> offloads);
   bool is_in_all_stores(const ChainKey& key) const;
   const KVStore* store_with(const ChainKey& key) const;
@@ -433,7 +443,7 @@ class KVCacheManager {
   std::optional<PrefixCache> cache_;
   std::optional<CompanionCache> companions_;  // of more groups than one
   int32_t async_depth_;
-  int32_t block_size_;
+  BlockSize block_size_;
   std::vector<Sequence> sequences_;
   std::vector<int32_t> unused_sequences_;
   uint64_t num_visits_ = 0;

@@ -60,6 +60,15 @@ class PrefixCache {
   // begins with all of them already; then nothing changes.
   int32_t insert(int32_t parent, const int32_t* tokens, int32_t count, int32_t block);
 
+  // Caches whole blocks, each the child of the one before it, the first one of `parent`: a cached
+  // block without children.
+  void insert_chain(int32_t parent, const int32_t* tokens, std::span<const int32_t> blocks);
+
+  // Asks for the memory that inserting these whole blocks takes. insert() and insert_chain() of
+  // blocks so prepared do not throw; drop_reserved() gives back what was not needed.
+  void reserve_for(const int32_t* tokens, int32_t num_blocks);
+  void drop_reserved() { spare_wide_rows_.clear(); }
+
   // Forgets a block. It must have no children: they would be left without their prefix.
   void erase(int32_t block);
 
@@ -147,6 +156,8 @@ class PrefixCache {
   bool is_before(uint32_t node, Key key, int32_t num_equal) const;
   int32_t token(uint32_t node, int32_t i) const;
   void store(int32_t block, Key key, Node* node);
+  void reserve_wide_rows(int32_t count);
+  void write_node(int32_t parent, Key key, int32_t block);
   uint32_t priority(uint32_t node) const;
   uint32_t put(uint32_t node, uint32_t block, Key key);
   void split(uint32_t node, Key key, uint32_t* before, uint32_t* behind);
@@ -161,7 +172,9 @@ class PrefixCache {
   uint32_t seed_;  // so that nobody can choose an order that makes the treaps deep
   std::vector<Node> nodes_;
   std::unique_ptr<uint8_t[]> rows_;  // [num_blocks, row_bytes]
-  std::unordered_map<int32_t, std::vector<int32_t>> wide_rows_;
+  using WideRows = std::unordered_map<int32_t, std::vector<int32_t>>;
+  WideRows wide_rows_;
+  std::vector<WideRows::node_type> spare_wide_rows_;  // of wide rows to come
   std::vector<Root> roots_;
   std::vector<int32_t> idle_roots_;
   std::unordered_map<std::string, int32_t> roots_by_salt_;

@@ -160,12 +160,15 @@ class Scheduler {
   void begin_going_on();
   void catch_up();
 
+  void leave_out_finished(std::span<const int32_t> sampled);
   void end_finished();
   void end(int32_t slot);
   void remove_ended();
 
   KVCacheManager& manager_;
   SchedulerConfig config_;
+  BlockSize block_size_;
+  bool caches_states_;  // of the manager
   int32_t num_watermark_blocks_;
   bool may_swap_;
   std::vector<Request> requests_;  // by slot

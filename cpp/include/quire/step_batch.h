@@ -5,8 +5,10 @@
 // writes only what changed. Everything is valid until the next step.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "quire/block_table.h"
@@ -26,10 +28,18 @@ class StepArray {
   const std::shared_ptr<T[]>& owner() const { return data_; }
 
   void resize(size_t size) {
+    if (size > capacity_) {
+      data_ = std::make_shared<T[]>(size + size / 2);
+      capacity_ = size + size / 2;
+    }
     size_ = size;
+  }
+  void reserve(size_t size) {  // keeps the contents
     if (size <= capacity_) return;
+    std::shared_ptr<T[]> data = std::make_shared<T[]>(size + size / 2);
+    std::copy(begin(), end(), data.get());
+    data_ = std::move(data);
     capacity_ = size + size / 2;
-    data_ = std::make_shared<T[]>(capacity_);
   }
   void push_back(T value) {  // within what resize() has made room for
     data_[size_++] = value;
@@ -75,7 +85,9 @@ class StepBatch {
   int32_t num_rows_reserved() const { return static_cast<int32_t>(row_serials_.size()); }
   bool may_hold(const Size& size) const;  // less than 2^31 entries, which `changes` numbers
 
-  // Filled by KVCacheManager: begin(), then each row in order, then each copy.
+  // Filled by KVCacheManager: begin(), then each row in order, then each copy. After reserve() of
+  // the same size none of these throws, and until then everything is as it was.
+  void reserve(const Size& size);
   void begin(int64_t ticket, const Size& size);
   // `serial` names the sequence; its tokens [first, end) are new, and its row reaches to token
   // `reach`, at or behind end.
@@ -85,6 +97,8 @@ class StepBatch {
   // Or, where the rows are those of the step before and each has one new token behind its last:
   // advance(), then begin_block() of each row whose new token begins one, the row's `column`th, and
   // replace_block() of each whose latest but this is another than before.
+  // reserve_changes() makes room for what these write; then none throws.
+  void reserve_changes(size_t count);
   void advance(int64_t ticket);
   void begin_block(int32_t row, int32_t column, int32_t block, int64_t first_slot);
   void replace_block(int32_t row, int32_t column, int32_t block);
@@ -95,7 +109,7 @@ class StepBatch {
  private:
   int64_t stride_for(int32_t max_blocks) const;
   int64_t rows_for(int32_t batch_size) const;
-  void reserve_rows(int32_t batch_size, int32_t max_blocks);
+  bool fits_table(const Size& size) const;
   void write_row(int32_t row, int64_t serial, BlockTable& table, int32_t num_blocks);
   void forget_changes();
   void add_changes(int32_t first, int32_t count);
@@ -112,8 +126,10 @@ class StepBatch {
   int64_t block_table_stride_ = 0;
   std::vector<int64_t> row_serials_;  // whose table each row of block_table holds, 0: nobody's
   StepArray<int32_t> block_table_, seq_lens_, cu_seqlens_q_, positions_, copies_;
-  std::vector<Run> changed_;  // by this step
-  int64_t num_changed_ = 0;   // entries of these runs
+  StepArray<int32_t> next_table_;      // reserved: a larger one,
+  std::vector<int64_t> next_serials_;  // and its rows
+  std::vector<Run> changed_;           // by this step
+  int64_t num_changed_ = 0;            // entries of these runs
   mutable StepArray<int32_t> changes_;
   StepArray<int64_t> slot_mapping_;
 };

@@ -274,6 +274,7 @@ int64_t KVCacheManager::load_sequence(Sequence& seq, Reader& reader,
 void KVCacheManager::load_unused(const Snapshot& in) {
   Reader reader(in, "unused_sequences");
   std::vector<bool> is_unused(sequences_.size());
+  unused_sequences_.reserve(sequences_.capacity());
   while (!reader.is_at_end()) {
     const int32_t index = reader.next_int32(0, static_cast<int64_t>(sequences_.size()) - 1);
     if (sequences_[index].id != SequenceId{} || is_unused[index])
