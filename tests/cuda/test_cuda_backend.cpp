@@ -180,6 +180,21 @@ TEST_CASE("a mixed batch: kernels by sequence, grids, shared memory, arguments")
   CHECK(promised - static_cast<size_t>(end - begin) < 64);
 }
 
+TEST_CASE("on sm_90 short prompts go to kernels that all parts have, long ones to its own") {
+  int own = 0;
+  for (const ElementType dtype : {ElementType::kFloat16, ElementType::kBFloat16})
+    for (const int head_dim : head_dims(ElementType::kFloat16))
+      for (const device::Mode mode : {device::Mode::kFast, device::Mode::kFull}) {
+        const KernelSet set = kernels_for(dtype, dtype, head_dim, 1, "sm_90");
+        const auto kernel = [&](Phase phase) { return set.kernels[phase][static_cast<int>(mode)]; };
+        CHECK(kernel(kNarrow)->arch == nullptr);
+        CHECK(kernel(kNarrow)->global_bytes == 0);
+        CHECK(kernel(kDecode)->global_bytes == 0);
+        own += set.has_wide() && kernel(kWide)->arch != nullptr;
+      }
+  CHECK(own == 2 * 4 * 2);
+}
+
 TEST_CASE("head dim 256 on sm_90: every block of a launch has a place in the workspace") {
   Setup s;
   Seen<device::AttentionArgs> seen(s.driver);
