@@ -5,9 +5,8 @@
 #include <cmath>
 #include <random>
 
-#include "emulator/launch.h"
-#include "prim/math.h"
-#include "prim/sm90_e4m3.h"
+#include "emulator/attention_suite.h"
+#include "kernels/sm90/prefill_e4m3.h"
 
 namespace quire::emulator {
 namespace {
@@ -122,6 +121,61 @@ TEST_CASE("sums keep 14 bits of their fraction: what two levels of them save") {
                      << two.error() << " with floats every 64");
     CHECK(two.error() < 5e-4);
     CHECK(one.error() > 4 * two.error());
+  }
+}
+
+// --- The kernel ----------------------------------------------------------------------------------
+
+AttentionKernel kernel() {
+  using Traits = device::Sm90E4m3Traits<device::BFloat16, 128, 128, 128, 4, device::Mode::kFast>;
+  return bind<Traits>(device::prefill_e4m3_sm90<Traits>);
+}
+
+AttentionCase base() {
+  AttentionCase c;
+  c.head_dim = c.head_dim_v = 128;
+  c.codes = Codes::kTensor;
+  c.code_queries = true;
+  return c;
+}
+
+TEST_CASE("plain and causal") { check_plain(kernel(), base()); }
+
+TEST_CASE("every kind of scale") { check_codes(kernel(), base()); }
+
+TEST_CASE("chunks of keys") { check_chunks(kernel(), base()); }
+
+TEST_CASE("blocks of every size: by boxes where they have eight rows") {
+  AttentionCase c = base();
+  c.batch = {{70, 333}, {3, 700}};
+  uint32_t seed = 0;
+  for (const Codes codes : {Codes::kTensor, Codes::kToken})
+    for (const int block_size : {1, 4, 8, 16, 24, 128, 33}) {
+      c.block_size = block_size;
+      c.codes = codes;
+      c.cache = seed % 2 == 0 ? Cache::kNhd : Cache::kHnd;
+      check_case(kernel(), c, static_cast<AsyncMode>(seed % 3), seed);
+      AttentionProblem problem(c, true, kernel().rows);
+      CHECK((run_attention(kernel(), problem, {}).boxes > 0) == (block_size % 8 == 0));
+      ++seed;
+    }
+}
+
+TEST_CASE("more items without keys than the queue holds, after one that was gathered") {
+  AttentionCase c = base();
+  c.batch.assign(12, {2, 0});
+  c.batch.push_back({3, 20});
+  c.batch.insert(c.batch.end(), 6, {1, 0});
+  for (const AsyncMode async : {AsyncMode::kLazy, AsyncMode::kEager, AsyncMode::kRandom})
+    check_case(kernel(), c, async);
+}
+
+TEST_CASE("bits do not depend on how the work is cut") {
+  AttentionCase c = base();
+  for (const Codes codes : {Codes::kHead, Codes::kToken}) {
+    c.codes = codes;
+    c.batch = {{5, 1300}, {1, 530}, {80, 700}};
+    check_bits(kernel(), c);
   }
 }
 
