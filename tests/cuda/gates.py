@@ -84,7 +84,9 @@ def read_opcodes(path: Path) -> dict[tuple[str, str], set[str]]:
             kernel = match[1]
         else:
             found[kernel, arch].update(
-                opcode for opcode in (*OPCODES, *SM90_OPCODES, *SM90_PRODUCTS, E4M3_OPCODE) if opcode in line
+                opcode
+                for opcode in (*OPCODES, *SM90_OPCODES, *SM90_PRODUCTS, E4M3_OPCODE)
+                if opcode in line
             )
     return found
 

@@ -152,11 +152,11 @@ struct QueryCodes {
   }
 };
 
-// A warpgroup's 64 rows of an item. Half 2 t + i is half i of tile t.
+// A warpgroup's 64 rows of an item. Part 2 t + i is half i of tile t.
 template <class Traits>
 struct CodeConsumer {
   static constexpr int kKeys = Traits::Half::kKeys;
-  static constexpr int kHalvesPerChunk = kKvChunk / kKeys;
+  static constexpr int kPartsPerChunk = kKvChunk / kKeys;
   using Scores = float[kKeys / 8][4];
   using Sums = float[Traits::kHeadDim / 8][4];
 
@@ -188,10 +188,10 @@ struct CodeConsumer {
   }
 
   // Issues scores[64 queries][kKeys] = queries x keys, as a group.
-  QUIRE_DEVICE void issue_keys(Scores& scores, const Ring<Traits>& ring, int half) {
+  QUIRE_DEVICE void issue_keys(Scores& scores, const Ring<Traits>& ring, int part) {
     const SharedAddress keys =
-        ring.template tile<Side::kKeys>() + static_cast<uint32_t>(half % 2 * kKeys * 128);
-    if (half % 2 == 0)
+        ring.template tile<Side::kKeys>() + static_cast<uint32_t>(part % 2 * kKeys * 128);
+    if (part % 2 == 0)
       mbarrier_wait(ring.template barrier<Side::kKeys, Handover::kFull>(), ring.parity);
     wgmma_fence();
     QUIRE_UNROLL
@@ -202,10 +202,10 @@ struct CodeConsumer {
   }
 
   // Issues sums[64 queries][kHeadDim] = weights x values, as a group.
-  QUIRE_DEVICE void issue_values(Sums& sums, const Ring<Traits>& ring, int half) {
+  QUIRE_DEVICE void issue_values(Sums& sums, const Ring<Traits>& ring, int part) {
     const SharedAddress values =
-        ring.template tile<Side::kValues>() + static_cast<uint32_t>(half % 2 * kKeys);
-    if (half % 2 == 0)
+        ring.template tile<Side::kValues>() + static_cast<uint32_t>(part % 2 * kKeys);
+    if (part % 2 == 0)
       mbarrier_wait(ring.template barrier<Side::kValues, Handover::kFull>(), ring.parity);
     wgmma_fence();
     QUIRE_UNROLL
@@ -216,22 +216,21 @@ struct CodeConsumer {
   }
 
   // Scores to weights, relative to the maximum of their chunk so far.
-  QUIRE_DEVICE Rescale weigh(const Ring<Traits>& ring, int half, RowStats (&stats)[2],
+  QUIRE_DEVICE Rescale weigh(const Ring<Traits>& ring, int part, RowStats (&stats)[2],
                              Scores& scores) {
     const AttentionParams& p = args.params;
-    const auto of_half = [half](TokenScales scales) {
-      return TokenScales{scales.first + static_cast<uint32_t>(half % 2 * kKeys * 4), scales.exist};
+    const auto of_part = [part](TokenScales scales) {
+      return TokenScales{scales.first + static_cast<uint32_t>(part % 2 * kKeys * 4), scales.exist};
     };
     QUIRE_UNROLL
-    for (int h = 0; h < 2; ++h)
-      stats[h] = half % kHalvesPerChunk == 0 ? RowStats{} : state.chunk[h];
+    for (int h = 0; h < 2; ++h) stats[h] = part % kPartsPerChunk == 0 ? RowStats{} : state.chunk[h];
     const bool raw = is_raw();
     const float units[2] = {factor, factor};
     if (!raw)
-      scale_scores<kKeys>(units, of_half(token_scales(ring, Side::kKeys, p.k_scale)), scores);
-    mask_scores<Traits::kMode, kKeys>(p, state.rows, half * kKeys, scores);
+      scale_scores<kKeys>(units, of_part(token_scales(ring, Side::kKeys, p.k_scale)), scores);
+    mask_scores<Traits::kMode, kKeys>(p, state.rows, part * kKeys, scores);
     return to_weights<typename Traits::Half, kWeightShift>(
-        raw ? factor : 1.0f, of_half(token_scales(ring, Side::kValues, p.v_scale)), stats, scores);
+        raw ? factor : 1.0f, of_part(token_scales(ring, Side::kValues, p.v_scale)), stats, scores);
   }
 
   QUIRE_DEVICE void round(const Scores& scores) {
@@ -252,7 +251,7 @@ struct CodeConsumer {
       state.sums[n][e] = fma(state.sums[n][e], rescale.rows[e / 2], sums[n][e]);
   }
 
-  // Halves [begin, end), both even. While the values of one are multiplied, the scores of the next
+  // Parts [begin, end), both even. While the values of one are multiplied, the scores of the next
   // become weights.
   QUIRE_DEVICE void attend(int begin, int end, Ring<Traits>& ring) {
     if (begin >= end) return;
@@ -264,20 +263,20 @@ struct CodeConsumer {
     Rescale rescale = weigh(ring, begin, stats, scores);
     take(begin, stats);
     round(scores);
-    for (int half = begin + 1; half < end; ++half) {
-      if (half % 2 == 0) ring.advance();
-      const Ring<Traits> before = half % 2 == 0 ? ring.previous() : ring;  // whose values are next
+    for (int part = begin + 1; part < end; ++part) {
+      if (part % 2 == 0) ring.advance();
+      const Ring<Traits> before = part % 2 == 0 ? ring.previous() : ring;  // whose values are next
       take_turn<Traits>();
-      issue_keys(scores, ring, half);
-      issue_values(sums, before, half - 1);
+      issue_keys(scores, ring, part);
+      issue_values(sums, before, part - 1);
       give_turn<Traits>();
       wgmma_wait<1>();
-      if (half % 2 == 1) release_stage<Traits, Side::kKeys>(ring);
-      const Rescale next = weigh(ring, half, stats, scores);
+      if (part % 2 == 1) release_stage<Traits, Side::kKeys>(ring);
+      const Rescale next = weigh(ring, part, stats, scores);
       wgmma_wait<0>();
-      if (half % 2 == 0) release_stage<Traits, Side::kValues>(before);
+      if (part % 2 == 0) release_stage<Traits, Side::kValues>(before);
       add(rescale, sums);
-      take(half, stats);
+      take(part, stats);
       round(scores);
       rescale = next;
     }
@@ -289,8 +288,8 @@ struct CodeConsumer {
   }
 
   // All halves before this one have been added.
-  QUIRE_DEVICE void take(int half, const RowStats (&stats)[2]) {
-    finish_chunks(half / kHalvesPerChunk);
+  QUIRE_DEVICE void take(int part, const RowStats (&stats)[2]) {
+    finish_chunks(part / kPartsPerChunk);
     QUIRE_UNROLL
     for (int h = 0; h < 2; ++h) state.chunk[h] = stats[h];
   }
