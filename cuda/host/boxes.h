@@ -19,6 +19,8 @@ struct BoxedTensor {
 // Rows of a box: at most `most`, a power of 2. 0 where bulk copies are of no use: rows that do not
 // begin at multiples of 16 bytes, or blocks of fewer than the 8 rows that are swizzled together.
 inline int32_t box_rows(const AttentionParams& p, bool is_aligned, int32_t most) {
+  const bool has_codes = p.kv_dtype == ElementType::kFloat8E4M3;
+  if (has_codes && (p.head_dim % 2 != 0 || p.head_dim_v % 2 != 0)) return 0;
   int32_t rows = is_aligned ? most : 0;
   while (rows >= 8 && p.block_size % rows != 0) rows /= 2;
   return rows >= 8 ? rows : 0;

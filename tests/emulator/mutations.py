@@ -20,6 +20,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import mutations_e4m3
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -41,6 +43,7 @@ PROGRAMS = {
     PR: "test_mutation_sm90",
     L: "test_mutation_mla",
     PL: "test_mutation_plan",
+    mutations_e4m3.FILE: "test_mutation_e4m3",
 }
 
 MUTATIONS = [
@@ -312,6 +315,9 @@ MUTATIONS = [
     Mutation("sm90: the polynomial's rest is not rounded to nearest", S,
              "kToInteger = 12582912.0f", "kToInteger = 25165824.0f"),
 ]  # fmt: skip
+MUTATIONS += [
+    Mutation(what, mutations_e4m3.FILE, old, new) for what, old, new in mutations_e4m3.MUTATIONS
+]
 
 
 # What the programs need of the core: it is built once.
