@@ -22,13 +22,17 @@ constexpr const char* kLatentFeatures =  // v = k[..., :head_dim_v]
     "dense ragged paged causal window softcap alibi sinks mask lse latent";
 constexpr const char* kQuantisedFeatures =
     "paged causal window softcap alibi sinks mask lse scales";
+constexpr const char* kCodeFeatures = "paged causal window sinks lse scales";  // queries, too
 
 // Rows of q, k, v and out begin at multiples of 16 bytes.
 bool is_aligned(const AttentionParams& p) {
   for (const void* pointer : {p.q, p.k, p.v, static_cast<const void*>(p.out)})
     if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
-  for (const int64_t stride : {p.q_stride_seq, p.q_stride_row, p.q_stride_head, p.out_stride_seq,
-                               p.out_stride_row, p.out_stride_head})
+  const int q_piece =
+      p.dtype == ElementType::kFloat8E4M3 ? device::kPieceBytes : device::kPieceBytes / 2;
+  for (const int64_t stride : {p.q_stride_seq, p.q_stride_row, p.q_stride_head})
+    if (stride % q_piece != 0) return false;
+  for (const int64_t stride : {p.out_stride_seq, p.out_stride_row, p.out_stride_head})
     if (stride % device::kPiece != 0) return false;
   const bool has_codes = p.kv_dtype == ElementType::kFloat8E4M3;
   for (const int64_t stride : {p.k_stride_seq, p.k_stride_block, p.k_stride_row, p.k_stride_head,
@@ -40,6 +44,19 @@ bool is_aligned(const AttentionParams& p) {
 device::Mode mode_of(const AttentionParams& p, bool aligned) {
   const bool is_plain = p.scale > 0 && p.softcap == 0 && !p.alibi_slopes && !p.mask;
   return is_plain && aligned ? device::Mode::kFast : device::Mode::kFull;
+}
+
+// What kernels of queries of codes can't do.
+void check_codes(const AttentionParams& p, device::Mode mode) {
+  if (mode == device::Mode::kFast) return;
+  const char* what = p.alibi_slopes ? "alibi_slopes"
+                     : p.mask       ? "mask"
+                                    : "rows that do not begin at "
+                                      "multiples of 16 bytes";
+  throw Unsupported(
+      concat("attention: q: queries of float8_e4m3 are implemented for plain and "
+             "causal attention, windows and sinks; got ",
+             what));
 }
 
 // What V has to be for kernels that read K alone.
@@ -132,6 +149,7 @@ class CudaBackend final : public Backend {
     args.is_aligned = is_aligned(params);
     on_gpu->use(stream.handle, args);
     const auto mode = static_cast<int>(mode_of(params, args.is_aligned));
+    if (params.dtype == ElementType::kFloat8E4M3) check_codes(params, device::Mode{mode});
     const device::ListedItem* items = args.items;
     const device::ItemRange* ranges = args.range;
     for (const PlanOnGpu::Segment& segment : on_gpu->segments()) {
@@ -192,6 +210,12 @@ class CudaBackend final : public Backend {
             add(1, most, is_quantised(kv) ? kQuantisedFeatures : kFeatures);
             if (dims.back() > most) add(most + 1, dims.back(), kLatentFeatures);
           }
+      const DType codes = DType::kFloat8E4M3;
+      for (const int dim : head_dims(element_type(codes)))
+        if (kernels_for(element_type(codes), element_type(codes), dim, dim, "sm_" + arch)
+                .is_complete())
+          rows.push_back({"cuda", "sm_" + arch, name_of(codes), name_of(codes), 1, dim,
+                          kCodeFeatures, available});
     }
     return rows;
   }

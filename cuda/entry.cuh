@@ -9,6 +9,7 @@
 #include "kernels/plan.h"
 #include "kernels/prefill.h"
 #include "kernels/sm90/prefill.h"
+#include "kernels/sm90/prefill_e4m3.h"
 
 // The traits come last: they contain commas.
 #define QUIRE_ATTENTION(name, body, Args, ...)                                        \
@@ -30,6 +31,12 @@
       prefill_sm90, BoxedAttentionArgs,                                                      \
       Sm90PrefillTraits<quire::device::type, head_dim, head_dim_v, rows, keys, stages,       \
                         quire::device::Mode::mode>)
+
+#define QUIRE_PREFILL_SM90_E4M3(type, head_dim, rows, keys, stages, mode)                      \
+  QUIRE_ATTENTION(prefill_sm90_e4m3_##type##_##head_dim##_##rows##_##keys##_##stages##_##mode, \
+                  prefill_e4m3_sm90, BoxedAttentionArgs,                                       \
+                  Sm90E4m3Traits<quire::device::type, head_dim, rows, keys, stages,            \
+                                 quire::device::Mode::mode>)
 
 #define QUIRE_DECODE(type, head_dim, warps, stages, mode)                              \
   QUIRE_ATTENTION(                                                                     \

@@ -17,7 +17,7 @@ size_t slab_size(size_t bytes) { return std::bit_ceil(std::max<size_t>(bytes, 1 
 std::string image_of(const Kernel& kernel) {
   const char* codes = kernel.kv_dtype == ElementType::kFloat8E4M3 ? "e4m3_" : "";
   if (kernel.latent_dim > 0) return concat("mla_decode_", kernel.head_dim);
-  if (kernel.arch) return concat("prefill_sm90_", kernel.head_dim);
+  if (kernel.arch) return concat("prefill_sm90_", codes, kernel.head_dim);
   if (kernel.family == Family::kPrefill) return concat("prefill_", codes, kernel.head_dim);
   if (kernel.family == Family::kDecode) return concat("decode_", codes, kernel.head_dim);
   return "cache_ops";

@@ -137,8 +137,9 @@ void SentPlan::stage(const AttentionPlan& plan) {
     if (count == 0) continue;
     const bool takes_tickets = kernels_.kernels[phase][0]->takes_tickets;
     if (takes_tickets)
-      walk_in_sections(sorted.begin() + first, sorted.end(), plan.sequences, num_kv_heads_,
-                       int64_t{head_dim_ + head_dim_v_} * 2);
+      walk_in_sections(
+          sorted.begin() + first, sorted.end(), plan.sequences, num_kv_heads_,
+          int64_t{head_dim_ + head_dim_v_} * (kv_dtype_ == ElementType::kFloat8E4M3 ? 1 : 2));
     // A block an item, or a tile of its rows: the device deals them out in order, the longest
     // first. Or as many blocks as fit at once, which ask for items in that order.
     const int64_t blocks = int64_t{count} * kernels_.row_tiles(phase, rows);

@@ -15,7 +15,7 @@ enum class Family : uint8_t { kPrefill, kDecode, kAppend, kCopy, kMerge, kPlan }
 struct Kernel {
   const char* name;  // of the entry point
   Family family;
-  ElementType dtype;     // of attention, append and merge
+  ElementType dtype;     // of attention's queries, of append and merge
   ElementType kv_dtype;  // of attention's and append's cache
   int head_dim;          // of the tiles; that of the tensors may be less
   int head_dim_v;
@@ -63,8 +63,9 @@ constexpr Kernel attention(const char* name, Family family) {
 }
 
 template <class Traits>
-constexpr Kernel sm90_prefill(const char* name) {
+constexpr Kernel sm90_prefill(const char* name, ElementType dtype) {
   Kernel kernel = attention<Traits>(name, Family::kPrefill);
+  kernel.dtype = dtype;
   kernel.head_dim = Traits::kKeyDim;
   kernel.arch = "90a";
   kernel.box_rows = Traits::kWarpKeys;
@@ -104,7 +105,12 @@ constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, El
   sm90_prefill<                                                                               \
       device::Sm90PrefillTraits<type, head_dim, head_dim_v, rows, keys, stages, Mode::mode>>( \
       "prefill_sm90_" #type "_" #head_dim "_" #head_dim_v "_" #rows "_" #keys "_" #stages     \
-      "_" #mode),
+      "_" #mode,                                                                              \
+      element<type>()),
+#define QUIRE_PREFILL_SM90_E4M3(type, head_dim, rows, keys, stages, mode)                 \
+  sm90_prefill<device::Sm90E4m3Traits<type, head_dim, rows, keys, stages, Mode::mode>>(   \
+      "prefill_sm90_e4m3_" #type "_" #head_dim "_" #rows "_" #keys "_" #stages "_" #mode, \
+      ElementType::kFloat8E4M3),
 #define QUIRE_DECODE(type, head_dim, warps, stages, mode)                     \
   attention<device::DecodeTraits<type, head_dim, warps, stages, Mode::mode>>( \
       "decode_" #type "_" #head_dim "_" #warps "_" #stages "_" #mode, Family::kDecode),
@@ -137,6 +143,7 @@ inline constexpr Kernel kKernels[] = {
 
 #undef QUIRE_PREFILL
 #undef QUIRE_PREFILL_SM90
+#undef QUIRE_PREFILL_SM90_E4M3
 #undef QUIRE_DECODE
 #undef QUIRE_PREFILL_E4M3
 #undef QUIRE_DECODE_E4M3

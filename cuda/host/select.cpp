@@ -32,11 +32,26 @@ std::string reason_against_latent(const AttentionDesc& desc, int latent_dim, int
   return "";
 }
 
+// Why kernels for queries of codes can't take a description.
+std::string reason_against_codes(const AttentionDesc& desc, int head_dim, const std::string& isa) {
+  const int wanted = std::max(desc.head_dim, desc.head_dim_v);
+  const KernelSet set = kernels_for(element_type(desc.dtype), element_type(desc.kv_dtype), head_dim,
+                                    head_dim_v(desc), isa);
+  if (head_dim < wanted) return concat("head_dim ", wanted, ": at most ", head_dim);
+  if (!set.is_complete())
+    return concat("dtype: none of head dim ", head_dim, " for ", isa, " takes queries of ",
+                  name_of(desc.dtype));
+  if (desc.softcap != 0) return "softcap: not implemented for queries of float8_e4m3";
+  if (desc.scale < 0) return "scale: expected none below 0 for queries of float8_e4m3";
+  return "";
+}
+
 std::string reason_against(const AttentionDesc& desc, int head_dim, const std::string& isa,
                            const std::string& archs) {
   const int wanted = std::max(desc.head_dim, desc.head_dim_v);
   if (serving_arch(archs, isa).empty())
     return concat(isa, ": the kernels are compiled for ", list_of(archs));
+  if (desc.dtype == DType::kFloat8E4M3) return reason_against_codes(desc, head_dim, isa);
   if (desc.dtype != DType::kFloat16 && desc.dtype != DType::kBFloat16)
     return concat("dtype: ", name_of(desc.dtype), " is not implemented: float16 or bfloat16");
   if (desc.kv_dtype != desc.dtype && desc.kv_dtype != DType::kFloat8E4M3)
@@ -74,6 +89,7 @@ int64_t KernelSet::wide_rows() const {
 
 int64_t KernelSet::decode_rows() const {
   const Kernel& decode = *kernels[kDecode][0];
+  if (&decode == kernels[kNarrow][0]) return 0;
   return decode.latent_dim > 0 ? decode.rows : kDecodeRows;
 }
 
@@ -122,6 +138,11 @@ KernelSet kernels_for(ElementType dtype, ElementType kv_dtype, int head_dim, int
       continue;
     if (kernel.shared_bytes > shared_bytes_per_block(isa)) continue;
     if (kernel.arch && serving_arch(kernel.arch, isa).empty()) continue;
+    if (dtype == ElementType::kFloat8E4M3) {  // one for every sequence; the backend knows its mode
+      for (const Phase phase : {kNarrow, kDecode})
+        set.kernels[phase][0] = set.kernels[phase][1] = &kernel;
+      continue;
+    }
     const int mode = static_cast<int>(kernel.mode);
     const Kernel*& first = set.kernels[is_prefill ? kNarrow : kDecode][mode];
     if (!first) {
@@ -160,9 +181,11 @@ std::vector<Candidate> candidates(const AttentionDesc& desc, const std::string& 
       const KernelSet set = kernels_for(element_type(desc.dtype), element_type(desc.kv_dtype),
                                         head_dim, head_dim_v(desc), isa);
       name = concat("cuda.sm_", serving_arch(archs, isa), ".d", head_dim, " (");
-      for (const int phase : {kDecode, kNarrow, kWide})
-        if (const Kernel* kernel = set.kernels[phase][0])
-          name += concat(phase == kDecode ? "" : ", ", kernel->name);
+      const Phase first = set.decode_rows() > 0 ? kDecode : kNarrow;
+      for (const Phase phase : {kDecode, kNarrow, kWide})
+        if (const Kernel* kernel = set.kernels[phase][0];
+            kernel && (phase == first || phase != kDecode))
+          name += concat(phase == first ? "" : ", ", kernel->name);
       name += set.is_latent() ? "; v = k[..., :head_dim_v], the same memory)" : ")";
     }
     result.push_back({name, reason});

@@ -30,7 +30,7 @@ struct KernelSet {
   bool has_wide() const { return kernels[kWide][0] != nullptr; }
   int max_rows() const;  // of a work item
   // Rows, of a sequence: its query rows times heads of a kv head.
-  int64_t decode_rows() const;  // up to here kDecode
+  int64_t decode_rows() const;  // up to here kDecode; 0 where one kernel serves every sequence
   int64_t wide_rows() const;    // from here on kWide
   Phase phase_of(int64_t rows) const;
   int64_t global_bytes() const;  // of device memory that a block of kWide works in

@@ -119,9 +119,9 @@ QUIRE_DEVICE constexpr bool is_by_polynomial(int n) {
   return Traits::kPolynomialEvery > 0 && n % Traits::kPolynomialEvery == 1;
 }
 
-// Scores times `factor` (> 0) become weights 2^(score - max), times the tokens' scales of V. A tile
-// in which a row sees nothing changes nothing of it, bit by bit.
-template <class Traits>
+// Scores times `factor` (> 0) become weights 2^(score - max + kShift), times the tokens' scales of
+// V. A tile in which a row sees nothing changes nothing of it, bit by bit.
+template <class Traits, int kShift = 0>
 QUIRE_DEVICE Rescale to_weights(float factor, const TokenScales& tokens, RowStats (&rows)[2],
                                 float (&scores)[Traits::kKeys / 8][4]) {
   constexpr int kKeys = Traits::kKeys;
@@ -144,6 +144,7 @@ QUIRE_DEVICE Rescale to_weights(float factor, const TokenScales& tokens, RowStat
     top = max(top, shuffle_xor(top, 1));
     top = max(top, shuffle_xor(top, 2));
     const float base = mul(finite_or_zero(top), factor);
+    const float shifted = kShift == 0 ? -base : kShift - base;
     // Not an fma: an unchanged maximum must give exactly 1.
     rescale.rows[h] = exp2(mul(rows[h].max, factor) - base);
     float sum = rows[h].sum * rescale.rows[h];
@@ -151,7 +152,7 @@ QUIRE_DEVICE Rescale to_weights(float factor, const TokenScales& tokens, RowStat
     for (int n = 0; n < kKeys / 8; ++n) {
       QUIRE_UNROLL
       for (int e = 2 * h; e < 2 * h + 2; ++e) {
-        const float power = fma(scores[n][e], factor, -base);
+        const float power = fma(scores[n][e], factor, shifted);
         scores[n][e] = is_by_polynomial<Traits>(n) ? exp2_by_polynomial(power) : exp2(power);
         sum += scores[n][e];
       }

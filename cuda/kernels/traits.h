@@ -203,6 +203,56 @@ struct Sm90PrefillTraits {
   static_assert(kWarpKeys <= kWarpSize, "a lane locates at most one key of a tile");
 };
 
+// Likewise of e4m3 queries over e4m3 keys and values, as rows of 128 bytes. Type is that of
+// results. Consumers take half a tile at a time.
+template <class Type_, int kHeadDim_, int kRows_, int kKeys_, int kStages_, Mode kMode_>
+struct Sm90E4m3Traits {
+  using Type = Type_;
+  using KvType = Float8E4M3;
+  static constexpr bool kIsQuantised = true;
+  static constexpr int kPolynomialEvery = 0;
+  static constexpr int kKeyDim = kHeadDim_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRows = kRows_;
+  static constexpr int kKeys = kKeys_;
+  static constexpr int kStages = kStages_;
+  static constexpr Mode kMode = kMode_;
+  static constexpr int kConsumers = kRows / 64;
+  static constexpr int kConsumerThreads = kConsumers * 4 * kWarpSize;
+  static constexpr int kThreads = kConsumerThreads + 4 * kWarpSize;
+  static constexpr int kWarpKeys = kKeys / 4;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 40;
+
+  // Shared memory, in bytes from its begin. A warp's queries are brought through its `total`.
+  static constexpr int kColumnBytes = kKeys * 128;
+  static constexpr int kKeyTileBytes = kKeys * kHeadDim;
+  static constexpr int kStageBytes = 2 * kKeyTileBytes;
+  static constexpr int kStageOffset = 0;
+  static constexpr int kTotalOffset = kStages * kStageBytes;
+  static constexpr int kStatsOffset = kTotalOffset + kRows * kHeadDim * 4;
+  // Scales of tokens, [2 kStages][K, V][kKeys]: read after the keys are released, so there are
+  // places for twice the stages.
+  static constexpr int kScaleOffset = kStatsOffset + kRows * 8;
+  static constexpr int kScaleBytes = 2 * kKeys * 4;
+  static constexpr int kBarrierOffset = kScaleOffset + 2 * kStages * kScaleBytes;
+  static constexpr int kItemOffset = kBarrierOffset + 5 * kStages * 8;
+  static constexpr int kItemSlots = 4;
+  static constexpr int kFlagOffset = kItemOffset + kItemSlots * (8 + 8 + 4);
+  static constexpr int kSharedBytes = kFlagOffset + 16;
+
+  // What consumers take at a time.
+  struct Half {
+    static constexpr bool kIsQuantised = true;
+    static constexpr int kPolynomialEvery = 0;
+    static constexpr int kKeys = kKeys_ / 2;
+  };
+
+  static_assert(kConsumers == 2 && kMode == Mode::kFast);
+  static_assert(kHeadDim == 128 && kKeys == 128, "tiles of values are turned in place");
+  static_assert(kKvChunk % kKeys == 0 && kWarpKeys == kWarpSize);
+};
+
 // The planner: one block.
 template <int kThreads_>
 struct PlannerTraits {

@@ -32,14 +32,18 @@ def numpy_dtype(name: str, argument: str) -> np.dtype[Any]:
 
 
 def empty(like: Tensor, argument: str, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
-    """An uninitialised array on the device of `like`; dtype None is that of `like`.
+    """An uninitialised array on the device of `like`; dtype None is that of outputs of `like`.
 
     `argument` is what the error calls `like`: "attention: q".
     """
     if isinstance(like, np.ndarray):
+        if dtype is None and like.dtype.name == "float8_e4m3fn":
+            return np.empty(shape, numpy_dtype("bfloat16", argument))
         return np.empty(shape, dtype or like.dtype)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(like, torch.Tensor):
+        if dtype is None and like.dtype == torch.float8_e4m3fn:
+            dtype = "bfloat16"
         return like.new_empty(shape, dtype=getattr(torch, dtype) if dtype else None)
     raise TypeError(
         f"{argument}: expected a NumPy array or a torch tensor where no output is given, got "
@@ -59,7 +63,7 @@ def shape_of(tensor: Tensor, argument: str) -> tuple[int, ...]:
 
 
 def empty_like(like: Tensor) -> Tensor:
-    """What `Attention.run` writes to: uninitialised, contiguous, of q's shape, dtype and device."""
+    """What `Attention.run` writes to: uninitialised, contiguous, of q's shape and device."""
     return empty(like, "Attention.run: q", tuple(like.shape))
 
 

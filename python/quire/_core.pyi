@@ -117,7 +117,8 @@ class Attention:
 
     Picks the kernel when built. `window` is (left, right), inclusive, -1 = open; `scale` None
     is 1/sqrt(head_dim); `softcap` 0 is none; `kv_dtype` None is `dtype`, else "float8_e4m3",
-    "float8_e5m2" or "int8" for a quantised cache. Thread-safe.
+    "float8_e5m2" or "int8" for a quantised cache. `dtype` "float8_e4m3" is for queries of
+    codes over a cache of such: see paged_attention(). Thread-safe.
 
     Raises ValueError for a wrong argument, NotImplementedError (with the text of explain())
     where no kernel fits.
@@ -157,7 +158,8 @@ class Attention:
         """
         Runs a plan on one layer's tensors and returns out.
 
-        q, out [total_q, num_heads, head_dim]; k_cache, v_cache [num_blocks, block_size,
+        q, out [total_q, num_heads, head_dim], of dtype, but out is bfloat16 where that is
+        float8_e4m3; k_cache, v_cache [num_blocks, block_size,
         num_kv_heads, head_dim], any strides with the last dimension contiguous; lse float32
         [num_heads, total_q], written if given; sinks, alibi_slopes float32 [num_heads];
         k_scale, v_scale of a quantised cache, as for paged_attention().

@@ -18,10 +18,12 @@ namespace {
 using Window = std::pair<int, int>;
 
 DType parse_dtype(const std::string& name) {
-  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat8E4M3})
     if (name == name_of(dtype)) return dtype;
-  throw InvalidArgument(concat(
-      "Attention: dtype: expected \"float32\", \"float16\" or \"bfloat16\", got \"", name, "\""));
+  throw InvalidArgument(
+      concat("Attention: dtype: expected \"float32\", \"float16\", \"bfloat16\" or "
+             "\"float8_e4m3\", got \"",
+             name, "\""));
 }
 
 DType parse_kv_dtype(const std::string& name, DType dtype) {
@@ -110,7 +112,9 @@ void bind_plan_once_run_often(nb::module_& m) {
       "Picks the kernel when built. `window` is (left, right), inclusive, -1 = open; `scale` None\n"
       "is 1/sqrt(head_dim); `softcap` 0 is none; `kv_dtype` None is `dtype`, else "
       "\"float8_e4m3\",\n"
-      "\"float8_e5m2\" or \"int8\" for a quantised cache. Thread-safe.\n\n"
+      "\"float8_e5m2\" or \"int8\" for a quantised cache. `dtype` \"float8_e4m3\" is for queries "
+      "of\n"
+      "codes over a cache of such: see paged_attention(). Thread-safe.\n\n"
       "Raises ValueError for a wrong argument, NotImplementedError (with the text of explain())\n"
       "where no kernel fits.\n\n"
       "Example::\n\n"
@@ -152,7 +156,8 @@ void bind_plan_once_run_often(nb::module_& m) {
            nb::arg("k_scale").none() = 1.0, nb::arg("v_scale").none() = 1.0,
            nb::arg("stream") = nb::none(),
            "Runs a plan on one layer's tensors and returns out.\n\n"
-           "q, out [total_q, num_heads, head_dim]; k_cache, v_cache [num_blocks, block_size,\n"
+           "q, out [total_q, num_heads, head_dim], of dtype, but out is bfloat16 where that is\n"
+           "float8_e4m3; k_cache, v_cache [num_blocks, block_size,\n"
            "num_kv_heads, head_dim], any strides with the last dimension contiguous; lse float32\n"
            "[num_heads, total_q], written if given; sinks, alibi_slopes float32 [num_heads];\n"
            "k_scale, v_scale of a quantised cache, as for paged_attention().\n\n"

@@ -23,7 +23,7 @@ inline const Images& all_images() {
         for (const char* family : {"prefill_", "prefill_sm90_", "decode_"})
           result.push_back(concat(family, dim));
       for (int dim : head_dims(ElementType::kFloat8E4M3))
-        for (const char* family : {"prefill_e4m3_", "decode_e4m3_"})
+        for (const char* family : {"prefill_e4m3_", "prefill_sm90_e4m3_", "decode_e4m3_"})
           result.push_back(concat(family, dim));
       return result;
     }();

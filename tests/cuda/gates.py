@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "cuda" / "registers.csv"
 OPCODES = ("HMMA.16816", "LDGSTS", "LDSM.16.M88", "LDSM.16.MT88")
 # Of the kernels that are written for 90a and compiled for nothing else.
-SM90_OPCODES = ("HGMMA.64x", "UTMALDG.4D", "LDGSTS", "SYNCS", "USETMAXREG")
+SM90_OPCODES = ("UTMALDG.4D", "LDGSTS", "SYNCS", "USETMAXREG")
+SM90_PRODUCTS = ("HGMMA.64x", "QGMMA.64x")  # of 16-bit elements, of e4m3
 # Of the kernels over e4m3, where there is an instruction for it: two codes to float16.
 E4M3_OPCODE = "F2FP.F16.E4M3.UNPACK_B"
 
@@ -42,7 +43,7 @@ def is_for(kernel: str, arch: str) -> bool:
 
 def opcodes_of(kernel: str, arch: str) -> tuple[str, ...]:
     if "_sm90_" in kernel:
-        return SM90_OPCODES
+        return (SM90_PRODUCTS["_e4m3_" in kernel], *SM90_OPCODES)
     return (*OPCODES, E4M3_OPCODE) if "_e4m3_" in kernel and arch != "80" else OPCODES
 
 
@@ -83,7 +84,9 @@ def read_opcodes(path: Path) -> dict[tuple[str, str], set[str]]:
             kernel = match[1]
         else:
             found[kernel, arch].update(
-                opcode for opcode in (*OPCODES, *SM90_OPCODES, E4M3_OPCODE) if opcode in line
+                opcode
+                for opcode in (*OPCODES, *SM90_OPCODES, *SM90_PRODUCTS, E4M3_OPCODE)
+                if opcode in line
             )
     return found
 

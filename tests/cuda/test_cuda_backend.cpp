@@ -86,6 +86,14 @@ TEST_CASE("which GPU runs what, and the reason where none does") {
   desc.block_size = 0;
   CHECK(contains(explain("sm_90", desc), "paged caches only"));
   CHECK(!contains(explain("sm_90", model(257)), "chosen"));
+  AttentionDesc codes = model();
+  codes.dtype = codes.kv_dtype = DType::kFloat8E4M3;
+  CHECK(contains(explain("sm_90", codes),
+                 "cuda.sm_90a.d128 (prefill_sm90_e4m3_BFloat16_128_128_128_4_kFast): chosen"));
+  CHECK(contains(explain("sm_90", codes), "dtype: none of head dim 256 for sm_90 takes queries"));
+  CHECK(!contains(explain("sm_100", codes), "chosen"));
+  codes.softcap = 3;
+  CHECK(contains(explain("sm_90", codes), "softcap: not implemented for queries of float8_e4m3"));
   AttentionDesc latent = model(576);
   latent.head_dim_v = 512;
   CHECK(contains(explain("sm_90", latent),
@@ -104,6 +112,20 @@ TEST_CASE("which GPU runs what, and the reason where none does") {
   CHECK(!contains(explain("sm_90", latent), "chosen"));
   for (const Capability& row : s.backend().capabilities())
     CHECK(row.available == (row.isa == "sm_90a"));
+}
+
+TEST_CASE("queries of codes: one kernel, whatever the sequence; what it can't do is refused") {
+  AttentionDesc desc = model();
+  desc.dtype = desc.kv_dtype = DType::kFloat8E4M3;
+  const KernelSet set = select(desc, "sm_90");
+  for (const int64_t rows : {1, 32, 33, 128, 100000}) CHECK(set.phase_of(rows) == kNarrow);
+  CHECK(set.max_rows() == 128);
+  CHECK(set.kernels[kNarrow][0]->takes_tickets);
+  AttentionDesc floats = model();
+  floats.kv_dtype = DType::kFloat8E4M3;
+  for (const auto& kernels : select(floats, "sm_90").kernels)
+    for (const Kernel* kernel : kernels)
+      CHECK((!kernel || kernel->dtype == ElementType::kBFloat16));
 }
 
 TEST_CASE("every row of the registry fits the GPUs it is for") {

@@ -37,11 +37,13 @@ struct AttentionCase {
   bool alibi = false, sinks = false;
   bool mask = false, mask_is_tree = false;
   Codes codes = Codes::kNone;
-  bool is_latent = false;  // V is the first head_dim_v columns of K
-  int parallelism = 1;     // of the planner: more cuts keys into more work items
+  bool code_queries = false;  // e4m3, too
+  bool is_latent = false;     // V is the first head_dim_v columns of K
+  int parallelism = 1;        // of the planner: more cuts keys into more work items
 };
 
 inline constexpr uint16_t kNan = 0xFFFF;  // in both 16-bit types
+inline constexpr uint8_t kNanCode = 0x7F;
 
 class AttentionProblem {
  public:
@@ -57,7 +59,10 @@ class AttentionProblem {
     make_plan(max_rows);
   }
 
-  double q(int b, int i, int head, int d) const { return value(q_[q_offset(b, i, head) + d]); }
+  double q(int b, int i, int head, int d) const {
+    const int64_t at = q_offset(b, i, head) + d;
+    return c.code_queries ? e4m3_table()[q_codes_[at]] : value(q_[at]);
+  }
   double k(int b, int j, int head, int d) const {
     const int64_t at = k_offset(b, j, head / group()) + d;
     return c.codes == Codes::kNone ? value(k_[at])
@@ -91,6 +96,7 @@ class AttentionProblem {
     };
     allow(q_), allow(k_), allow(v_), allow(out_), allow(lse_), allow(slopes_), allow(sinks_);
     allow(mask_), allow(k_codes_), allow(v_codes_), allow(k_scales_), allow(v_scales_);
+    allow(q_codes_);
     return memory;
   }
 
@@ -206,6 +212,7 @@ class AttentionProblem {
     const int64_t blocks = paged ? make_table() : 0;
     const int64_t keys = k_begins_.back();
     q_.assign(total_q() * params.q_stride_row, kNan);
+    if (c.code_queries) q_codes_.assign(q_.size(), kNanCode);
     out_.assign(total_q() * params.out_stride_row, kNan);
     k_.assign(paged ? blocks * params.k_stride_block : keys * params.k_stride_row, kNan);
     v_.assign(paged ? blocks * params.v_stride_block : keys * params.v_stride_row, kNan);
@@ -227,7 +234,6 @@ class AttentionProblem {
 
   // Of K and V, instead of what k_ and v_ hold; scales of tokens differ by powers of two.
   void make_codes(int64_t blocks) {
-    constexpr uint8_t kNanCode = 0x7F;
     k_codes_.assign(k_.size(), kNanCode), v_codes_.assign(v_.size(), kNanCode);
     const int64_t heads = c.num_kv_heads;
     const int64_t count = c.codes == Codes::kToken  ? blocks * c.block_size * heads
@@ -262,7 +268,11 @@ class AttentionProblem {
     const auto [q_len, seq_len] = c.batch[b];
     for (int i = 0; i < q_len; ++i)
       for (int head = 0; head < c.num_heads; ++head)
-        for (int d = 0; d < c.head_dim; ++d) q_[q_offset(b, i, head) + d] = draw();
+        for (int d = 0; d < c.head_dim; ++d)
+          if (c.code_queries)
+            q_codes_[q_offset(b, i, head) + d] = narrow_e4m3(normal_(random_));
+          else
+            q_[q_offset(b, i, head) + d] = draw();
     for (int j = 0; j < seq_len; ++j)
       for (int head = 0; head < c.num_kv_heads; ++head) {
         if (c.codes != Codes::kNone) {
@@ -278,7 +288,7 @@ class AttentionProblem {
   void point_at_tensors() {
     AttentionParams& p = params;
     const bool has_codes = c.codes != Codes::kNone;
-    p.q = q_.data();
+    p.q = c.code_queries ? static_cast<const void*>(q_codes_.data()) : q_.data();
     p.k = has_codes ? static_cast<const void*>(k_codes_.data()) : k_.data();
     p.v = has_codes ? static_cast<const void*>(v_codes_.data()) : v_.data();
     if (c.is_latent) p.v = p.k;
@@ -327,7 +337,7 @@ class AttentionProblem {
   std::vector<int32_t> table_;
   int max_blocks_ = 0;
   std::vector<uint16_t> q_, k_, v_, out_;
-  std::vector<uint8_t> k_codes_, v_codes_;
+  std::vector<uint8_t> q_codes_, k_codes_, v_codes_;
   std::vector<float> k_scales_, v_scales_;
   std::vector<float> lse_, slopes_, sinks_;
   std::vector<uint8_t> mask_;

@@ -58,7 +58,8 @@ inline void check_plain(const AttentionKernel& kernel, AttentionCase c) {
     check_case(kernel, c);
   }
   c.num_heads = 4, c.num_kv_heads = 2;
-  c.head_dim -= 8, c.head_dim_v -= 24;
+  const int piece = c.codes == Codes::kNone ? 8 : 16;
+  c.head_dim -= piece, c.head_dim_v -= 3 * piece;
   check_case(kernel, c);
 }
 

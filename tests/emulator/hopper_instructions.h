@@ -126,6 +126,9 @@ struct ProductArgument {
 struct ProductShape {
   int columns;  // n
   bool is_bfloat16, a_in_registers, b_is_n_major;
+  bool is_e4m3 = false;
+
+  int depth() const { return is_e4m3 ? 32 : 16; }  // k
 };
 
 // What a warpgroup gave, kept until the product has happened.
@@ -134,7 +137,7 @@ struct Product {
   int first_thread;
   ProductArgument threads[kGroupThreads];
   bool is_read = false, has_saved = false;
-  float left[64][16], right[16][256];
+  float left[64][32], right[32][256];
   float saved[kGroupThreads][128];  // sums before the product
 
   // Row and column of register i of thread t, in a 64 x n matrix of sums.
@@ -144,6 +147,7 @@ struct Product {
   void read() {
     const float* table =
         shape.is_bfloat16 ? widening_table<Bfloat16Tag>() : widening_table<Float16Tag>();
+    if (shape.is_e4m3) return read_codes();
     if (!shape.a_in_registers)
       read_matrix(table, {threads[0].a_descriptor}, false, 64,
                   [this](int i, int k, float x) { left[i][k] = x; });
@@ -165,17 +169,22 @@ struct Product {
   }
 
   void deliver() {
-    static thread_local float sums[64][256];
+    static thread_local float sums[64][256], before[64][256];
     std::memset(sums, 0, sizeof sums);
-    for (int i = 0; i < 64; ++i)
-      for (int k = 0; k < 16; ++k)
-        for (int n = 0; n < shape.columns; ++n) sums[i][n] += left[i][k] * right[k][n];
     for (int t = 0; t < kGroupThreads; ++t)
       for (int i = 0; i < shape.columns / 2; ++i) {
-        float& sum = threads[t].sums[i];
-        const float before = has_saved ? saved[t][i] : sum;
-        sum = (threads[t].accumulate ? before : 0.0f) + sums[row(t, i)][column(t, i)];
+        const float saved_sum = has_saved ? saved[t][i] : threads[t].sums[i];
+        before[row(t, i)][column(t, i)] = threads[t].accumulate ? saved_sum : 0.0f;
       }
+    for (int i = 0; i < 64; ++i) {
+      for (int k = 0; k < shape.depth(); ++k)
+        for (int n = 0; n < shape.columns; ++n) sums[i][n] += left[i][k] * right[k][n];
+      for (int n = 0; n < shape.columns; ++n) sums[i][n] = before[i][n] + sums[i][n];
+      if (shape.is_e4m3) add_cut(i, before[i], sums[i]);
+    }
+    for (int t = 0; t < kGroupThreads; ++t)
+      for (int i = 0; i < shape.columns / 2; ++i)
+        threads[t].sums[i] = sums[row(t, i)][column(t, i)];
   }
 
  private:
@@ -202,6 +211,49 @@ struct Product {
         for (int e = 0; e < 8; ++e)
           is_n_major ? set(row + e, k, table[piece[e]]) : set(row, k + e, table[piece[e]]);
       }
+  }
+
+  // Of e4m3: both operands along k; the left one in registers.
+  void read_codes() {
+    Block& block = Block::current();
+    const float* table = e4m3_table();
+    const MatrixDescriptor matrix{threads[0].b_descriptor};
+    for (int n = 0; n < shape.columns; ++n)
+      for (int k = 0; k < 32; k += 16) {
+        const uint32_t at = matrix.at_k_major(n, k / 2);
+        block.check_product(first_thread, at);
+        for (int e = 0; e < 16 && !is_read; ++e) right[k + e][n] = table[block.shared()[at + e]];
+      }
+    for (int t = 0; t < kGroupThreads && !is_read; ++t)
+      for (int r = 0; r < 4; ++r)
+        for (int e = 0; e < 4; ++e)
+          left[row(t, (r & 1) * 2)][t % 4 * 4 + (r >> 1) * 16 + e] =
+              table[threads[t].a[r] >> 8 * e & 255];
+    is_read = true;
+  }
+
+  // How sums of e4m3 are reported to come about: the 32 products and the sum so far are cut,
+  // towards zero, to multiples of 2^-13 of the largest one's power of two, and then added.
+  // `sums`: the exact ones, which stay where they are not finite.
+  void add_cut(int i, const float* before, float* sums) const {
+    float top[256], unit[256];
+    int32_t cut[256];
+    for (int n = 0; n < shape.columns; ++n) top[n] = std::fabs(before[n]);
+    for (int k = 0; k < 32; ++k)
+      for (int n = 0; n < shape.columns; ++n)
+        top[n] = std::max(top[n], std::fabs(left[i][k] * right[k][n]));
+    for (int n = 0; n < shape.columns; ++n) {
+      unit[n] =
+          top[n] > 0 && std::isfinite(sums[n]) ? std::ldexp(1.0f, 13 - std::ilogb(top[n])) : 0;
+      cut[n] = static_cast<int32_t>(std::isfinite(before[n]) ? before[n] * unit[n] : 0);
+    }
+    for (int k = 0; k < 32; ++k)
+      for (int n = 0; n < shape.columns; ++n) {
+        const float term = left[i][k] * right[k][n] * unit[n];
+        cut[n] += static_cast<int32_t>(term == term ? term : 0.0f);
+      }
+    for (int n = 0; n < shape.columns; ++n)
+      if (unit[n] > 0) sums[n] = static_cast<float>(cut[n]) / unit[n];
   }
 
   void read_registers(const float* table) {

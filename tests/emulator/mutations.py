@@ -20,6 +20,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import mutations_e4m3
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -36,7 +38,7 @@ STATE, SCALES, TRAITS = (f"cuda/kernels/{x}.h" for x in "state scales traits".sp
 H, PR, TO = (f"cuda/kernels/sm90/{x}.h" for x in "prefill producer total".split())
 L = "cuda/kernels/mla_decode.h"
 PL = "cuda/kernels/plan.h"
-PROGRAMS = {"sm90", "mla", "plan", "total"}  # begin descriptions; test_mutation.cpp is of all others
+PROGRAMS = {"sm90", "sm90_e4m3", "mla", "plan", "total"}  # begin descriptions; else test_mutation.cpp
 
 MUTATIONS = [
     Mutation("prefill: no barrier before a tile is read", P,
@@ -367,6 +369,9 @@ MUTATIONS = [
     Mutation("sm90: the polynomial's rest is not rounded to nearest", S,
              "kToInteger = 12582912.0f", "kToInteger = 25165824.0f"),
 ]  # fmt: skip
+MUTATIONS += [
+    Mutation(what, mutations_e4m3.FILE, old, new) for what, old, new in mutations_e4m3.MUTATIONS
+]
 
 
 CPU_SECONDS = 150  # of a program; the slowest takes a third of it where nothing is planted

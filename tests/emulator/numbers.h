@@ -81,6 +81,17 @@ const float* widening_table() {
   return table.data();
 }
 
+// And all 256 of e4m3.
+inline const float* e4m3_table() {
+  static const std::vector<float> table = [] {
+    std::vector<float> values(256);
+    for (uint32_t code = 0; code < values.size(); ++code)
+      values[code] = widen_float16(widen_e4m3(static_cast<uint8_t>(code)));
+    return values;
+  }();
+  return table.data();
+}
+
 template <class Type>
 float widen(uint16_t bits) {
   return widening_table<Type>()[bits];

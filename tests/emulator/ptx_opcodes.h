@@ -119,6 +119,10 @@ inline void mov(M& m, const I& i) {
 }
 
 inline void cvt(M& m, const I& i) {
+  if (i.has("satfinite")) {
+    const uint32_t high = narrow_e4m3(m.f(i, 1));
+    return m.set(i.operands[0], high << 8 | narrow_e4m3(m.f(i, 2)));
+  }
   if (i.has("e4m3x2")) {
     const auto codes = static_cast<uint16_t>(m.get(i.operands[1]));
     const uint32_t low = widen_e4m3(static_cast<uint8_t>(codes));

@@ -49,8 +49,9 @@ inline void multiply_groups(PtxMachine& m, const PtxInstruction& i) {
   if (!from_registers) argument.a_descriptor = m.get(left);
   argument.b_descriptor = m.get(i.operands[2]);
   argument.accumulate = m.get(i.operands[3]) != 0;
+  const bool is_e4m3 = i.has("e4m3");  // which has no operand that lies transposed
   const ProductShape shape{static_cast<int>(to.size()) * 2, i.has("bf16"), from_registers,
-                           m.get(i.operands.back()) != 0};
+                           !is_e4m3 && m.get(i.operands.back()) != 0, is_e4m3};
   multiply(argument, shape, true, m.site(i));
   for (size_t e = 0; e < to.size(); ++e) m.set(to[e], std::bit_cast<uint32_t>(sums[e]));
 }

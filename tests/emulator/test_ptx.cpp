@@ -16,7 +16,7 @@
 #include "kernels/decode.h"
 #include "kernels/mla_decode.h"
 #include "kernels/prefill.h"
-#include "kernels/sm90/prefill.h"
+#include "kernels/sm90/prefill_e4m3.h"
 
 namespace quire::emulator {
 namespace {
@@ -71,10 +71,11 @@ TEST_CASE("prefill, fast") {
 
 // Where the folder is that of an architecture that has it.
 template <class Traits>
-AttentionKernel sm90_from_ptx(const std::string& entry) {
+AttentionKernel sm90_from_ptx(const std::string& entry,
+                              const std::string& file = "prefill_sm90.ptx") {
   AttentionKernel kernel =
       bind<Traits>(static_cast<void (*)(const device::BoxedAttentionArgs&)>(nullptr));
-  kernel.run = [program = load("prefill_sm90.ptx", entry)](const device::BoxedAttentionArgs& args) {
+  kernel.run = [program = load(file, entry)](const device::BoxedAttentionArgs& args) {
     program->run(&args);
   };
   return kernel;
@@ -118,6 +119,26 @@ TEST_CASE("prefill of sm_90a, head dim 256") {
     check_case(fast, c, AsyncMode::kRandom, static_cast<uint32_t>(block_size));
     c.parallelism = 6;
   }
+}
+
+TEST_CASE("prefill of sm_90a where all are codes of e4m3") {
+  if (!has_sm90()) return;
+  using Traits = device::Sm90E4m3Traits<BFloat16, 128, 128, 128, 4, Mode::kFast>;
+  const auto kernel = sm90_from_ptx<Traits>("prefill_sm90_e4m3_BFloat16_128_128_128_4_kFast",
+                                            "prefill_sm90_e4m3.ptx");
+  AttentionCase c = base(128);
+  c.code_queries = true;
+  c.batch = {{3, 1100}, {70, 600}};
+  c.parallelism = 6;
+  for (const Codes codes : {Codes::kHead, Codes::kToken})
+    for (const int block_size : {16, 3}) {
+      c.codes = codes;
+      c.block_size = block_size;
+      check_case(kernel, c, AsyncMode::kRandom, static_cast<uint32_t>(block_size));
+    }
+  c.num_heads = c.num_kv_heads = 1;
+  c.batch = {{5, 1100}};
+  check_bits(kernel, c);
 }
 
 TEST_CASE("decode") {

@@ -28,8 +28,8 @@ struct AttentionDesc {
   int num_heads = 0;
   int num_kv_heads = 0;  // divides num_heads
   int head_dim = 0;
-  int head_dim_v = 0;  // 0: head_dim
-  DType dtype = DType::kBFloat16;
+  int head_dim_v = 0;                 // 0: head_dim
+  DType dtype = DType::kBFloat16;     // of q and out; float8_e4m3, as kv_dtype: out is bfloat16
   DType kv_dtype = DType::kBFloat16;  // dtype, or paged: float8_e4m3, float8_e5m2, int8
   int block_size = 0;  // tokens a block of the paged cache; 0: k and v are ragged or dense
   bool causal = true;  // aligned bottom right

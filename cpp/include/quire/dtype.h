@@ -88,6 +88,11 @@ constexpr bool is_float(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
 }
 
+// Of outputs. Queries may be codes, too, over caches of such codes.
+constexpr DType output_dtype(DType queries) {
+  return queries == DType::kFloat8E4M3 ? DType::kBFloat16 : queries;
+}
+
 // What caches with scales are made of: an element stands for itself times its scale.
 constexpr bool is_quantised(DType dtype) {
   return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2 || dtype == DType::kInt8;

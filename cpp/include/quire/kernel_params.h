@@ -53,7 +53,7 @@ enum class ElementType : uint8_t {
   kFloat32,
   kFloat16,
   kBFloat16,
-  kFloat8E4M3,  // k and v only, like the rest
+  kFloat8E4M3,  // k and v, and q over such; the rest k and v only
   kFloat8E5M2,
   kInt8
 };
@@ -76,7 +76,7 @@ struct AttentionParams {
   int32_t num_kv_heads;
   int32_t head_dim;
   int32_t head_dim_v;
-  ElementType dtype;     // q and out
+  ElementType dtype;     // q and out; of e4m3, then of kv_dtype too, out is bfloat16
   ElementType kv_dtype;  // k and v: dtype, or a quantised one
   float scale;           // on q.k
   float softcap;         // 0: none; s: s * tanh(x / s) after the scale, before the mask

@@ -105,8 +105,12 @@ void validate(const AttentionDesc& desc) {
                   desc.head_dim);
   QUIRE_CHECK_ARG(desc.head_dim_v >= 0, function, ": head_dim_v: expected at least 1, got ",
                   desc.head_dim_v);
-  QUIRE_CHECK_ARG(is_float(desc.dtype), function,
+  const bool has_codes = desc.dtype == DType::kFloat8E4M3;
+  QUIRE_CHECK_ARG(is_float(desc.dtype) || has_codes, function,
                   ": dtype: expected float32, float16 or bfloat16, got ", name_of(desc.dtype));
+  QUIRE_CHECK_ARG(!has_codes || (is_paged(desc) && desc.kv_dtype == DType::kFloat8E4M3), function,
+                  ": dtype: float8_e4m3 is for paged caches of float8_e4m3, got ",
+                  is_paged(desc) ? concat("one of ", name_of(desc.kv_dtype)) : "no cache");
   QUIRE_CHECK_ARG(desc.block_size >= 0, function, ": block_size: expected at least 1, got ",
                   desc.block_size);
   QUIRE_CHECK_ARG(desc.window_left >= -1 && desc.window_right >= -1, function,
@@ -150,8 +154,8 @@ void validate(const AttentionDesc& desc, const AttentionPlan& plan,
                with_rows(plan, {"total_q", plan.total_q}, desc.num_heads, desc.head_dim),
                desc.dtype, device);
   check_output(function + ": out", tensors.out,
-               with_rows(plan, {"total_q", plan.total_q}, desc.num_heads, dim_v), desc.dtype,
-               device);
+               with_rows(plan, {"total_q", plan.total_q}, desc.num_heads, dim_v),
+               output_dtype(desc.dtype), device);
   if (is_paged(desc)) {
     const auto cache = [&](int64_t dim, int64_t blocks) {
       return std::vector<Extent>{{"num_blocks", blocks},

@@ -211,11 +211,16 @@ class CpuBackend final : public Backend {
 
   std::vector<Capability> capabilities() const override {
     std::vector<Capability> rows;
-    for (const Tier& tier : tiers())
+    for (const Tier& tier : tiers()) {
+      const auto add = [&](DType dtype, DType kv) {
+        rows.push_back({"cpu", tier.kernels->isa, name_of(dtype), name_of(kv), 1, kMaxHeadDim,
+                        is_quantised(kv) ? kQuantisedFeatures : kFeatures, tier.is_supported});
+      };
       for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
         for (DType kv : {dtype, DType::kFloat8E4M3, DType::kFloat8E5M2, DType::kInt8})
-          rows.push_back({"cpu", tier.kernels->isa, name_of(dtype), name_of(kv), 1, kMaxHeadDim,
-                          is_quantised(kv) ? kQuantisedFeatures : kFeatures, tier.is_supported});
+          add(dtype, kv);
+      add(DType::kFloat8E4M3, DType::kFloat8E4M3);
+    }
     return rows;
   }
 };

@@ -5,7 +5,8 @@
 //
 // A stage of K or of V is handed over by two mbarriers. `full`: each warp of the producer arrives
 // when its rows of the tile have landed; `empty`: each warp of the consumers when its products have
-// read them.
+// read them. Codes of values, which the producer turns before they are full, have a third:
+// `landed`.
 #pragma once
 
 #include "kernels/prefill.h"
@@ -14,7 +15,7 @@
 namespace quire::device {
 
 enum class Side { kKeys, kValues };
-enum class Handover { kFull, kEmpty };
+enum class Handover { kFull, kEmpty, kLanded };
 
 // Number and parity of the stage that is next.
 template <class Traits>
@@ -26,6 +27,9 @@ struct Ring {
     if (++stage < Traits::kStages) return;
     stage = 0;
     parity ^= 1;
+  }
+  QUIRE_DEVICE Ring previous() const {
+    return stage > 0 ? Ring{stage - 1, parity} : Ring{Traits::kStages - 1, parity ^ 1};
   }
   template <Side kSide>
   QUIRE_DEVICE SharedAddress tile() const {
@@ -91,13 +95,19 @@ QUIRE_DEVICE uint32_t column_piece_offset(int rows, int row, int piece) {
 // One warp of the producer: it brings a quarter of each tile's rows.
 template <class Traits>
 struct Producer {
+  using Bits = typename Traits::KvType::Bits;
   template <Side kSide>
-  static constexpr int kDim = kSide == Side::kKeys ? Traits::kKeyDim : Traits::kHeadDim;
+  static constexpr int kRowBytes =
+      (kSide == Side::kKeys ? Traits::kKeyDim : Traits::kHeadDim) * sizeof(Bits);
+  // What is told of rows that are in shared memory.
+  template <Side kSide>
+  static constexpr Handover kArrival =
+      Traits::kIsQuantised && kSide == Side::kValues ? Handover::kLanded : Handover::kFull;
 
   const BoxedAttentionArgs& args;
-  Ring<Traits> ring;
-  ItemQueue<Traits> items;
-  SharedAddress unpublished{0};  // `full` of what has been gathered last; 0: none
+  Ring<Traits> ring = {};
+  ItemQueue<Traits> items = {};
+  SharedAddress unpublished{0};  // the barrier of what has been gathered last; 0: none
 
   QUIRE_DEVICE KeyRange keys_of(const Item& item, int row) const {
     return keys_to_read(args.attention.params, item, row,
@@ -120,28 +130,28 @@ struct Producer {
   QUIRE_DEVICE void copy_rows(const Item& item, Location at, int first_row) {
     const AttentionParams& p = args.attention.params;
     const int lane = thread_index() % kWarpSize;
-    const SharedAddress full = ring.template barrier<kSide, Handover::kFull>();
-    if (lane == 0) mbarrier_arrive_expect(full, Traits::kWarpKeys * kDim<kSide> * 2);
+    const SharedAddress arrival = ring.template barrier<kSide, kArrival<kSide>>();
+    if (lane == 0) mbarrier_arrive_expect(arrival, Traits::kWarpKeys * kRowBytes<kSide>);
     if (lane >= Traits::kWarpKeys || lane % args.box_rows != 0) return;
     const int64_t stride_seq = kSide == Side::kKeys ? p.k_stride_seq : p.v_stride_seq;
     const int outer = p.block_table ? at.block : stride_seq != 0 ? item.sequence_index : 0;
     const TensorMap* map = kSide == Side::kKeys ? &args.k : &args.v;
     QUIRE_UNROLL
-    for (int column = 0; column < kDim<kSide>; column += 64)
-      copy_box(
-          ring.template tile<kSide>() +
-              static_cast<uint32_t>(column / 64 * Traits::kColumnBytes + (first_row + lane) * 128),
-          map, full, column, at.row, item.kv_head, outer);
+    for (int column = 0; column < kRowBytes<kSide> / 128; ++column)
+      copy_box(ring.template tile<kSide>() +
+                   static_cast<uint32_t>(column * Traits::kColumnBytes + (first_row + lane) * 128),
+               map, arrival, 64 * column, at.row, item.kv_head, outer);
   }
 
   // Piece by piece, zeros for rows that do not `exist`.
   template <Side kSide>
   QUIRE_DEVICE void gather_rows(const Item& item, Location at, int first_row, bool exists) {
-    constexpr int kPieces = kDim<kSide> / kPiece;
+    constexpr int kPieces = kRowBytes<kSide> / kPieceBytes;
+    constexpr int kElements = kPieceBytes / sizeof(Bits);  // of a piece
     constexpr int64_t kAbsent = -1;
     constexpr bool kIsK = kSide == Side::kKeys;
     const AttentionParams& p = args.attention.params;
-    const auto* tensor = static_cast<const uint16_t*>(kIsK ? p.k : p.v);
+    const auto* tensor = static_cast<const Bits*>(kIsK ? p.k : p.v);
     const int lane = fresh_thread_index() % kWarpSize;
     // Where the lane's row begins in `tensor`: to be told to the lanes that bring its pieces.
     const int64_t own = item.sequence_index * (kIsK ? p.k_stride_seq : p.v_stride_seq) +
@@ -152,15 +162,15 @@ struct Producer {
     for (int i = lane; i < Traits::kWarpKeys * kPieces; i += kWarpSize) {
       const int row = i / kPieces, piece = i % kPieces;
       const int64_t begin = shuffle(exists ? own : kAbsent, row);
-      const int columns = (kIsK ? p.head_dim : p.head_dim_v) - piece * kPiece;
+      const int columns = (kIsK ? p.head_dim : p.head_dim_v) - piece * kElements;
       load_piece<Traits::kMode>(
           ring.template tile<kSide>() + column_piece_offset(Traits::kKeys, first_row + row, piece),
-          begin == kAbsent ? tensor : tensor + begin + piece * kPiece,
+          begin == kAbsent ? tensor : tensor + begin + piece * kElements,
           begin == kAbsent ? 0 : columns, args.attention.is_aligned);
     }
     cp_async_commit();
     publish<1>();
-    unpublished = ring.template barrier<kSide, Handover::kFull>();
+    unpublished = ring.template barrier<kSide, kArrival<kSide>>();
   }
 
   QUIRE_DEVICE Item item() const { return load_item(args.attention, items.current()); }
@@ -187,11 +197,21 @@ struct Producer {
       gather_rows<kSide>(item, at, first_row, key >= keys.begin && key < keys.end);
     }
   }
+
+  QUIRE_DEVICE void load_tiles(int row, const PrefillTiles<Traits>& tiles) {
+    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+      load<Side::kKeys>(row, tile);
+      load<Side::kValues>(row, tile);
+      ring.advance();
+    }
+    // Else items without keys could fill the queue while consumers wait for what is unpublished.
+    if (tiles.begin == tiles.end) publish<0>();
+  }
 };
 
-template <class Traits>
+template <class Traits, class Producer = Producer<Traits>>
 QUIRE_DEVICE void produce(const BoxedAttentionArgs& args) {
-  Producer<Traits> producer{args, {}, {}};
+  Producer producer{args};
   ItemQueue<Traits>& items = producer.items;
   const auto item_at = [&args](int place) {
     const int item = first_item(args.attention) + place;
@@ -210,14 +230,7 @@ QUIRE_DEVICE void produce(const BoxedAttentionArgs& args) {
     for (int row = 0;; row += Traits::kRows) {
       const Item item = producer.item();
       if (row >= item.num_rows) break;
-      const PrefillTiles<Traits> tiles(producer.keys_of(item, row));
-      for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-        producer.template load<Side::kKeys>(row, tile);
-        producer.template load<Side::kValues>(row, tile);
-        producer.ring.advance();
-      }
-      // Else items without keys could fill the queue while consumers wait for what is unpublished.
-      if (tiles.begin == tiles.end) producer.template publish<0>();
+      producer.load_tiles(row, PrefillTiles<Traits>(producer.keys_of(item, row)));
     }
     items.advance();
   }

@@ -31,6 +31,7 @@ KernelBody find_body(const NamedBody (&bodies)[kCount], const std::string& name)
 
 #define QUIRE_PREFILL(...)
 #define QUIRE_PREFILL_SM90(...)
+#define QUIRE_PREFILL_SM90_E4M3(...)
 #define QUIRE_DECODE(...)
 #define QUIRE_PREFILL_E4M3(...)
 #define QUIRE_DECODE_E4M3(...)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "kernels/sm90/prefill.h"
+#include "kernels/sm90/prefill_e4m3.h"
 
 #include "emulated/bodies.h"
 #include "emulated/find_body.h"
@@ -10,6 +10,13 @@
    run_body<device::BoxedAttentionArgs,                                                           \
             device::prefill_sm90<device::Sm90PrefillTraits<                                       \
                 device::type, head_dim, head_dim_v, rows, keys, stages, device::Mode::mode>>>},
+
+#undef QUIRE_PREFILL_SM90_E4M3
+#define QUIRE_PREFILL_SM90_E4M3(type, head_dim, rows, keys, stages, mode)                        \
+  {"prefill_sm90_e4m3_" #type "_" #head_dim "_" #rows "_" #keys "_" #stages "_" #mode,           \
+   run_body<device::BoxedAttentionArgs,                                                          \
+            device::prefill_e4m3_sm90<device::Sm90E4m3Traits<device::type, head_dim, rows, keys, \
+                                                             stages, device::Mode::mode>>>},
 
 namespace quire::cuda {
 
