@@ -38,7 +38,8 @@ STATE, SCALES, TRAITS = (f"cuda/kernels/{x}.h" for x in "state scales traits".sp
 H, PR, TO = (f"cuda/kernels/sm90/{x}.h" for x in "prefill producer total".split())
 L = "cuda/kernels/mla_decode.h"
 PL = "cuda/kernels/plan.h"
-PROGRAMS = {"sm90", "sm90_e4m3", "mla", "plan", "total"}  # begin descriptions; else test_mutation.cpp
+# First words of descriptions; test_mutation.cpp is of all others.
+PROGRAMS = {"sm90", "sm90_e4m3", "mla", "plan", "total"}
 
 MUTATIONS = [
     Mutation("prefill: no barrier before a tile is read", P,

@@ -15,13 +15,22 @@
 namespace quire::cuda {
 namespace {
 
-const Image kImages[] = {
-    {"prefill_64", ""},       {"prefill_128", ""},      {"prefill_256", ""},
-    {"prefill_sm90_64", ""},  {"prefill_sm90_128", ""}, {"prefill_sm90_256", ""},
-    {"prefill_sm90_e4m3_128", ""},
-    {"decode_64", ""},        {"decode_128", ""},       {"decode_256", ""},
-    {"prefill_e4m3_128", ""}, {"prefill_e4m3_256", ""}, {"decode_e4m3_128", ""},
-    {"decode_e4m3_256", ""},  {"mla_decode_576", ""},   {"cache_ops", ""}};
+const Image kImages[] = {{"prefill_64", ""},
+                         {"prefill_128", ""},
+                         {"prefill_256", ""},
+                         {"prefill_sm90_64", ""},
+                         {"prefill_sm90_128", ""},
+                         {"prefill_sm90_256", ""},
+                         {"prefill_sm90_e4m3_128", ""},
+                         {"decode_64", ""},
+                         {"decode_128", ""},
+                         {"decode_256", ""},
+                         {"prefill_e4m3_128", ""},
+                         {"prefill_e4m3_256", ""},
+                         {"decode_e4m3_128", ""},
+                         {"decode_e4m3_256", ""},
+                         {"mla_decode_576", ""},
+                         {"cache_ops", ""}};
 const Images kAll = {std::begin(kImages), std::end(kImages), "90a"};
 
 // Runs the kernel, every time with another order of blocks and warps and another fate of the
