@@ -7,6 +7,8 @@ namespace quire::emulator {
 namespace {
 
 std::string run_all(uint32_t seed) {
+  // Of 2^-126 no attention tells: what a row sees is that much more.
+  if (device::exp2_by_polynomial(-INFINITY) != 0) return "a hidden key has a weight";
   using Prefill =
       device::Sm90PrefillTraits<device::Float16, 128, 128, 128, 128, 2, device::Mode::kFast>;
   const AttentionKernel prefill = bind<Prefill>(device::prefill_sm90<Prefill>);
