@@ -223,6 +223,8 @@ struct Sm90E4m3Traits {
   static constexpr int kWarpKeys = kKeys / 4;
   static constexpr int kConsumerRegisters = 232;
   static constexpr int kProducerRegisters = 40;
+  static constexpr bool kIsLong = false;
+  static constexpr int kGlobalBytes = 0;
 
   // Shared memory, in bytes from its begin. A warp's queries are brought through its `total`.
   static constexpr int kColumnBytes = kKeys * 128;
