@@ -224,8 +224,9 @@ TEST_CASE("head dim 256 on sm_90: every block of a launch has a place in the wor
   const size_t a_block = 128 * 256 * 4 + 2 * 128 * 16;
   const auto places = [&](const Batch& batch) {
     const AttentionPlan plan = make_plan(s.backend(), desc, batch);
+    const size_t first = seen.all.size();  // launch, whose items are the first of all
     s.backend().run(plan, params_of(desc, plan), {kGpu, kStream});
-    const auto* begin = reinterpret_cast<const std::byte*>(seen.all.back().params.sequences);
+    const auto* begin = reinterpret_cast<const std::byte*>(seen.all[first].items);
     const auto* totals = reinterpret_cast<const std::byte*>(seen.all.back().totals);
     CHECK(reinterpret_cast<uintptr_t>(totals) % 16 == 0);
     return s.backend().workspace_size(desc, plan) - static_cast<size_t>(totals - begin);
