@@ -17,25 +17,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import mutations_e4m3
+import mutations_sm90
+from mutation import Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Mutation:
-    what: str
-    file: str
-    old: str
-    new: str
-
-
 P, D, T, S, K, A = (f"cuda/kernels/{x}.h" for x in "prefill decode tile softmax keys args".split())
 STATE, SCALES, TRAITS = (f"cuda/kernels/{x}.h" for x in "state scales traits".split())
-H, PR, TO = (f"cuda/kernels/sm90/{x}.h" for x in "prefill producer total".split())
 L = "cuda/kernels/mla_decode.h"
 PL = "cuda/kernels/plan.h"
 # First words of descriptions; test_mutation.cpp is of all others.
@@ -141,129 +133,6 @@ MUTATIONS = [
              "const int there = min(slot + a, end_slot - 1);", "const int there = slot;"),
     Mutation("the rescale is not exactly 1", S, "exp2(mul(rows[h].max, factor) - base)",
              "exp2(fma(rows[h].max, factor, -base))"),
-    Mutation("sm90: bytes of boxes are not announced", PR,
-             "mbarrier_arrive_expect(arrival, Traits::kWarpKeys * kRowBytes<kSide>);",
-             "mbarrier_arrive(arrival);"),
-    Mutation("sm90: half of the bytes are announced", PR,
-             "kRowBytes<kSide>);", "kRowBytes<kSide> / 2);"),
-    Mutation("sm90: values take the place of keys", PR,
-             "kSide == Side::kKeys ? 0 : Traits::kKeyTileBytes", "0"),
-    Mutation("sm90: the producer waits for the wrong parity", PR,
-             "ring.parity ^ 1);", "ring.parity);"),
-    Mutation("sm90: keys are waited for with the wrong parity", H,
-             "barrier<Side::kKeys, Handover::kFull>(), ring.parity)",
-             "barrier<Side::kKeys, Handover::kFull>(), ring.parity ^ 1)"),
-    Mutation("sm90: values are not waited for", H,
-             "  mbarrier_wait(ring.template barrier<Side::kValues, Handover::kFull>(), "
-             "ring.parity);\n", ""),
-    Mutation("sm90: no fence before the first product", H,
-             "ring.parity);\n  wgmma_fence();", "ring.parity);"),
-    Mutation("sm90: the first scores are read before the products are done", H,
-             "    wgmma_wait<0>();\n    release_stage<Traits, Side::kKeys>",
-             "    release_stage<Traits, Side::kKeys>"),
-    Mutation("sm90: scores are read before the products are done", H,
-             "wgmma_wait<1>();", "wgmma_wait<2>();"),
-    Mutation("sm90: sums are rescaled before the products are done", H,
-             "      wgmma_wait<0>();\n      release_stage<Traits, Side::kValues>(before);\n"
-             "      weights.round(scores);\n      take(tile, rescale, stats);",
-             "      take(tile, rescale, stats);\n      wgmma_wait<0>();\n"
-             "      release_stage<Traits, Side::kValues>(before);\n      weights.round(scores);"),
-    Mutation("sm90: values of the next tile where those of this are meant", H,
-             "issue_values<Traits>(state.sums, weights, before);",
-             "issue_values<Traits>(state.sums, weights, ring);"),
-    Mutation("sm90: the last values are left out", H,
-             "    issue_values<Traits>(state.sums, weights, ring);\n", ""),
-    Mutation("sm90: a stage is released before its last products are done", H,
-             "    wgmma_wait<0>();\n    release_stage<Traits, Side::kValues>(ring);",
-             "    release_stage<Traits, Side::kValues>(ring);\n    wgmma_wait<0>();"),
-    Mutation("sm90: a stage is released before its products are done", H,
-             "      wgmma_wait<0>();\n      release_stage<Traits, Side::kValues>(before);",
-             "      release_stage<Traits, Side::kValues>(before);\n      wgmma_wait<0>();"),
-    Mutation("sm90: a chunk goes on with the maximum of the one before", H,
-             "tile % kTilesPerChunk == 0 ? RowStats{} : state.chunk[h]", "state.chunk[h]"),
-    Mutation("sm90: a chunk is finished with the sums of the next", H,
-             "finish_chunks(tile / kTilesPerChunk);", "finish_chunks(tile / kTilesPerChunk - 1);"),
-    Mutation("sm90: nobody has the first turn", H,
-             "  if (thread_index() >= 128) give_turn<Traits>();", ""),
-    Mutation("sm90: a turn is not passed on", H, "      give_turn<Traits>();\n", ""),
-    Mutation("sm90: a warpgroup gives its turn to itself", H,
-             "kTurnBarrier + 1 - thread_index() / 128", "kTurnBarrier + thread_index() / 128"),
-    Mutation("sm90: one warpgroup releases a stage for both", H,
-             "4 * Traits::kConsumers", "4"),
-    Mutation("sm90: swizzle forgotten by the gathering", PR,
-             "((piece ^ row) & 7) * 16", "(piece & 7) * 16"),
-    Mutation("sm90: groups of eight keys at half their distance", H,
-             "describe_matrix(keys + key, 16, 1024)", "describe_matrix(keys + key, 16, 512)"),
-    Mutation("sm90: columns of values at half their distance", H,
-             "Traits::kColumnBytes,", "Traits::kColumnBytes / 2,"),
-    Mutation("sm90: the producer stays in its stage", PR,
-             "      ring.advance();\n", ""),
-    Mutation("sm90: the consumers are one stage ahead", H,
-             "  Ring<Traits> ring;\n  if (thread", "  Ring<Traits> ring{1};\n  if (thread"),
-    Mutation("sm90: gathered rows are published before they have landed", PR,
-             "cp_async_wait<kGroups>();", "cp_async_wait<kGroups + 1>();"),
-    Mutation("sm90: gathered rows are not fenced for products", PR,
-             "    fence_proxy_async();\n    sync_warp();", "    sync_warp();"),
-    Mutation("sm90: a lane publishes what others have gathered", PR,
-             "    fence_proxy_async();\n    sync_warp();", "    fence_proxy_async();"),
-    Mutation("sm90: gathered rows are the lane's own", PR,
-             "shuffle(exists ? own : kAbsent, row)", "shuffle(exists ? own : kAbsent, lane)"),
-    Mutation("sm90: gathered rows stay unpublished through items without keys", PR,
-             "if (tiles.begin == tiles.end) publish<0>();", ""),
-    Mutation("sm90: queries are not fenced for products", H,
-             "  fence_proxy_async();\n  sync_consumers<Traits>();", "  sync_consumers<Traits>();"),
-    Mutation("sm90: queries in use are overwritten", H,
-             "  sync_consumers<Traits>();  // before the queries in use are overwritten\n", ""),
-    Mutation("sm90: mbarriers are not fenced for copies", H, "    fence_mbarrier_init();\n", ""),
-    Mutation("sm90: boxes reach beyond the sequence", PR,
-             "first_key + Traits::kWarpKeys <= item.sequence.seq_len",
-             "first_key < item.sequence.seq_len"),
-    Mutation("sm90: every box brings the first columns", PR,
-             "map, arrival, 64 * column, at.row", "map, arrival, 0, at.row"),
-    Mutation("sm90: an item's number is overwritten in use", PR,
-             "    mbarrier_wait(barrier<Handover::kEmpty>(), parity() ^ 1);\n    st_shared",
-             "    st_shared"),
-    Mutation("sm90: an item's number is given up while lanes read it", PR,
-             "    sync_warp();\n    if (thread_index() % kWarpSize == 0) "
-             "mbarrier_arrive(barrier<Handover::kEmpty>());",
-             "    if (thread_index() % kWarpSize == 0) "
-             "mbarrier_arrive(barrier<Handover::kEmpty>());"),
-    Mutation("sm90: an item's number is not waited for", PR,
-             "    mbarrier_wait(barrier<Handover::kFull>(), parity());\n    return current",
-             "    return current"),
-    Mutation("sm90: the producer alone gives a number up", H,
-             "Traits::kThreads / kWarpSize);", "4);"),
-    Mutation("sm90: an item is dealt out twice", PR,
-             "item_at(num_blocks() + static_cast<int>(ticket))",
-             "item_at(static_cast<int>(ticket))"),
-    Mutation("sm90: tickets do not come back to zero", PR,
-             "end_of_items(args.attention) - first - 1)", "end_of_items(args.attention) - first)"),
-    Mutation("total: the first chunk is added to what was there", TO,
-             "is_first ? F32x4{0, 0, 0, 0} : ld_global", "ld_global"),
-    Mutation("total: the first chunk has the stats of what was there", TO,
-             "if (!is_first) {", "{"),
-    Mutation("total: every chunk is the first", TO,
-             "RowStats low_stats, high_stats;", "is_first = true; RowStats low_stats, high_stats;"),
-    Mutation("total: stats lie among the sums", TO,
-             "own + kFragments * Traits", "own + (kFragments - 1) * Traits"),
-    Mutation("total: stats are not kept", TO, "    st_global(stats, F32x4{", "    (void)(F32x4{"),
-    Mutation("total: stats are those of the last chunk", H,
-             "  total.load_stats(state);\n", ""),
-    Mutation("total: rows are scaled alike", TO,
-             "high.apply(before[a].z, sums[2])", "low.apply(before[a].z, sums[2])"),
-    Mutation("total: every batch of reads is the first", TO,
-             "ld_global(own + (first + a) *", "ld_global(own + a *"),
-    Mutation("total: warpgroups share their places", TO,
-             "(n * Traits::kConsumerThreads + thread) * 4",
-             "(n * Traits::kConsumerThreads + thread % 128) * 4"),
-    Mutation("total: blocks share a place", TO, "int64_t{block_index()} *", "int64_t{0} *"),
-    Mutation("total: places have no room for stats", TRAITS,
-             "kTotalBytes + kConsumerThreads * 16 : 0", "kTotalBytes : 0"),
-    Mutation("total: columns of a row by two where they are by four", TO,
-             "from + 4 * i", "from + 2 * i"),
-    Mutation("total: rows beyond the eighth are read for those before", TO,
-             " + row / 8 % 2 * 2;", ";"),
-    Mutation("total: a warp reads the rows of another", TO, "row / kTile * kWarpSize +", "0 +"),
     Mutation("mla: a tile is read before it has landed", L,
              "cp_async_wait<Traits::kStages - 2>();", "cp_async_wait<Traits::kStages - 1>();"),
     Mutation("mla: no barrier before a tile is read", L,
@@ -363,16 +232,8 @@ MUTATIONS = [
              "num_chunks(tile) * heads : 0", "num_chunks(tile) : 0"),
     Mutation("plan: one worker's tiles are cut", PL,
              "  if (args.parallelism == 1) return INT64_MAX;\n", ""),
-    Mutation("sm90: a polynomial's power of two is off", S,
-             "(127u << 23)", "(126u << 23)"),
-    Mutation("sm90: polynomials of hidden keys are not zero", S,
-             "x < -127.0f ? -127.0f : x;", "x < -126.0f ? -126.0f : x;"),
-    Mutation("sm90: the polynomial's rest is not rounded to nearest", S,
-             "kToInteger = 12582912.0f", "kToInteger = 25165824.0f"),
 ]  # fmt: skip
-MUTATIONS += [
-    Mutation(what, mutations_e4m3.FILE, old, new) for what, old, new in mutations_e4m3.MUTATIONS
-]
+MUTATIONS += mutations_sm90.MUTATIONS + mutations_e4m3.MUTATIONS
 
 
 CPU_SECONDS = 150  # of a program; the slowest takes a third of it where nothing is planted
