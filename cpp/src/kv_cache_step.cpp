@@ -129,13 +129,15 @@ bool KVCacheManager::take_blocks(std::span<const int32_t> num_new_tokens, int32_
   copies_.reserve(visited_.size() * num_groups());
   plan_copies(num_new_tokens, lookahead);
   need.size.num_copies = static_cast<int64_t>(copies_.size());
-  const int64_t num_blocks = need.num_missing + need.size.num_copies;
-  const int64_t num_short = std::max<int64_t>(0, num_blocks - allocator_.num_available());
+  int64_t num_blocks = need.num_missing + need.size.num_copies;
+  num_blocks -= take_over(std::max<int64_t>(0, num_blocks - allocator_.num_available()));
   try {
-    batch_.reserve(need.size);
-    for (int32_t group = 1; group < num_groups(); ++group)
-      group_batches_[group - 1].reserve(size_of(group, need.size));
-    if (!allocate(num_blocks - take_over(num_short))) {
+    if (num_blocks <= allocator_.num_available()) {  // else a lookahead may reach any distance
+      batch_.reserve(need.size);
+      for (int32_t group = 1; group < num_groups(); ++group)
+        group_batches_[group - 1].reserve(size_of(group, need.size));
+    }
+    if (!allocate(num_blocks)) {
       undo_copies();
       return false;
     }
@@ -254,10 +256,10 @@ void KVCacheManager::commit(std::span<const SequenceId> seqs, std::span<const in
                     seq.num_tokens() - seq.num_computed - seq.num_planned,
                     " known tokens to compute");
     total += count;
-    prepare_advance(*visited_[i], count);
   }
   QUIRE_CHECK_ARG(total == static_cast<int64_t>(sampled.size()), "commit: sampled: expected ",
                   total, " tokens, got ", sampled.size());
+  for (size_t i = 0; i < visited_.size(); ++i) prepare_advance(*visited_[i], count_of(i));
   loop_seqs_.reserve(seqs.size());
   bool one_is_pending = true;
   for (size_t i = 0; i < visited_.size(); ++i) {
