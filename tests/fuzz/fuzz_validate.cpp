@@ -125,7 +125,7 @@ class Call {
     add(desc_.dtype, {total_q, heads, desc_.head_dim});
     add_keys(total_k, desc_.head_dim);
     add_keys(total_k, dim_v);
-    add(desc_.dtype, {total_q, heads, dim_v});
+    add(output_dtype(desc_.dtype), {total_q, heads, dim_v});
     add(DType::kFloat32, {heads, total_q});
     tensors_.push_back(Owned(DType::kFloat32, {heads}));
     tensors_.push_back(Owned(DType::kFloat32, {heads}));
@@ -184,6 +184,7 @@ class Call {
     desc_.window_right = number(-1, 9);
     desc_.softcap = static_cast<float>(number(0, 2));
     if (desc_.block_size > 0 && in_.ConsumeBool()) desc_.kv_dtype = kDTypes[number(6, 8)];
+    if (desc_.kv_dtype == DType::kFloat8E4M3 && in_.ConsumeBool()) desc_.dtype = desc_.kv_dtype;
     dense_ = desc_.block_size == 0 && in_.ConsumeBool();
   }
 

@@ -109,7 +109,7 @@ void validate(const AttentionDesc& desc) {
   QUIRE_CHECK_ARG(is_float(desc.dtype) || has_codes, function,
                   ": dtype: expected float32, float16 or bfloat16, got ", name_of(desc.dtype));
   QUIRE_CHECK_ARG(!has_codes || (is_paged(desc) && desc.kv_dtype == DType::kFloat8E4M3), function,
-                  ": dtype: float8_e4m3 is for paged caches of float8_e4m3, got ",
+                  ": dtype: expected float8_e4m3 only for paged caches of float8_e4m3, got ",
                   is_paged(desc) ? concat("one of ", name_of(desc.kv_dtype)) : "no cache");
   QUIRE_CHECK_ARG(desc.block_size >= 0, function, ": block_size: expected at least 1, got ",
                   desc.block_size);
