@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <utility>
 
 namespace quire {
 
@@ -59,9 +60,8 @@ void StepBatch::begin(int64_t ticket, const Size& size) {
   reserve(size);
   if (!fits_table(size)) {
     block_table_stride_ = stride_for(size.max_blocks);
-    row_serials_ = std::move(next_serials_);
-    block_table_ = next_table_;
-    next_serials_.clear();
+    row_serials_ = std::exchange(next_serials_, {});
+    block_table_ = std::exchange(next_table_, {});  // else the next one may be the same memory
   }
   ticket_ = ticket;
   batch_size_ = size.batch_size;

@@ -37,12 +37,13 @@ def empty(like: Tensor, argument: str, shape: tuple[int, ...], dtype: str | None
     `argument` is what the error calls `like`: "attention: q".
     """
     if isinstance(like, np.ndarray):
-        if dtype is None and like.dtype.name == "float8_e4m3fn":
+        # A name takes as long as the rest of a call: it is asked for where it can matter.
+        if dtype is None and like.dtype.itemsize == 1 and like.dtype.name == "float8_e4m3fn":
             return np.empty(shape, numpy_dtype("bfloat16", argument))
         return np.empty(shape, dtype or like.dtype)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(like, torch.Tensor):
-        if dtype is None and like.dtype == torch.float8_e4m3fn:
+        if dtype is None and like.dtype is torch.float8_e4m3fn:
             dtype = "bfloat16"
         return like.new_empty(shape, dtype=getattr(torch, dtype) if dtype else None)
     raise TypeError(

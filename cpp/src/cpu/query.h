@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The element type of q and out, which need not be that of the cache; queries of e4m3 have outputs
-// of bfloat16. Included inside the namespace
-// of the tier.
+// of bfloat16. Included inside the namespace of the tier.
 #pragma once
 
 // f.operator()<T>() for the element type of out, and of q where that is not e4m3.
