@@ -60,8 +60,9 @@ void StepBatch::begin(int64_t ticket, const Size& size) {
   reserve(size);
   if (!fits_table(size)) {
     block_table_stride_ = stride_for(size.max_blocks);
-    row_serials_ = std::exchange(next_serials_, {});
-    block_table_ = std::exchange(next_table_, {});  // else the next one may be the same memory
+    // Swapped, which allocates nothing: the next larger table is never the memory of this one.
+    std::swap(row_serials_, next_serials_);
+    std::swap(block_table_, next_table_);
   }
   ticket_ = ticket;
   batch_size_ = size.batch_size;
