@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <random>
+#include <type_traits>
 #include <utility>
 
 #include "packed_tokens.h"
@@ -15,7 +16,7 @@ namespace {
 
 constexpr int32_t kUnsaltedRoot = -1;  // never dropped
 constexpr size_t kPrefetched = 4;      // blocks ahead of the one that is inserted
-constexpr size_t kLookedAhead = 24;    // of the one that is compared
+constexpr size_t kLookedAhead = 40;    // of the one that is compared
 
 // Behind the rows: room for the tokens of a block.
 size_t scratch_offset(int32_t num_blocks, int64_t row_bytes) {
@@ -234,41 +235,56 @@ PrefixCache::Match PrefixCache::find(int32_t parent, const int32_t* tokens, int3
   return best.num_tokens == 0 ? Match{} : best;
 }
 
+// Down the tree as long as a node's top child is a plain one that holds the next tokens, as most
+// are (most nodes have one child). Returns how many blocks those are; `*top` is the child of the
+// last.
+template <class Size>
+int64_t PrefixCache::descend(const int32_t* tokens, int64_t num_blocks, Size block_size,
+                             uint32_t* top, int32_t* out) const {
+  const Node* const nodes = nodes_.data();
+  const size_t row_bytes = static_cast<size_t>(packed_bytes(block_size));
+  uint32_t node = *top;
+  int64_t i = 0;
+  for (; i < num_blocks && node != kNil; ++i, tokens += block_size) {
+    const uint8_t* const row = rows_.get() + node * row_bytes;
+    // What is compared some blocks from now, if the path goes on from id to next id, as most do. No
+    // load is waited for to know where that lies, as it is to know the next node.
+    prefetch_at(nodes, (node + kLookedAhead) * sizeof(Node));
+    prefetch_at(row, kLookedAhead * row_bytes);
+    prefetch_at(tokens, kLookedAhead * sizeof(int32_t) * static_cast<size_t>(block_size));
+    if (nodes[node].is_wide || nodes[node].is_partial) break;
+    if (!PackedRow(row, block_size).equals(tokens)) break;
+    out[i] = static_cast<int32_t>(node);
+    node = nodes[node].child;
+  }
+  *top = node;
+  return i;
+}
+
 int64_t PrefixCache::find_path(int32_t root, const int32_t* tokens, int64_t count,
                                std::vector<int32_t>* blocks) const {
-  blocks->resize(static_cast<size_t>(count / block_size_) + 1);
-  int32_t* out = blocks->data();
-  int64_t num_found = 0;
-  uint32_t top = top_child(root);
-  // What is compared some blocks from now, if the path goes on from id to next id, as most do. No
-  // load is waited for to know where that lies, as it is to know the next node.
-  const auto look_ahead = [&](uint32_t node, const int32_t* next_tokens) {
-    prefetch_at(nodes_.data(), (node + kLookedAhead) * sizeof(Node));
-    prefetch_at(rows_.get(), (node + kLookedAhead) * static_cast<size_t>(row_bytes_));
-    prefetch_at(next_tokens, kLookedAhead * sizeof(int32_t) * static_cast<size_t>(block_size_));
-  };
-  for (int32_t parent = root; num_found < count; num_found += block_size_) {
-    const int32_t size = static_cast<int32_t>(std::min<int64_t>(count - num_found, block_size_));
-    // Most nodes have one child, and most of those are what is looked for.
-    const bool is_plain = top != kNil && !nodes_[top].is_wide && !nodes_[top].is_partial;
-    look_ahead(top, tokens + num_found);
-    if (is_plain && size == block_size_ &&
-        PackedRow(&rows_[top * row_bytes_], size).equals(tokens + num_found)) {
-      parent = static_cast<int32_t>(top);
-    } else {
-      const Match found = find(parent, tokens + num_found, size);
-      if (found.num_tokens < block_size_) {
-        if (found.num_tokens > 0) *out++ = found.block;
-        num_found += found.num_tokens;
-        break;
-      }
-      parent = found.block;
+  const int64_t num_whole = count / block_size_;
+  blocks->resize(static_cast<size_t>(num_whole) + 1);
+  int32_t* const out = blocks->data();
+  int32_t parent = root;
+  for (int64_t i = 0;; ++i) {
+    uint32_t top = top_child(parent);
+    const int64_t begin = i * block_size_;
+    i += block_size_ == kPackedRun
+             ? descend(tokens + begin, num_whole - i, std::integral_constant<int32_t, kPackedRun>(),
+                       &top, out + i)
+             : descend(tokens + begin, num_whole - i, block_size_, &top, out + i);
+    if (i > 0) parent = out[i - 1];
+    const int64_t end = i * block_size_;
+    const int64_t left = std::min<int64_t>(count - end, block_size_);
+    const Match found = left > 0 ? find(parent, tokens + end, static_cast<int32_t>(left)) : Match{};
+    if (found.num_tokens > 0) out[i] = found.block;
+    if (found.num_tokens < block_size_) {
+      blocks->resize(static_cast<size_t>(i + (found.num_tokens > 0)));
+      return end + found.num_tokens;
     }
-    *out++ = parent;
-    top = nodes_[parent].child;
+    parent = found.block;
   }
-  blocks->resize(static_cast<size_t>(out - blocks->data()));
-  return num_found;
 }
 
 int32_t PrefixCache::insert(int32_t parent, const int32_t* tokens, int32_t count, int32_t block) {

@@ -152,6 +152,9 @@ class PrefixCache {
       nodes_[parent].child = child;
   }
 
+  template <class Size>
+  int64_t descend(const int32_t* tokens, int64_t num_blocks, Size block_size, uint32_t* top,
+                  int32_t* out) const;
   int32_t equal_prefix(uint32_t node, Key key) const;
   bool is_before(uint32_t node, Key key, int32_t num_equal) const;
   int32_t token(uint32_t node, int32_t i) const;
