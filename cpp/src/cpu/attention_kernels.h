@@ -15,6 +15,8 @@
 #include "cpu/decode.h"
 #include "cpu/prefill.h"
 #include "cpu/shared.h"
+#include "cpu/backward_panels.h"
+#include "cpu/backward_task.h"
 #include "cpu/backward_kernel.h"
 #include "cpu/roof_kernel.h"
 // clang-format on
