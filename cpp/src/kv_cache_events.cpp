@@ -7,13 +7,15 @@
 namespace quire {
 
 ChainKey BlockKeys::key(const PrefixCache& cache, int32_t block) {
-  path_.clear();
+  size_t num_unknown = 0;
   int32_t known = block;
-  for (; known >= 0 && !is_known_[known]; known = cache.parent(known)) path_.push_back(known);
+  for (; known >= 0 && !is_known_[known]; known = cache.parent(known)) path_[num_unknown++] = known;
   ChainKey key = known < 0 ? root_key(cache.salt(known)) : keys_[known];
-  for (; !path_.empty(); path_.pop_back()) {
-    const int32_t next = path_.back();
-    key = keys_[next] = chain_key(key, cache.tokens(next));
+  while (num_unknown > 0) {
+    const int32_t next = path_[--num_unknown];
+    const std::span<int32_t> tokens(tokens_.data(), cache.num_tokens(next));
+    cache.copy_tokens(next, tokens.data());
+    key = keys_[next] = chain_key(key, tokens);
     is_known_[next] = 1;
   }
   return key;
@@ -85,7 +87,7 @@ void KVCacheManager::watch_evicted(int32_t block) {
 void KVCacheManager::watch_left(int32_t block) {
   for (YieldedMatch* reader = yielded_; reader; reader = reader->next)
     reader->is_lost |= reader->block == block;
-  drop_expiry(block);
+  if (timers_) timers_->erase(block);
 }
 
 int32_t KVCacheManager::clear_cache() {

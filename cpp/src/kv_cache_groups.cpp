@@ -169,19 +169,12 @@ void KVCacheManager::trim_groups(Sequence& seq, int32_t num_blocks) {
   }
 }
 
-// Pins, or unpins, what the groups need behind the blocks in path_.
-void KVCacheManager::pin_companions(bool pins) {
+// Adds to whole blocks in path_ what the other groups need behind them.
+void KVCacheManager::add_companions_to_path() {
   const int32_t end = static_cast<int32_t>(path_.size());
   for (int32_t group = 1; group < num_groups(); ++group)
-    for (int32_t i = companions_->first_needed(group, int64_t{end} * block_size_); i < end; ++i) {
-      const int32_t block = companions_->find(group, path_[i]);
-      if (pins) {
-        if (pins_[block]++ == 0) allocator_.share(block);
-      } else if (const auto pin = pins_.find(block); pin != pins_.end() && --pin->second == 0) {
-        pins_.erase(pin);
-        release_now(block);
-      }
-    }
+    for (int32_t i = companions_->first_needed(group, int64_t{end} * block_size_); i < end; ++i)
+      path_.push_back(companions_->find(group, path_[i]));
 }
 
 // ---- Looking

@@ -79,6 +79,7 @@ const StepBatch* KVCacheManager::step_loop() {
 void KVCacheManager::commit_loop(std::span<const int32_t> sampled) {
   const auto [first, last] = loop_.filling();
   replaced_ranks_.reserve(static_cast<size_t>(last - first));
+  reserve_releases(last - first);
   if (loop_.fills_first())
     fill_first_blocks(first, last);
   else

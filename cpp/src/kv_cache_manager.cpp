@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <new>
 #include <utility>
 
@@ -55,7 +56,7 @@ KVCacheManager::KVCacheManager(int32_t num_blocks, int32_t block_size, bool pref
   cache_.emplace(num_blocks, block_size);
   if (options.event_capacity > 0) {
     events_.emplace(options.event_capacity);
-    keys_.emplace(num_blocks);
+    keys_.emplace(num_blocks, block_size);
   }
   is_watched_ = events_ || options.eviction == Eviction::kReuseLru;
 }
@@ -205,12 +206,18 @@ SequenceId KVCacheManager::create(std::span<const int32_t> token_ids, Salt salt,
   const SequenceId id = open(token_ids, salt, retention);
   try {
     attach(id);
-  } catch (const std::bad_alloc&) {  // it has no blocks yet
-    if (cache_) cache_->close_root(get(id).root);
-    remove_sequence(get(id));
+  } catch (const std::bad_alloc&) {
+    close(id);
     throw;
   }
   return id;
+}
+
+// Undoes open(), without memory.
+void KVCacheManager::close(SequenceId id) {
+  Sequence& seq = get(id);
+  if (cache_) cache_->close_root(seq.root);
+  remove_sequence(seq);
 }
 
 SequenceId KVCacheManager::open(std::span<const int32_t> token_ids, Salt salt,
@@ -227,6 +234,7 @@ SequenceId KVCacheManager::open(std::span<const int32_t> token_ids, Salt salt,
   seq.table.clear();
   seq.table.reserve(static_cast<int64_t>(token_ids.size() + kSpareCapacity));
   seq.groups.assign(num_groups() - 1, {BlockTable(block_size_)});
+  if (std::isfinite(retention.ttl) && !timers_) timers_.emplace(allocator_.num_blocks());
   if (cache_) seq.root = cache_->open_root(salt);
   add_sequence(take_serials(1));
   seq.retention = retention;
@@ -249,9 +257,17 @@ void KVCacheManager::attach_matched(SequenceId id, int64_t num_matched) {
   take_path(get(id), num_matched);
 }
 
+// Asks for the memory that a path of so many tokens takes, here and in a sequence.
+void KVCacheManager::reserve_path(Sequence& seq, int64_t num_tokens) {
+  const int32_t num_blocks = block_size_.blocks_for(num_tokens);
+  path_.reserve(static_cast<size_t>(num_blocks) + 1);
+  seq.table.reserve_more(num_blocks);
+  for (GroupTable& group : seq.groups) group.table.reserve_more(num_blocks);
+}
+
 // Gives a sequence what it has in path_, whose length is num_cached tokens.
 void KVCacheManager::take_path(Sequence& seq, int64_t num_cached) {
-  for (GroupTable& group : seq.groups) group.table.reserve_more(static_cast<int32_t>(path_.size()));
+  reserve_path(seq, num_cached);
   seq.table.append(path_);
   for (int32_t block : path_) {
     allocator_.share(block);
@@ -274,6 +290,7 @@ void KVCacheManager::detach(SequenceId id) {
   check_here("detach", seq);
   settle();
   reserve_more(seq.tokens, static_cast<size_t>(seq.num_trunk_tokens()));
+  reserve_releases(num_held(seq));
   give_back(seq);
   seq.num_computed = seq.num_planned = 0;
 }
@@ -283,9 +300,17 @@ void KVCacheManager::detach(SequenceId id) {
 int64_t KVCacheManager::pin(int32_t root, std::span<const int32_t> tokens) {
   const int64_t num_whole = find_path(root, tokens) / block_size_;
   path_.resize(static_cast<size_t>(num_whole));
+  if (companions_) add_companions_to_path();
+  try {
+    for (int32_t block : path_) pins_.try_emplace(block, 0);
+  } catch (const std::bad_alloc&) {
+    for (int32_t block : path_)
+      if (const auto pin = pins_.find(block); pin != pins_.end() && pin->second == 0)
+        pins_.erase(pin);
+    throw;
+  }
   for (int32_t block : path_)
     if (pins_[block]++ == 0) allocator_.share(block);
-  if (companions_) pin_companions(true);
   return num_whole * block_size_;
 }
 
@@ -297,15 +322,16 @@ int64_t KVCacheManager::unpin(int32_t root, std::span<const int32_t> tokens) {
     if (const int32_t parent = cache_->parent(block); parent >= 0) num_ending[parent] -= count;
   }
   while (!path_.empty() && num_ending[path_.back()] <= 0) path_.pop_back();
-  const int64_t num_unpinned = static_cast<int64_t>(path_.size()) * block_size_;
-  if (companions_) pin_companions(false);
+  const int64_t num_whole = static_cast<int64_t>(path_.size());
+  if (companions_) add_companions_to_path();
+  std::reverse(path_.begin() + num_whole, path_.end());  // companions in order, before the tree:
   for (; !path_.empty(); path_.pop_back()) {  // the last first, so that leaves are evicted first
     const auto pin = pins_.find(path_.back());
-    if (--pin->second > 0) continue;
+    if (pin == pins_.end() || --pin->second > 0) continue;
     pins_.erase(pin);
     release_now(path_.back());
   }
-  return num_unpinned;
+  return num_whole * block_size_;
 }
 
 int64_t KVCacheManager::pin(std::span<const int32_t> token_ids, Salt salt) {

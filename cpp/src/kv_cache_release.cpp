@@ -119,7 +119,9 @@ void KVCacheManager::truncate(SequenceId id, int64_t num_tokens) {
   Sequence& seq = get(id);
   QUIRE_CHECK_ARG(num_tokens >= 1 && num_tokens <= seq.num_tokens(),
                   "truncate: num_tokens: expected 1 to ", seq.num_tokens(), ", got ", num_tokens);
+  reserve_releases(num_held(seq));
   if (companions_ && !groups_reach(seq, num_tokens)) {
+    reserve_path(seq, num_tokens);
     detach(id);
     seq.tokens.resize(num_tokens);
     return attach(id);
@@ -139,6 +141,9 @@ void KVCacheManager::free(std::span<const SequenceId> seqs) {
   for (const Sequence* seq : visited_)
     if (seq->away == Away::kFetching) check_here("free", *seq);
   settle();
+  int64_t num_released = 0;
+  for (const Sequence* seq : visited_) num_released += num_held(*seq);
+  reserve_releases(num_released);
   for (Sequence* seq : visited_) {
     if (seq->away == Away::kSwapped) drop_slots(*seq);
     give_back(*seq);
@@ -154,7 +159,8 @@ void KVCacheManager::trim(Sequence& seq, int32_t num_blocks) {
   const std::span<const int32_t> blocks = seq.table.own_from(num_blocks);
   if (has_retention_)
     for (int32_t block : blocks) retain(seq.retention, block);
-  const bool is_simple = expiries_.empty() && (async_depth_ == 0 || last_ticket_ == last_retired_);
+  const bool is_simple =
+      (!timers_ || timers_->empty()) && (async_depth_ == 0 || last_ticket_ == last_retired_);
   if (is_simple)
     allocator_.release(blocks);
   else
@@ -215,16 +221,20 @@ void KVCacheManager::retain(const Retention& retention, int32_t block) {
   const int32_t level = BlockAllocator::kStartLevel + retention.priority;
   if (level < allocator_.level(block)) return;
   allocator_.set_level(block, level);
-  drop_expiry(block);
-  if (std::isfinite(retention.ttl)) expiries_[block] = {retention.ttl};
+  if (timers_) timers_->erase(block);
+  if (std::isfinite(retention.ttl)) timers_->set_ttl(block, retention.ttl);
 }
 
-void KVCacheManager::drop_expiry(int32_t block) {
-  if (expiries_.empty()) return;
-  const auto expiry = expiries_.find(block);
-  if (expiry == expiries_.end()) return;
-  timers_.erase({expiry->second.deadline, block});
-  expiries_.erase(expiry);
+// Asks for the memory that so many calls of release() take.
+void KVCacheManager::reserve_releases(int64_t count) {
+  if (async_depth_ > 0) reserve_more(deferred_, static_cast<size_t>(count));
+}
+
+// At most so many references does a sequence give back, all its groups' together.
+int64_t KVCacheManager::num_held(const Sequence& seq) {
+  int64_t count = seq.table.size();
+  for (const GroupTable& group : seq.groups) count += group.table.size();
+  return count;
 }
 
 void KVCacheManager::release(int32_t block) {
@@ -236,23 +246,19 @@ void KVCacheManager::release(int32_t block) {
 
 void KVCacheManager::release_now(int32_t block) {
   allocator_.release(block);
-  if (expiries_.empty() || allocator_.refcount(block) > 0) return;
-  const auto expiry = expiries_.find(block);
-  if (expiry == expiries_.end()) return;
-  timers_.erase({expiry->second.deadline, block});
-  const double seconds = std::min(expiry->second.ttl, kLongestTtl);
-  expiry->second.deadline = now_ns() + static_cast<int64_t>(seconds * 1e9);
-  timers_.emplace(expiry->second.deadline, block);
+  if (!timers_ || !timers_->contains(block) || allocator_.refcount(block) > 0) return;
+  const double seconds = std::min(timers_->ttl(block), kLongestTtl);
+  timers_->start(block, now_ns() + static_cast<int64_t>(seconds * 1e9));
 }
 
 // Blocks that nobody used for their time to live are the first to be evicted from now on.
 void KVCacheManager::expire() {
-  if (timers_.empty()) return;
-  for (const int64_t now = now_ns(); !timers_.empty() && timers_.begin()->first <= now;) {
-    const int32_t block = timers_.begin()->second;
-    timers_.erase(timers_.begin());
+  if (!timers_ || timers_->first() < 0) return;
+  const int64_t now = now_ns();
+  for (int32_t block; (block = timers_->first()) >= 0 && timers_->deadline(block) <= now;) {
+    timers_->stop(block);
     if (allocator_.refcount(block) > 0) continue;  // the next release() counts
-    expiries_.erase(block);
+    timers_->erase(block);
     allocator_.set_level(block, kExpiredLevel);
   }
 }
@@ -264,8 +270,9 @@ void KVCacheManager::retire(int64_t ticket) {
                   "retire: ticket: expected one of a step that still runs, ", last_retired_ + 1,
                   " to ", last_ticket_, ", got ", ticket);
   last_retired_ = ticket;
-  for (; !deferred_.empty() && deferred_.front().ticket <= ticket; deferred_.pop_front())
-    release_now(deferred_.front().block);
+  auto due = deferred_.begin();
+  for (; due != deferred_.end() && due->ticket <= ticket; ++due) release_now(due->block);
+  deferred_.erase(deferred_.begin(), due);
 }
 
 int64_t KVCacheManager::num_deferred_refs() const {
@@ -280,9 +287,11 @@ void KVCacheManager::save_retention(Snapshot& out) const {
   snapshot::Numbers &pins = out["pins"], &expiries = out["expiries"], &deferred = out["deferred"];
   for (const auto& [block, count] : std::map(pins_.begin(), pins_.end()))
     pins.insert(pins.end(), {block, count});
-  for (const auto& [block, expiry] : std::map(expiries_.begin(), expiries_.end())) {
-    const int64_t left = expiry.deadline == 0 ? kInUse : expiry.deadline - now_ns();
-    expiries.insert(expiries.end(), {block, std::bit_cast<int64_t>(expiry.ttl), left});
+  for (int32_t block = 0; timers_ && block < allocator_.num_blocks(); ++block) {
+    if (!timers_->contains(block)) continue;
+    const int64_t deadline = timers_->deadline(block);
+    const int64_t left = deadline == 0 ? kInUse : deadline - now_ns();
+    expiries.insert(expiries.end(), {block, std::bit_cast<int64_t>(timers_->ttl(block)), left});
   }
   for (const Deferred& entry : deferred_)
     deferred.insert(deferred.end(), {entry.ticket, entry.block});
@@ -302,20 +311,21 @@ void KVCacheManager::load_retention(const Snapshot& in) {
   for (const auto& [block, count] : num_beyond)
     QUIRE_INVARIANT(pins_.contains(block) && count <= pins_[block], "block ", block, ": ", count,
                     " pins of its children, and fewer of its own");
-  for (snapshot::Reader reader(in, "expiries"); !reader.is_at_end();) {
-    const int32_t block = reader.next_int32(0, last_block);
-    Expiry& expiry = expiries_[block];
-    expiry.ttl = std::bit_cast<double>(reader.next());
-    const int64_t left = reader.next(INT64_MIN / 2, INT64_MAX / 2);
-    if (left == kInUse) continue;
-    expiry.deadline = now_ns() + left;
-    timers_.emplace(expiry.deadline, block);
+  has_retention_ = snapshot::Reader(in, "has_retention").next(0, 1) != 0;
+  snapshot::Reader expiries(in, "expiries");
+  if (has_retention_ || !expiries.is_at_end()) timers_.emplace(allocator_.num_blocks());
+  while (!expiries.is_at_end()) {
+    const int32_t block = expiries.next_int32(0, last_block);
+    const double ttl = std::bit_cast<double>(expiries.next());
+    if (!(ttl >= 0)) expiries.refuse("times to live of 0 or more");
+    timers_->set_ttl(block, ttl);
+    const int64_t left = expiries.next(INT64_MIN / 2, INT64_MAX / 2);
+    if (left != kInUse) timers_->start(block, now_ns() + left);
   }
   for (snapshot::Reader reader(in, "deferred"); !reader.is_at_end();) {
     const int64_t ticket = reader.next(last_retired_ + 1, last_ticket_);
     deferred_.push_back({ticket, reader.next_int32(0, last_block)});
   }
-  has_retention_ = snapshot::Reader(in, "has_retention").next(0, 1) != 0;
 }
 
 }  // namespace quire

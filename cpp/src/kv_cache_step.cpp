@@ -47,14 +47,16 @@ KVCacheManager::StepNeed KVCacheManager::check_step(std::span<const int32_t> num
                     known, " (known and not computed), got ", count);
     const int32_t num_blocks = block_size_.blocks_for(seq.num_computed + count + lookahead);
     if (const int32_t num_missing = num_blocks - seq.table.size(); num_missing > 0) {
-      visited_[i]->table.reserve_more(num_missing);
       need.num_missing += num_missing;
+      if (need.num_missing <= allocator_.num_available())
+        visited_[i]->table.reserve_more(num_missing);
     }
     if (companions_) {
       const int64_t reach = seq.num_computed + count + lookahead;
-      for (GroupTable& group : visited_[i]->groups)
-        group.table.reserve_more(std::max(0, num_blocks - group.table.size()));
       need.num_missing += missing_in_groups(seq, reach, reach);
+      for (GroupTable& group : visited_[i]->groups)
+        if (need.num_missing <= allocator_.num_available())
+          group.table.reserve_more(std::max(0, num_blocks - group.table.size()));
     }
     need.size.max_blocks = std::max(need.size.max_blocks, num_blocks);
     need.size.num_new_tokens += count;
@@ -113,10 +115,18 @@ int64_t KVCacheManager::take_over(int64_t num_short) {
   return num_saved;
 }
 
+// Asks for the memory that allocate() takes, and offers of what is evicted for it and its copies.
+void KVCacheManager::reserve_blocks(int64_t num_blocks) {
+  new_blocks_.reserve(static_cast<size_t>(num_blocks));
+  if (!stores_.empty()) offloads_.reserve(static_cast<size_t>(num_blocks) + copies_.size());
+}
+
 // Takes the blocks of a whole step into new_blocks_, or none.
 bool KVCacheManager::allocate(int64_t num_blocks) {
-  offloads_.clear();
-  if (num_blocks > allocator_.num_available()) return false;
+  const bool can = num_blocks <= allocator_.num_available();
+  if (can) reserve_blocks(num_blocks);
+  drop_offloads();
+  if (!can) return false;
   if (num_blocks > allocator_.num_free()) expire();
   new_blocks_.resize(num_blocks);
   return allocator_.allocate(new_blocks_, [this](int32_t victim) { return evict(victim); });
@@ -133,6 +143,7 @@ bool KVCacheManager::take_blocks(std::span<const int32_t> num_new_tokens, int32_
   num_blocks -= take_over(std::max<int64_t>(0, num_blocks - allocator_.num_available()));
   try {
     if (num_blocks <= allocator_.num_available()) {  // else a lookahead may reach any distance
+      reserve_releases(need.size.num_copies);
       batch_.reserve(need.size);
       for (int32_t group = 1; group < num_groups(); ++group)
         group_batches_[group - 1].reserve(size_of(group, need.size));
@@ -260,6 +271,10 @@ void KVCacheManager::commit(std::span<const SequenceId> seqs, std::span<const in
   QUIRE_CHECK_ARG(total == static_cast<int64_t>(sampled.size()), "commit: sampled: expected ",
                   total, " tokens, got ", sampled.size());
   for (size_t i = 0; i < visited_.size(); ++i) prepare_advance(*visited_[i], count_of(i));
+  int64_t num_released = 0;
+  for (size_t i = 0; async_depth_ > 0 && i < visited_.size(); ++i)
+    num_released += most_released(*visited_[i]);
+  reserve_releases(num_released);
   loop_seqs_.reserve(seqs.size());
   bool one_is_pending = true;
   for (size_t i = 0; i < visited_.size(); ++i) {
@@ -282,6 +297,17 @@ void KVCacheManager::prepare_advance(Sequence& seq, int32_t num_new_tokens) {
   const int64_t last = block_size_.index(seq.num_computed + seq.num_planned);
   if (first < last)
     cache_->reserve_for(seq.tokens_from(first * block_size_), static_cast<int32_t>(last - first));
+}
+
+// At most so many references does advance() give back: of blocks that are cached already, and of
+// what groups do not read any more.
+int64_t KVCacheManager::most_released(const Sequence& seq) const {
+  const int64_t end = seq.num_computed + seq.num_planned;
+  int64_t count = (block_size_.index(end) - block_size_.index(seq.num_computed)) * num_groups();
+  for (int32_t group = 1; group < num_groups(); ++group)
+    if (!companions_->is_state(group))
+      count += companions_->first_needed(group, end) - seq.groups[group - 1].num_behind;
+  return count;
 }
 
 // Planned tokens become computed ones.

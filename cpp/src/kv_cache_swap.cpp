@@ -52,12 +52,15 @@ std::optional<KVCacheManager::BlockPairs> KVCacheManager::swap_out(SequenceId id
     for (auto [i, end] = needed_entries(group, seq.num_computed); i < end; ++i)
       pairs.push_back({table_of(seq, group)[i], -1});
   Swapped swapped{seq.num_computed, std::vector<int32_t>(pairs.size())};
-  if (!host_->allocate(swapped.slots, [](int32_t victim) { return victim; })) return std::nullopt;
+  if (static_cast<int64_t>(pairs.size()) > host_->num_available()) return std::nullopt;
+  reserve_releases(num_held(seq));
+  Swapped& entry = swapped_[static_cast<int32_t>(id.index())];  // nothing throws from here on
+  host_->allocate(swapped.slots, [](int32_t victim) { return victim; });
   for (size_t i = 0; i < pairs.size(); ++i) pairs[i][1] = swapped.slots[i];
   give_back(seq);
   seq.num_computed = seq.num_planned = 0;
   seq.away = Away::kSwapped;
-  swapped_[static_cast<int32_t>(id.index())] = std::move(swapped);
+  entry = std::move(swapped);
   return pairs;
 }
 
@@ -92,7 +95,6 @@ std::optional<KVCacheManager::BlockPairs> KVCacheManager::swap_in(SequenceId id)
   settle();
   Sequence& seq = get(id);
   QUIRE_CHECK_ARG(seq.away == Away::kSwapped, "swap_in: seq: expected one that is swapped out");
-  offloads_.clear();
   const Swapped& swapped = swapped_.at(static_cast<int32_t>(id.index()));
   const int64_t num_computed = swapped.num_computed;
   std::vector<int32_t> blocks = find_swapped(seq, num_computed);
@@ -102,13 +104,19 @@ std::optional<KVCacheManager::BlockPairs> KVCacheManager::swap_in(SequenceId id)
     num_missing += block < 0;
     num_idle += block >= 0 && allocator_.refcount(block) == 0;
   }
-  if (num_missing > allocator_.num_available() - num_idle) return std::nullopt;
+  if (num_missing > allocator_.num_available() - num_idle) {
+    drop_offloads();
+    return std::nullopt;
+  }
+  BlockPairs pairs;
+  pairs.reserve(static_cast<size_t>(num_missing));
+  reserve_swapped_in(seq, num_computed, num_found);
+  reserve_blocks(num_missing);  // nothing throws from here on
   for (size_t i = 0; i < blocks.size(); ++i) {
     if (blocks[i] >= 0) allocator_.share(blocks[i]);
     if (static_cast<int32_t>(i) < num_found) on_hit(blocks[i]);
   }
   allocate(num_missing);
-  BlockPairs pairs;
   for (size_t i = 0; i < blocks.size(); ++i) {
     if (blocks[i] >= 0) continue;
     blocks[i] = new_blocks_[pairs.size()];
@@ -122,9 +130,21 @@ std::optional<KVCacheManager::BlockPairs> KVCacheManager::swap_in(SequenceId id)
     rest = rest.subspan(end - first);
   }
   for (int32_t i = num_found; cache_ && i < num_computed / block_size_; ++i) publish(seq, i);
+  if (cache_) cache_->drop_reserved();
   if (companions_) publish_companions(seq, num_computed);
   seq.num_computed = num_computed;
   return pairs;
+}
+
+// Asks for the memory that a sequence's tables take and what it publishes; num_found blocks are
+// cached.
+void KVCacheManager::reserve_swapped_in(Sequence& seq, int64_t num_computed, int32_t num_found) {
+  const int32_t num_whole = static_cast<int32_t>(num_computed / block_size_);
+  seq.table.reserve_more(num_whole + 1);
+  for (GroupTable& group : seq.groups) group.table.reserve_more(num_whole + 1);
+  if (cache_)
+    cache_->reserve_for(seq.tokens_from(int64_t{num_found} * block_size_), num_whole - num_found);
+  reserve_releases(int64_t{num_whole} * num_groups());
 }
 
 // Caches what a sequence has of the groups beyond the first beside that one's whole blocks.

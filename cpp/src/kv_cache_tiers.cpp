@@ -6,6 +6,7 @@
 
 #include "quire/error.h"
 #include "quire/kv_cache_manager.h"
+#include "reserve_more.h"
 
 namespace quire {
 
@@ -15,20 +16,29 @@ void KVCacheManager::attach_store(const KVStore& store) {
   for (const KVStore* known : stores_)
     QUIRE_CHECK_ARG(known->tier() != store.tier(),
                     "attach_store: store: expected one store a tier, got a second one");
+  reserve_more(stores_, 1);
+  if (!keys_) keys_.emplace(allocator_.num_blocks(), block_size_);
   stores_.push_back(&store);
-  if (!keys_) keys_.emplace(allocator_.num_blocks());
   is_watched_ = true;
 }
 
 std::vector<KVTransfer> KVCacheManager::take_offloads() {
   const std::lock_guard guard(mutex_);
-  return std::exchange(offloads_, {});
+  std::vector<KVTransfer> offloads = earlier_offloads_;
+  offloads.insert(offloads.end(), offloads_.begin(), offloads_.end());
+  drop_offloads();
+  return offloads;
 }
 
 // Evicted since the step before the latest, and not by the latest itself.
 void KVCacheManager::offer_also(std::vector<KVTransfer> offloads) {
   const std::lock_guard guard(mutex_);
-  offloads_.insert(offloads_.begin(), offloads.begin(), offloads.end());
+  earlier_offloads_ = std::move(offloads);
+}
+
+void KVCacheManager::drop_offloads() {
+  offloads_.clear();
+  earlier_offloads_.clear();
 }
 
 bool KVCacheManager::is_in_all_stores(const ChainKey& key) const {
@@ -122,10 +132,13 @@ std::optional<std::vector<KVTransfer>> KVCacheManager::fetch(SequenceId id) {
   Sequence& seq = get(id);
   QUIRE_CHECK_ARG(seq.num_planned == 0, "fetch: seq: expected one without a step under way, got ",
                   seq.num_planned, " planned tokens");
-  offloads_.clear();
-  if (stores_.empty()) return std::vector<KVTransfer>{};
-  Fetch fetch = find_in_stores(seq);
-  if (fetch.loads.empty()) return std::vector<KVTransfer>{};
+  Fetch fetch;
+  if (!stores_.empty()) fetch = find_in_stores(seq);
+  const int64_t num_loads = static_cast<int64_t>(fetch.loads.size());
+  if (num_loads == 0) {
+    drop_offloads();
+    return std::vector<KVTransfer>{};
+  }
   for (const auto& [group, i] : fetch.places) fetch.blocks[group][i - fetch.first] = -1;
   std::vector<int32_t> pooled;
   for (const std::vector<int32_t>& blocks : fetch.blocks)
@@ -133,16 +146,23 @@ std::optional<std::vector<KVTransfer>> KVCacheManager::fetch(SequenceId id) {
                  [](int32_t block) { return block >= 0; });
   const auto num_idle = std::count_if(
       pooled.begin(), pooled.end(), [&](int32_t block) { return allocator_.refcount(block) == 0; });
-  if (static_cast<int64_t>(fetch.loads.size()) > allocator_.num_available() - num_idle)
+  if (num_loads > allocator_.num_available() - num_idle) {
+    drop_offloads();
     return std::nullopt;
+  }
+  std::vector<KVTransfer> loads = fetch.loads;
+  reserve_blocks(num_loads);
+  Fetch& entry = fetches_[static_cast<int32_t>(id.index())];  // nothing throws from here on
   for (int32_t block : pooled) allocator_.share(block);
-  allocate(static_cast<int64_t>(fetch.loads.size()));
-  for (size_t i = 0; i < fetch.loads.size(); ++i) {
-    const auto [group, entry] = fetch.places[i];
-    fetch.loads[i].block = fetch.blocks[group][entry - fetch.first] = new_blocks_[i];
+  allocate(num_loads);
+  for (size_t i = 0; i < loads.size(); ++i) {
+    const auto [group, at] = fetch.places[i];
+    fetch.blocks[group][at - fetch.first] = new_blocks_[i];
+    fetch.loads[i].block = loads[i].block = new_blocks_[i];
   }
   seq.away = Away::kFetching;
-  return (fetches_[static_cast<int32_t>(id.index())] = std::move(fetch)).loads;
+  entry = std::move(fetch);
+  return loads;
 }
 
 void KVCacheManager::fetched(SequenceId id, int32_t num_blocks) {
@@ -154,18 +174,31 @@ void KVCacheManager::fetched(SequenceId id, int32_t num_blocks) {
   const auto num_loads = static_cast<int64_t>(entry->second.loads.size());
   QUIRE_CHECK_ARG(num_blocks >= 0 && num_blocks <= num_loads, "fetched: num_blocks: expected 0 to ",
                   num_loads, ", got ", num_blocks);
-  Fetch fetch = std::move(entry->second);
-  fetches_.erase(entry);
-  seq.away = Away::kNo;
+  Fetch fetch = entry->second;  // a copy: it stays until there is memory for all
+  std::vector<int32_t> lost;
   for (int64_t i = num_loads; i-- > num_blocks;) {
     const auto [group, at] = fetch.places[i];
-    release(std::exchange(fetch.blocks[group][at - fetch.first], -1));
+    lost.push_back(std::exchange(fetch.blocks[group][at - fetch.first], -1));
   }
   const int32_t end = reach_of(seq, fetch);
+  reserve_fetched(seq, fetch, end);
+  fetches_.erase(entry);
+  seq.away = Away::kNo;
+  for (int32_t block : lost) release(block);
   if (end > fetch.first) take_fetched(seq, fetch, end, static_cast<size_t>(num_blocks));
   for (const std::vector<int32_t>& blocks : fetch.blocks)  // what is of no use to it now
     for (size_t i = blocks.size(); i-- > 0;)
       if (blocks[i] >= 0) release(blocks[i]);
+}
+
+// Asks for the memory that fetched() takes from here on.
+void KVCacheManager::reserve_fetched(Sequence& seq, const Fetch& fetch, int32_t end) {
+  const int32_t num_blocks = end - fetch.first;
+  seq.table.reserve_more(num_blocks);
+  for (GroupTable& group : seq.groups) group.table.reserve_more(std::max(1, num_blocks));
+  cache_->reserve_for(seq.tokens_from(int64_t{fetch.first} * block_size_), num_blocks);
+  const int64_t num_fetched = int64_t{fetch.end - fetch.first} * num_groups();
+  reserve_releases(num_held(seq) + 2 * num_fetched);
 }
 
 // The sequence goes on behind `end` whole blocks. What it takes of `fetch` is taken out of it.
@@ -190,15 +223,14 @@ void KVCacheManager::take_fetched(Sequence& seq, Fetch& fetch, int32_t end, size
       table.append(i < companions_->first_needed(group, num_computed) ? -1 : take(group, i));
     give_back_behind(seq, group, num_computed);
   }
-  std::vector<int32_t> loaded(end - fetch.first);  // 1 + the tier that a block came from
   for (size_t i = 0; i < num_came; ++i) {
     const auto [group, at] = fetch.places[i];
     if (at >= end) continue;
     if (group == 0) publish(seq, at);
-    loaded[at - fetch.first] = 1 + static_cast<int32_t>(fetch.loads[i].tier);
+    const bool is_last = i + 1 == num_came || fetch.places[i + 1][1] != at;  // of this entry
+    if (is_last) fetched_tokens_[static_cast<int>(fetch.loads[i].tier)] += block_size_;
   }
-  for (int32_t tier : loaded)
-    if (tier > 0) fetched_tokens_[tier - 1] += block_size_;
+  cache_->drop_reserved();
   if (companions_) publish_companions(seq, num_computed);
   if (seq.num_cached == seq.num_computed) {  // nothing was computed by a step yet
     prefix_hit_tokens_ -= seq.num_computed % block_size_;

@@ -75,7 +75,8 @@ void KVCacheManager::count_used(PatientLock& lock, KVCacheStats* stats) const {
 
 int64_t KVCacheManager::num_bytes() const {
   return allocator_.num_bytes() + (cache_ ? cache_->num_bytes() : 0) +
-         (companions_ ? companions_->num_bytes() : 0) + (keys_ ? keys_->num_bytes() : 0);
+         (companions_ ? companions_->num_bytes() : 0) + (keys_ ? keys_->num_bytes() : 0) +
+         (timers_ ? timers_->num_bytes() : 0);
 }
 
 KVCacheStats KVCacheManager::stats() const {
@@ -180,6 +181,7 @@ void KVCacheManager::validate() const {
   settle();
   allocator_.validate();
   validate_away();
+  if (timers_) timers_->validate();
   if (cache_) cache_->validate();
   for (const Sequence& seq : sequences_)
     if (seq.id != SequenceId{}) {

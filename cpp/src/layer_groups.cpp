@@ -31,6 +31,7 @@ CompanionCache::CompanionCache(std::vector<LayerGroup> groups, int32_t num_block
                   "cache is made of; a model without such layers takes one full group for all");
   companions_.assign(groups_.size() - 1, std::vector<int32_t>(num_blocks, kNone));
   owners_.resize(num_blocks);
+  runs_.resize(companions_.size());
 }
 
 int32_t CompanionCache::first_needed(int32_t group, int64_t num_tokens) const {
@@ -54,12 +55,12 @@ int64_t CompanionCache::most_blocks(int32_t group, int64_t num_tokens, int64_t m
 }
 
 size_t CompanionCache::usable_blocks(std::span<const int32_t> path) const {
-  std::vector<int32_t> runs(companions_.size(), 0);  // of companions that end with this block
+  std::fill(runs_.begin(), runs_.end(), 0);
   size_t best = 0;
   for (size_t count = 1; count <= path.size(); ++count) {
     bool suffices = true;
     for (int32_t group = 1; group < num_groups(); ++group) {
-      int32_t& run = runs[group - 1];
+      int32_t& run = runs_[group - 1];
       run = find(group, path[count - 1]) == kNone ? 0 : run + 1;
       const int64_t num_tokens = static_cast<int64_t>(count) * block_size_;
       suffices &= static_cast<int64_t>(count) - run <= first_needed(group, num_tokens);

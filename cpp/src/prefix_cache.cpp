@@ -147,9 +147,12 @@ void PrefixCache::reserve_wide_rows(int32_t count) {
 
 std::vector<int32_t> PrefixCache::tokens(int32_t block) const {
   std::vector<int32_t> result(num_tokens(block));
-  for (size_t i = 0; i < result.size(); ++i)
-    result[i] = token(static_cast<uint32_t>(block), static_cast<int32_t>(i));
+  copy_tokens(block, result.data());
   return result;
+}
+
+void PrefixCache::copy_tokens(int32_t block, int32_t* out) const {
+  for (int32_t i = 0; i < num_tokens(block); ++i) out[i] = token(static_cast<uint32_t>(block), i);
 }
 
 // ---- Treaps
@@ -337,9 +340,8 @@ void PrefixCache::erase(int32_t block) {
     // An eviction must not ask for memory.
     uint8_t* const scratch = rows_.get() + scratch_offset(num_blocks_, row_bytes_);
     int32_t* const own = reinterpret_cast<int32_t*>(scratch);
-    const int32_t count = num_tokens(block);
-    for (int32_t i = 0; i < count; ++i) own[i] = token(node, i);
-    set_top_child(parent, take_out(top, node, {own, count}));
+    copy_tokens(block, own);
+    set_top_child(parent, take_out(top, node, {own, num_tokens(block)}));
   }
   if (nodes_[node].is_wide) wide_rows_.erase(block);
   nodes_[node] = Node{};

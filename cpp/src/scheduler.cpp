@@ -2,9 +2,11 @@
 #include "quire/scheduler.h"
 
 #include <algorithm>
+#include <new>
 #include <utility>
 
 #include "quire/error.h"
+#include "reserve_more.h"
 
 namespace quire {
 
@@ -42,8 +44,12 @@ Scheduler::Scheduler(KVCacheManager& manager, const SchedulerConfig& config)
 
 Scheduler::~Scheduler() {
   const auto lock = manager_.lock();
-  for (const Request& request : requests_)
-    if (request.state != State::kEnded) manager_.free({&request.seq, 1});
+  for (const Request& request : requests_) {
+    try {
+      if (request.state != State::kEnded) manager_.free({&request.seq, 1});
+    } catch (const std::bad_alloc&) {  // it stays with the manager
+    }
+  }
 }
 
 int32_t Scheduler::add(std::span<const int32_t> token_ids, int32_t max_new_tokens, Salt salt,
@@ -59,17 +65,25 @@ int32_t Scheduler::add(std::span<const int32_t> token_ids, int32_t max_new_token
       " blocks of ", pool.block_size(), ", got ", token_ids.size(), " + ", max_new_tokens,
       " tokens");
   const SequenceId seq = manager_.open(token_ids, salt);
-  if (unused_slots_.empty()) {
-    unused_slots_.push_back(static_cast<int32_t>(requests_.size()));
-    requests_.emplace_back();
+  try {
+    if (unused_slots_.empty()) {
+      reserve_more(requests_, 1);
+      unused_slots_.reserve(requests_.capacity());  // end() must not throw
+      unused_slots_.push_back(static_cast<int32_t>(requests_.size()));
+      requests_.emplace_back();
+    }
+    slots_.emplace(next_id_, unused_slots_.back());
+    queue_.add(unused_slots_.back(), options.tenant, options.priority);
+  } catch (const std::bad_alloc&) {
+    slots_.erase(next_id_);
+    manager_.close(seq);
+    throw;
   }
   const int32_t slot = unused_slots_.back();
   unused_slots_.pop_back();
   Request& request = requests_[slot];
   request = {State::kWaiting, false, next_id_, max_new_tokens, token_ids.back(), seq};
   request.num_tokens = static_cast<int64_t>(token_ids.size());
-  slots_[next_id_] = slot;
-  queue_.add(slot, options.tenant, options.priority);
   if (head_ >= 0 && (config_.prefix_window > 1 || queue_.next(1)[0] != head_)) forget_head();
   return next_id_++;
 }
@@ -82,18 +96,29 @@ std::span<const int32_t> Scheduler::commit(std::span<const int32_t> sampled) {
   QUIRE_CHECK_ARG(sampled.size() == batch_.sampling.size(),
                   "commit: sampled: expected one token a sampling row, ", batch_.sampling.size(),
                   ", got ", sampled.size());
-  is_scheduled_ = false;
-  finished_.clear();
-  if (num_to_go_on_ > 0) {
-    manager_.commit(seqs_, sampled);
-    next_tokens_.assign(sampled.begin(), sampled.end());
-    ++num_lagging_;
-    if (num_lagging_ == num_to_go_on_) {
-      catch_up();
-      end_finished();
-    }
-    return finished_;
+  if (!is_committed_) {
+    finished_.clear();
+    finished_.reserve(rows_.size());
+    if (num_to_go_on_ > 0)
+      commit_going_on(sampled);
+    else
+      commit_rows(sampled);
+    is_committed_ = true;
   }
+  if (num_to_go_on_ == 0) end_finished();
+  is_scheduled_ = is_committed_ = false;
+  if (num_to_go_on_ == 0 && finished_.empty()) begin_going_on();
+  return finished_;
+}
+
+void Scheduler::commit_going_on(std::span<const int32_t> sampled) {
+  manager_.commit(seqs_, sampled);
+  std::copy(sampled.begin(), sampled.end(), next_tokens_.begin());
+  ++num_lagging_;
+  if (num_lagging_ == num_to_go_on_) catch_up();
+}
+
+void Scheduler::commit_rows(std::span<const int32_t> sampled) {
   leave_out_finished(sampled);
   manager_.commit(seqs_, next_tokens_, counts_);
   auto next_token = next_tokens_.begin();
@@ -107,20 +132,17 @@ std::span<const int32_t> Scheduler::commit(std::span<const int32_t> sampled) {
     request.num_left -= row.samples;
     queue_.charge(row.slot, row.num_new + kSampledWeight * row.samples);
   }
-  end_finished();
-  if (finished_.empty()) begin_going_on();
-  return finished_;
 }
 
 // What the manager is to commit: the batch but for requests that were finished meanwhile.
 void Scheduler::leave_out_finished(std::span<const int32_t> sampled) {
   next_tokens_.assign(sampled.begin(), sampled.end());
+  seqs_.resize(rows_.size());
   counts_.resize(rows_.size());
   size_t num_left = 0, num_tokens = 0, next_sampled = 0;
-  for (size_t i = 0; i < rows_.size(); ++i) {
-    const Row& row = rows_[i];
+  for (const Row& row : rows_) {
     if (row.slot >= 0) {
-      seqs_[num_left] = seqs_[i];
+      seqs_[num_left] = requests_[row.slot].seq;
       counts_[num_left++] = row.samples;
       if (row.samples) next_tokens_[num_tokens++] = next_tokens_[next_sampled];
     }
@@ -131,11 +153,18 @@ void Scheduler::leave_out_finished(std::span<const int32_t> sampled) {
   next_tokens_.resize(num_tokens);
 }
 
+// What has no memory for all of them goes on with the others when it is called again.
 void Scheduler::end_finished() {
-  for (const Row& row : rows_) {
-    if (row.slot < 0 || requests_[row.slot].num_left > 0) continue;
-    finished_.push_back(requests_[row.slot].id);
-    end(row.slot);
+  try {
+    for (Row& row : rows_) {
+      if (row.slot < 0 || requests_[row.slot].num_left > 0) continue;
+      end(row.slot);
+      finished_.push_back(requests_[row.slot].id);
+      row.slot = -1;
+    }
+  } catch (const std::bad_alloc&) {
+    remove_ended();
+    throw;
   }
   if (!finished_.empty()) remove_ended();
 }
@@ -188,14 +217,15 @@ void Scheduler::finish(int32_t request_id) {
   if (found == slots_.end()) return;
   const int32_t slot = found->second;
   if (requests_[slot].state == State::kWaiting) {
+    end(slot);
     if (slot == head_) forget_head();
     std::erase_if(swap_outs_, [&](const SwapOut& swap) { return swap.id == request_id; });
-    return end(slot);
+    return;
   }
   catch_up();
+  end(slot);
   for (Row& row : rows_)
     if (is_scheduled_ && row.slot == slot) row.slot = -1;
-  end(slot);
   remove_ended();
 }
 
@@ -228,7 +258,7 @@ void Scheduler::validate() const {
     const bool runs = request.state == State::kRunning;
     const int32_t lag = runs ? num_lagging_ : 0;
     QUIRE_INVARIANT(request.id == id && request.state != State::kEnded, "request ", id, ": lost");
-    QUIRE_INVARIANT(request.num_left > lag, "request ", id, ": should have ended");
+    QUIRE_INVARIANT(request.num_left > lag || is_committed_, "request ", id, ": should have ended");
     QUIRE_INVARIANT(request.num_tokens + lag == manager_.num_tokens(request.seq) &&
                         request.num_computed + lag == manager_.num_computed_tokens(request.seq),
                     "request ", id, ": its tokens are counted wrongly");
@@ -245,6 +275,53 @@ void Scheduler::validate() const {
                       slots_.size() == num_running + static_cast<size_t>(queue_.size()),
                   "a request is in no queue");
   QUIRE_INVARIANT(requests_.size() == slots_.size() + unused_slots_.size(), "a slot is lost");
+}
+
+// ---- explain()
+
+std::string Scheduler::explain() const {
+  const auto lock = manager_.lock();
+  const BlockAllocator& pool = manager_.allocator();
+  std::string text = concat(
+      "running ", running_.size(), " of at most ", config_.max_seqs, ", waiting ", queue_.size(),
+      "; step of ", rows_.size(), " rows, ", config_.max_tokens_per_step - budget_, " of ",
+      config_.max_tokens_per_step, " tokens; blocks: ", pool.num_available(), " of ",
+      pool.num_blocks(), " free or cached, watermark ", num_watermark_blocks_, "\n");
+  for (const Decision& decision : decisions_) {
+    text += concat("request ", decision.id, ": ");
+    if (decision.kind == Decision::kPreempted)
+      text += concat("preempted, no block is left; ", decision.num_tokens,
+                     " tokens lose theirs and are computed again where no longer cached\n");
+    else if (decision.kind == Decision::kSwappedOut)
+      text += concat("preempted, no block is left; ", decision.num_tokens,
+                     " tokens move to host memory\n");
+    else if (decision.kind == Decision::kSwappedIn)
+      text += concat("admitted, ", decision.num_cached, " tokens back from host memory, ",
+                     decision.num_tokens, " computed in this step\n");
+    else if (decision.kind == Decision::kAdmitted)
+      text += concat("admitted, ", decision.num_cached, " tokens cached, ", decision.num_tokens,
+                     " computed in this step\n");
+    else
+      text += concat("chunked, ", decision.num_tokens, " tokens left for later steps\n");
+  }
+  switch (blocked_) {
+    case Blocked::kNobodyWaits:
+      return text + "no request waits\n";
+    case Blocked::kMadeRoom:
+      return text + "none admitted: running requests were short of blocks\n";
+    case Blocked::kMaxSeqs:
+      return text + "no more admitted: max_seqs run\n";
+    case Blocked::kBudget:
+      return text + "no more admitted: max_tokens_per_step is spent\n";
+    default:
+      break;
+  }
+  text += concat("request ", head_ >= 0 ? requests_[head_].id : -1, " comes next: ");
+  if (blocked_ == Blocked::kPrefix)
+    return text + concat("waits for request ", leader_, ", which computes ", leader_tokens_,
+                         " tokens of its prefix\n");
+  return text + concat("needs ", head_needs_, " blocks, watermark included, beside ", num_promised_,
+                       " promised to running requests\n");
 }
 
 }  // namespace quire

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // schedule(): which tokens of which requests the next step computes.
 #include <algorithm>
+#include <new>
 #include <utility>
 
 #include "quire/error.h"
 #include "quire/scheduler.h"
+#include "reserve_more.h"
 
 namespace quire {
 
@@ -20,7 +22,7 @@ const ScheduledBatch* Scheduler::schedule() {
     blocked_ = Blocked::kMadeRoom;
   else
     admit();
-  if (rows_.empty()) return nullptr;
+  if (rows_.empty() && swap_ins_.empty()) return nullptr;
   write_batch();
   is_scheduled_ = true;
   return &batch_;
@@ -40,6 +42,7 @@ Scheduler::Blocked Scheduler::known_block() const {
 // Null: out of blocks.
 const ScheduledBatch* Scheduler::go_on() {
   if (num_lagging_ == 0) counts_.assign(rows_.size(), 1);
+  batch_.token_ids.resize(next_tokens_.size());
   const StepBatch* step = manager_.step(seqs_, counts_);
   if (!step) return nullptr;
   batch_.step = step;
@@ -48,7 +51,6 @@ const ScheduledBatch* Scheduler::go_on() {
   batch_.swap_out.resize(0);  // who is preempted or admitted ends the going on
   batch_.swap_in.resize(0);
   if (num_lagging_ == 0) std::fill(batch_.num_new_tokens.begin(), batch_.num_new_tokens.end(), 1);
-  batch_.token_ids.resize(next_tokens_.size());
   std::copy(next_tokens_.begin(), next_tokens_.end(), batch_.token_ids.begin());
   budget_ = config_.max_tokens_per_step - static_cast<int32_t>(rows_.size());
   is_scheduled_ = true;
@@ -98,9 +100,10 @@ bool Scheduler::make_room() {
   bool had_to = false;
   while (num_missing_ > manager_.allocator().num_available() && !rows_.empty()) {
     had_to = true;
-    // Blocks that come back with retire() are worth a pause, not another preemption.
-    const bool pause =
-        num_missing_ <= manager_.allocator().num_available() + manager_.num_deferred_refs();
+    // Blocks that come back with retire() are worth a pause, not another preemption. And who was
+    // swapped in for a batch that ran out of memory can't leave before its copies were made.
+    const bool pause = !swap_ins_.empty() || num_missing_ <= manager_.allocator().num_available() +
+                                                                 manager_.num_deferred_refs();
     if (pause || rows_.back().slot == running_.back()) {
       num_missing_ -= rows_.back().num_missing;
       budget_ += rows_.back().num_new;
@@ -113,15 +116,22 @@ bool Scheduler::make_room() {
 
 void Scheduler::preempt_last() {
   const int32_t slot = running_.back();
-  running_.pop_back();
   Request& request = requests_[slot];
-  if (!prefers_swap(request) || !swap_out(request)) {
-    decisions_.push_back({Decision::kPreempted, request.id, request.num_computed, 0});
-    manager_.detach(request.seq);
+  reserve_more(decisions_, 1);
+  reserve_more(swap_outs_, 1);
+  queue_.push_front(slot);
+  try {
+    if (!prefers_swap(request) || !swap_out(request)) {
+      manager_.detach(request.seq);
+      decisions_.push_back({Decision::kPreempted, request.id, request.num_computed, 0});
+    }
+  } catch (const std::bad_alloc&) {
+    queue_.leave(slot);
+    throw;
   }
+  running_.pop_back();
   request.state = State::kWaiting;
   request.num_computed = 0;
-  queue_.push_front(slot);
   forget_head();
   ++num_preemptions_;
   ++num_preempted_;
@@ -158,9 +168,13 @@ bool Scheduler::swap_out(Request& request) {
 // cache where that has as many tokens.
 bool Scheduler::come_back(Request& request, int64_t num_cached) {
   if (request.num_swapped > num_cached) {
-    request.num_swapped = 0;
+    const int32_t most_blocks =
+        manager_.num_missing_blocks(request.seq, request.num_tokens, config_.max_tokens_per_step);
+    reserve_more(swap_ins_, static_cast<size_t>(most_blocks));
+    reserve_more(offloads_, static_cast<size_t>(most_blocks));
     const auto pairs = manager_.swap_in(request.seq);
     QUIRE_INVARIANT(pairs, "schedule: admitted a request that does not fit");
+    request.num_swapped = 0;
     const std::vector<KVTransfer> evicted = manager_.take_offloads();
     offloads_.insert(offloads_.end(), evicted.begin(), evicted.end());
     num_promised_ -= static_cast<int64_t>(pairs->size());
@@ -190,8 +204,6 @@ void Scheduler::write_swaps() {
     for (const auto& pair : swap.pairs) next = std::copy(pair.begin(), pair.end(), next);
   next = batch_.swap_in.data();
   for (const auto& pair : swap_ins_) next = std::copy(pair.begin(), pair.end(), next);
-  swap_outs_.clear();
-  swap_ins_.clear();
 }
 
 // ---- Admission
@@ -259,9 +271,12 @@ Scheduler::Blocked Scheduler::admit_next() {
 
 void Scheduler::start_running(int32_t slot, int64_t num_cached) {
   Request& request = requests_[slot];
+  reserve_more(running_, 1);
+  reserve_more(decisions_, 1);
+  reserve_more(rows_, 1);
+  const bool is_swapped_in = come_back(request, num_cached);
   queue_.pop(slot);
   forget_head();
-  const bool is_swapped_in = come_back(request, num_cached);
   request.state = State::kRunning;
   request.is_fresh = true;
   request.num_computed = manager_.num_computed_tokens(request.seq);
@@ -338,56 +353,11 @@ void Scheduler::write_batch() {
     token_ids = std::copy(pending.begin(), pending.end(), token_ids);
   }
   batch_.step = manager_.step(seqs_, {batch_.num_new_tokens.data(), batch_.num_new_tokens.size()});
+  swap_outs_.clear();
+  swap_ins_.clear();
   if (!offloads_.empty()) manager_.offer_also(std::exchange(offloads_, {}));
   batch_.num_preempted = std::exchange(num_preempted_, 0);
   QUIRE_INVARIANT(batch_.step != nullptr, "schedule: planned more blocks than there are");
-}
-
-// ---- explain()
-
-std::string Scheduler::explain() const {
-  const auto lock = manager_.lock();
-  const BlockAllocator& pool = manager_.allocator();
-  std::string text = concat(
-      "running ", running_.size(), " of at most ", config_.max_seqs, ", waiting ", queue_.size(),
-      "; step of ", rows_.size(), " rows, ", config_.max_tokens_per_step - budget_, " of ",
-      config_.max_tokens_per_step, " tokens; blocks: ", pool.num_available(), " of ",
-      pool.num_blocks(), " free or cached, watermark ", num_watermark_blocks_, "\n");
-  for (const Decision& decision : decisions_) {
-    text += concat("request ", decision.id, ": ");
-    if (decision.kind == Decision::kPreempted)
-      text += concat("preempted, no block is left; ", decision.num_tokens,
-                     " tokens lose theirs and are computed again where no longer cached\n");
-    else if (decision.kind == Decision::kSwappedOut)
-      text += concat("preempted, no block is left; ", decision.num_tokens,
-                     " tokens move to host memory\n");
-    else if (decision.kind == Decision::kSwappedIn)
-      text += concat("admitted, ", decision.num_cached, " tokens back from host memory, ",
-                     decision.num_tokens, " computed in this step\n");
-    else if (decision.kind == Decision::kAdmitted)
-      text += concat("admitted, ", decision.num_cached, " tokens cached, ", decision.num_tokens,
-                     " computed in this step\n");
-    else
-      text += concat("chunked, ", decision.num_tokens, " tokens left for later steps\n");
-  }
-  switch (blocked_) {
-    case Blocked::kNobodyWaits:
-      return text + "no request waits\n";
-    case Blocked::kMadeRoom:
-      return text + "none admitted: running requests were short of blocks\n";
-    case Blocked::kMaxSeqs:
-      return text + "no more admitted: max_seqs run\n";
-    case Blocked::kBudget:
-      return text + "no more admitted: max_tokens_per_step is spent\n";
-    default:
-      break;
-  }
-  text += concat("request ", head_ >= 0 ? requests_[head_].id : -1, " comes next: ");
-  if (blocked_ == Blocked::kPrefix)
-    return text + concat("waits for request ", leader_, ", which computes ", leader_tokens_,
-                         " tokens of its prefix\n");
-  return text + concat("needs ", head_needs_, " blocks, watermark included, beside ", num_promised_,
-                       " promised to running requests\n");
 }
 
 }  // namespace quire

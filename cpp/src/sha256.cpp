@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sha256.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -23,11 +24,11 @@ bool has_sha_ni() {
 }
 #endif
 
-Hash choose() {
+Compress choose() {
 #if defined(__x86_64__)
-  if (has_sha_ni()) return hash_sha_ni;
+  if (has_sha_ni()) return compress_sha_ni;
 #endif
-  return hash_portable;
+  return compress_portable;
 }
 
 }  // namespace
@@ -42,9 +43,7 @@ const uint32_t kRoundConstants[64] = {
     0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
     0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
-void hash_portable(const uint8_t* data, size_t num_chunks, uint8_t digest[32]) {
-  uint32_t state[8];
-  std::memcpy(state, kInitialState, sizeof state);
+void compress_portable(const uint8_t* data, size_t num_chunks, uint32_t state[8]) {
   for (; num_chunks > 0; --num_chunks, data += kChunk) {
     uint32_t w[64];
     for (int i = 0; i < 16; ++i) w[i] = load_big_endian(data + 4 * i);
@@ -54,7 +53,7 @@ void hash_portable(const uint8_t* data, size_t num_chunks, uint8_t digest[32]) {
              (std::rotr(b, 17) ^ std::rotr(b, 19) ^ b >> 10);
     }
     uint32_t s[8];
-    std::memcpy(s, state, sizeof s);
+    std::copy_n(state, 8, s);
     for (int i = 0; i < 64; ++i) {
       const uint32_t e = s[4], a = s[0];
       const uint32_t t1 = s[7] + (std::rotr(e, 6) ^ std::rotr(e, 11) ^ std::rotr(e, 25)) +
@@ -67,20 +66,39 @@ void hash_portable(const uint8_t* data, size_t num_chunks, uint8_t digest[32]) {
     }
     for (int i = 0; i < 8; ++i) state[i] += s[i];
   }
-  for (int i = 0; i < 32; ++i) digest[i] = static_cast<uint8_t>(state[i / 4] >> (24 - i % 4 * 8));
 }
 
-Hash hash() {
-  static const Hash chosen = choose();
+Compress compress() {
+  static const Compress chosen = choose();
   return chosen;
 }
 
-void pad(std::span<uint8_t> buffer, size_t size) {
-  std::memset(buffer.data() + size, 0, buffer.size() - size);
-  buffer[size] = 0x80;
-  const uint64_t num_bits = uint64_t{size} * 8;
-  for (int i = 0; i < 8; ++i)
-    buffer[buffer.size() - 1 - i] = static_cast<uint8_t>(num_bits >> (8 * i));
+Message& Message::add(const void* data, size_t size) {
+  const uint8_t* from = static_cast<const uint8_t*>(data);
+  size_ += size;
+  while (size > 0) {
+    const size_t count = std::min(size, kRoom - num_buffered_);
+    std::memcpy(buffer_ + num_buffered_, from, count);
+    num_buffered_ += count;
+    from += count;
+    size -= count;
+    if (num_buffered_ == kRoom) {
+      compress_(buffer_, kRoom / kChunk, state_);
+      num_buffered_ = 0;
+    }
+  }
+  return *this;
+}
+
+// Behind the message: a bit, zeros, and its size in bits, to the end of a chunk.
+void Message::finish(uint8_t digest[32]) {
+  const size_t end = (num_buffered_ + 1 + sizeof size_ + kChunk - 1) / kChunk * kChunk;
+  std::memset(buffer_ + num_buffered_, 0, end - num_buffered_);
+  buffer_[num_buffered_] = 0x80;
+  const uint64_t num_bits = size_ * 8;
+  for (size_t i = 0; i < 8; ++i) buffer_[end - 1 - i] = static_cast<uint8_t>(num_bits >> (8 * i));
+  compress_(buffer_, end / kChunk, state_);
+  for (int i = 0; i < 32; ++i) digest[i] = static_cast<uint8_t>(state_[i / 4] >> (24 - i % 4 * 8));
 }
 
 }  // namespace quire::sha256

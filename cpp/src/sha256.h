@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// SHA-256 (FIPS 180-4): the hash of whole messages, padded by the caller.
+// SHA-256 (FIPS 180-4), without memory of its own making.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <span>
 
 namespace quire::sha256 {
 
@@ -13,20 +12,33 @@ inline constexpr uint32_t kInitialState[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372
                                               0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
 extern const uint32_t kRoundConstants[64];
 
-// The digest of a padded message of num_chunks chunks.
-using Hash = void (*)(const uint8_t* data, size_t num_chunks, uint8_t digest[32]);
+// Takes num_chunks more chunks of a message into its state.
+using Compress = void (*)(const uint8_t* data, size_t num_chunks, uint32_t state[8]);
 
-void hash_portable(const uint8_t* data, size_t num_chunks, uint8_t digest[32]);
+void compress_portable(const uint8_t* data, size_t num_chunks, uint32_t state[8]);
 #if defined(__x86_64__)
-void hash_sha_ni(const uint8_t* data, size_t num_chunks, uint8_t digest[32]);
+void compress_sha_ni(const uint8_t* data, size_t num_chunks, uint32_t state[8]);
 #endif
 
 // The fastest on this CPU, chosen at the first call.
-Hash hash();
+Compress compress();
 
-constexpr size_t padded_size(size_t size) { return (size + 9 + kChunk - 1) / kChunk * kChunk; }
+// A message, piece by piece. Nothing here throws: keys are made where nothing may.
+class Message {
+ public:
+  explicit Message(Compress compress = sha256::compress()) : compress_(compress) {}
+  Message& add(const void* data, size_t size);
+  void finish(uint8_t digest[32]);  // and nothing after it
 
-// Writes what follows a message of `size` bytes into buffer [padded_size(size)].
-void pad(std::span<uint8_t> buffer, size_t size);
+ private:
+  static constexpr size_t kRoom = 8 * kChunk;  // compressed together
+
+  Compress compress_;
+  uint64_t size_ = 0;        // bytes so far,
+  size_t num_buffered_ = 0;  // and how many of them are not in the state
+  uint32_t state_[8] = {kInitialState[0], kInitialState[1], kInitialState[2], kInitialState[3],
+                        kInitialState[4], kInitialState[5], kInitialState[6], kInitialState[7]};
+  uint8_t buffer_[kRoom + kChunk];  // with room for padding
+};
 
 }  // namespace quire::sha256

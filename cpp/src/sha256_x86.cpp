@@ -8,12 +8,11 @@ namespace quire::sha256 {
 
 // The instructions want the state as (A, B, E, F) and (C, D, G, H), and take four rounds' message
 // words with their constants added, two rounds an instruction.
-void hash_sha_ni(const uint8_t* data, size_t num_chunks, uint8_t digest[32]) {
+void compress_sha_ni(const uint8_t* data, size_t num_chunks, uint32_t state[8]) {
   const __m128i swap_bytes = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
   const __m128i* constants = reinterpret_cast<const __m128i*>(kRoundConstants);
-  const uint32_t* h = kInitialState;
-  __m128i abef = _mm_setr_epi32(h[5], h[4], h[1], h[0]);
-  __m128i cdgh = _mm_setr_epi32(h[7], h[6], h[3], h[2]);
+  __m128i abef = _mm_setr_epi32(state[5], state[4], state[1], state[0]);
+  __m128i cdgh = _mm_setr_epi32(state[7], state[6], state[3], state[2]);
   for (; num_chunks > 0; --num_chunks, data += kChunk) {
     const __m128i abef_before = abef, cdgh_before = cdgh;
     __m128i w[4];  // the latest 16 words of the message schedule
@@ -38,9 +37,9 @@ void hash_sha_ni(const uint8_t* data, size_t num_chunks, uint8_t digest[32]) {
   }
   const __m128i feba = _mm_shuffle_epi32(abef, 0x1b);
   const __m128i dchg = _mm_shuffle_epi32(cdgh, 0xb1);
-  __m128i* out = reinterpret_cast<__m128i*>(digest);
-  _mm_storeu_si128(out, _mm_shuffle_epi8(_mm_blend_epi16(feba, dchg, 0xf0), swap_bytes));
-  _mm_storeu_si128(out + 1, _mm_shuffle_epi8(_mm_alignr_epi8(dchg, feba, 8), swap_bytes));
+  __m128i* out = reinterpret_cast<__m128i*>(state);
+  _mm_storeu_si128(out, _mm_blend_epi16(feba, dchg, 0xf0));
+  _mm_storeu_si128(out + 1, _mm_alignr_epi8(dchg, feba, 8));
 }
 
 }  // namespace quire::sha256

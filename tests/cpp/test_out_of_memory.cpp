@@ -1,21 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory runs out in the midst of a call: for every n the n-th allocation of it fails. Then the
 // manager is as it was before, and the same call works once there is memory.
+#include "out_of_memory.h"
+
 #include <doctest/doctest.h>
 
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <random>
-#include <sstream>
-#include <type_traits>
 #include <vector>
 
 #include "kv_traffic.h"
 
+namespace out_of_memory {
+
+thread_local int64_t allocations_left = -1;
+
+}
+
 namespace {
 
-thread_local int64_t allocations_left = -1;  // until one fails; -1: none does
+using out_of_memory::allocations_left;
 
 void* allocate(size_t size, size_t alignment) {
   if (allocations_left >= 0 && allocations_left-- == 0) throw std::bad_alloc();
@@ -44,126 +50,80 @@ void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::fre
 
 namespace {
 
+using namespace out_of_memory;
 using quire::KVCacheManager;
 using quire::SequenceId;
-using Ids = std::vector<int32_t>;
-
-int64_t num_failures = 0;
-
-// Makes a call again and again, each time with one allocation more, until it works.
-template <class Call, class Check>
-auto until_it_works(Call call, Check check) {
-  for (int64_t n = 0;; ++n) {
-    try {
-      struct Disarm {
-        ~Disarm() { allocations_left = -1; }
-      } disarm;
-      allocations_left = n;
-      return call();
-    } catch (const std::bad_alloc&) {
-      ++num_failures;
-    }
-    check();
-  }
-}
-
-// All that a manager's callers can tell, and the order of eviction. (What saves time alone may
-// differ: a trunk that no child came to share, the root of a salt, sequences that a commit left
-// ready to decode on.)
-std::string state_of(const KVCacheManager& manager) {
-  const std::string snapshot = manager.snapshot();
-  std::ostringstream state;
-  for (const char* name : {"allocator", "counts", "batch", "manager", "deferred"}) {
-    const size_t at = snapshot.find(std::string("\"") + name + "\"");
-    REQUIRE(at != std::string::npos);
-    state << snapshot.substr(at, snapshot.find(']', at) - at) << '\n';
-  }
-  state << "cached";
-  for (int32_t block : manager.cached_blocks()) state << ' ' << block;
-  state << '\n';
-  for (SequenceId seq : manager.sequences()) {
-    state << seq.value << ' ' << manager.num_computed_tokens(seq) << ' '
-          << manager.num_cached_tokens(seq) << " tokens";
-    for (int32_t token : manager.tokens(seq)) state << ' ' << token;
-    state << " blocks";
-    for (int32_t block : manager.block_table(seq)) state << ' ' << block;
-    state << '\n';
-  }
-  return state.str();
-}
-
-// A manager all of whose calls run out of memory first.
-struct Short {
-  KVCacheManager& manager;
-
-  template <class Call>
-  auto attempt(Call call) {
-    const std::string before = state_of(manager);
-    return until_it_works(call, [&] {
-      manager.validate();
-      REQUIRE(state_of(manager) == before);
-    });
-  }
-  SequenceId create(const Ids& tokens, quire::Salt salt) {
-    return attempt([&] { return manager.create(tokens, salt); });
-  }
-  const quire::StepBatch* step(std::span<const SequenceId> seqs, std::span<const int32_t> counts) {
-    return attempt([&] { return manager.step(seqs, counts); });
-  }
-  void commit(std::span<const SequenceId> seqs, std::span<const int32_t> sampled,
-              std::span<const int32_t> num_sampled) {
-    attempt([&] { manager.commit(seqs, sampled, num_sampled); });
-  }
-  SequenceId fork(SequenceId seq) {
-    return attempt([&] { return manager.fork(seq); });
-  }
-  void truncate(SequenceId seq, int64_t num_tokens) {
-    attempt([&] { manager.truncate(seq, num_tokens); });
-  }
-  void free(std::span<const SequenceId> seqs) {
-    attempt([&] { manager.free(seqs); });
-  }
-  void retire(int64_t ticket) {
-    attempt([&] { manager.retire(ticket); });
-  }
-};
 
 struct Random {
   std::mt19937 engine;
   uint32_t next() { return engine(); }
 };
 
-void check_traffic(bool caching, uint32_t seed, const quire::KVCacheOptions& options = {}) {
+void check_traffic(uint32_t seed, bool caching, int32_t async_depth,
+                   const quire::KVCacheOptions& options) {
+  constexpr double kShortTtl = 20;  // seconds, one a call
   const kv_traffic::Shape shape{.num_blocks = 40,
                                 .block_size = 4,
                                 .prefix_caching = caching,
-                                .async_depth = 0,
+                                .async_depth = async_depth,
                                 .max_seqs = 8,
-                                .max_tokens = 60};
-  KVCacheManager manager(shape.num_blocks, shape.block_size, caching, 0, options);
+                                .max_tokens = 60,
+                                .short_ttl = kShortTtl};
+  KVCacheManager manager(shape.num_blocks, shape.block_size, caching, async_depth, options);
   {  // entries for all sequences: a snapshot shows how many there are
     std::vector<SequenceId> seqs;
-    for (int32_t i = 0; i < shape.max_seqs + 1; ++i) seqs.push_back(manager.create(Ids{i}));
+    for (int32_t i = 0; i < shape.max_seqs + 2; ++i) seqs.push_back(manager.create(Ids{i}));
     manager.free(seqs);
   }
   Short with_little{manager};
   Random random{std::mt19937(seed)};
   kv_traffic::Traffic traffic(with_little, manager, shape, random);
   num_failures = 0;
-  for (int i = 0; i < 400; ++i) traffic.call();
+  for (int64_t i = 0; i < 400; ++i) {
+    manager.set_time(i * 1'000'000'000);
+    traffic.call();
+  }
   traffic.free_all();
   manager.validate();
   CHECK(manager.allocator().num_used() == 0);
   CHECK(num_failures > 50);
 }
 
+using Kind = quire::LayerGroup::Kind;
+
 }  // namespace
 
 TEST_CASE("out of memory in any call: nothing has changed, and the call works later") {
-  for (uint32_t seed = 1; seed <= 3; ++seed) check_traffic(true, seed);
+  for (uint32_t seed = 1; seed <= 3; ++seed) check_traffic(seed, true, 0, {});
 }
 
-TEST_CASE("out of memory without prefix caching") { check_traffic(false, 4); }
+TEST_CASE("out of memory without prefix caching") {
+  check_traffic(4, false, 0, {});
+  check_traffic(5, false, 2, {.num_host_blocks = 20});
+}
+
+TEST_CASE("out of memory while events are made, classes of reuse, and with host blocks") {
+  check_traffic(6, true, 0, {.event_capacity = 1000});
+  check_traffic(7, true, 0, {.eviction = quire::Eviction::kReuseLru, .event_capacity = 1000});
+  check_traffic(8, true, 0, {.event_capacity = 1000, .num_host_blocks = 30});
+}
+
+TEST_CASE("out of memory while steps run") {
+  check_traffic(9, true, 1, {});
+  check_traffic(10, true, 3, {.event_capacity = 1000, .num_host_blocks = 30});
+}
+
+TEST_CASE("out of memory with several layer groups") {
+  check_traffic(11, true, 0, {.groups = {{}, {Kind::kSlidingWindow, 6}}});
+  check_traffic(12, true, 0, {.groups = {{}, {Kind::kChunkedLocal, 8}}});
+  check_traffic(13, true, 0, {.groups = {{}, {Kind::kState}}});
+  check_traffic(14, true, 2,
+                {.event_capacity = 1000,
+                 .num_host_blocks = 30,
+                 .groups = {{}, {Kind::kSlidingWindow, 9}, {Kind::kState}}});
+  check_traffic(15, false, 0,
+                {.groups = {{}, {Kind::kSlidingWindow, 5}, {Kind::kChunkedLocal, 8}}});
+}
 
 TEST_CASE("out of memory where a new sequence needs a new entry, and a salt a root") {
   KVCacheManager manager(64, 4);

@@ -40,11 +40,9 @@
 
 #include <array>
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -55,6 +53,7 @@
 #include "quire/block_allocator.h"
 #include "quire/block_keys.h"
 #include "quire/block_table.h"
+#include "quire/block_timers.h"
 #include "quire/decode_loop.h"
 #include "quire/event_log.h"
 #include "quire/kv_cache_types.h"
@@ -278,11 +277,6 @@ class KVCacheManager {
     // [num_groups][end - first], from the pool or to be loaded; -1: not needed
     std::vector<std::vector<int32_t>> blocks;
   };
-  struct Expiry {
-    double ttl;            // seconds
-    int64_t deadline = 0;  // of the steady clock in ns; 0: the block is in use
-  };
-
   struct YieldedMatch {  // a match() that has given way
     int32_t block;
     bool is_lost;  // the block was evicted meanwhile
@@ -314,11 +308,13 @@ class KVCacheManager {
   Sequence& unused_sequence(size_t ahead);
   Sequence& add_sequence(int64_t serial);
   void remove_sequence(Sequence& seq);
+  void close(SequenceId id);
   int64_t num_computed(const Sequence& seq) const;
 
   int64_t find_path(int32_t root, std::span<const int32_t> tokens) const;
   std::optional<PrefixMatch> match(int32_t root, std::span<const int32_t> tokens) const;
   PrefixMatch match_at_once(int32_t root, std::span<const int32_t> tokens) const;
+  void reserve_path(Sequence& seq, int64_t num_tokens);
   void take_path(Sequence& seq, int64_t num_cached);
   bool give_way_at(int32_t block) const;
   bool shares_last_block(const Sequence& seq, int32_t group = 0) const;
@@ -333,6 +329,7 @@ class KVCacheManager {
   void plan_copy(Sequence& seq, int32_t group);
   void undo_copies();
   int64_t take_over(int64_t num_short);
+  void reserve_blocks(int64_t num_blocks);
   bool allocate(int64_t num_blocks);
   int32_t evict(int32_t victim);
   void forget(const Copy& copy);
@@ -353,6 +350,7 @@ class KVCacheManager {
   }
 
   void prepare_advance(Sequence& seq, int32_t num_new_tokens);
+  int64_t most_released(const Sequence& seq) const;
   void advance(Sequence& seq);
   int32_t publish(int32_t parent, const int32_t* tokens, int32_t block);
   int32_t publish(Sequence& seq, int32_t index);
@@ -364,10 +362,11 @@ class KVCacheManager {
   void trim(Sequence& seq, int32_t num_blocks);
   void give_back(Sequence& seq);
   void retain(const Retention& retention, int32_t block);
+  void reserve_releases(int64_t count);
+  static int64_t num_held(const Sequence& seq);
   void release(int32_t block);
   void release_now(int32_t block);
   void expire();
-  void drop_expiry(int32_t block);
   int64_t now_ns() const;
   int64_t pin(int32_t root, std::span<const int32_t> tokens);
   int64_t unpin(int32_t root, std::span<const int32_t> tokens);
@@ -386,7 +385,7 @@ class KVCacheManager {
   void share_groups(const Sequence& parent, Sequence& child);
   bool groups_reach(const Sequence& seq, int64_t num_tokens) const;
   void trim_groups(Sequence& seq, int32_t num_blocks);
-  void pin_companions(bool pins);
+  void add_companions_to_path();
   void validate_groups(const Sequence& seq) const;
   void validate_companions() const;
 
@@ -407,7 +406,7 @@ class KVCacheManager {
     if (is_watched_) watch_hit(block);
   }
   void on_left(int32_t block) {
-    if (yielded_ || !expiries_.empty()) watch_left(block);
+    if (yielded_ || timers_) watch_left(block);
   }
   void watch_left(int32_t block);
   void watch_stored(int32_t block, std::span<const int32_t> tokens);
@@ -420,10 +419,12 @@ class KVCacheManager {
   friend class Scheduler;  // which calls match() first; whose step comes after its swap_in()s
   void attach_matched(SequenceId seq, int64_t num_matched);
   void offer_also(std::vector<KVTransfer> offloads);
+  void drop_offloads();
   bool is_in_all_stores(const ChainKey& key) const;
   const KVStore* store_with(const ChainKey& key) const;
   Fetch find_in_stores(const Sequence& seq);
   int32_t reach_of(const Sequence& seq, const Fetch& fetch) const;
+  void reserve_fetched(Sequence& seq, const Fetch& fetch, int32_t end);
   void take_fetched(Sequence& seq, Fetch& fetch, int32_t end, size_t num_came);
   void check_here(const char* function, const Sequence& seq) const;
   void check_no_step(const char* function, const Sequence& seq) const;
@@ -431,6 +432,7 @@ class KVCacheManager {
   void set_entries(Sequence& seq, int32_t group, int64_t num_computed,
                    std::span<const int32_t> blocks);
   std::vector<int32_t> find_swapped(const Sequence& seq, int64_t num_computed) const;
+  void reserve_swapped_in(Sequence& seq, int64_t num_computed, int32_t num_found);
   void publish_companions(Sequence& seq, int64_t num_computed);
   void drop_slots(Sequence& seq);
   void validate_sequence(const Sequence& seq) const;
@@ -451,23 +453,22 @@ class KVCacheManager {
   std::vector<StepBatch> group_batches_;  // of the groups but the first
   int64_t last_ticket_ = 0;
   int64_t last_retired_ = 0;
-  std::deque<Deferred> deferred_;              // in order of tickets
+  std::vector<Deferred> deferred_;             // in order of tickets
   std::unordered_map<int32_t, int32_t> pins_;  // how often each pinned block is pinned
   bool has_retention_ = false;                 // some sequence had another than the default
-  std::unordered_map<int32_t, Expiry> expiries_;
-  std::set<std::pair<int64_t, int32_t>> timers_;  // deadline and block, at most one of each expiry
-  std::optional<int64_t> time_;                   // ns; none: the steady clock's
+  std::optional<BlockTimers> timers_;          // once some sequence had a time to live
+  std::optional<int64_t> time_;                // ns; none: the steady clock's
   int64_t prefix_query_tokens_ = 0;
   int64_t prefix_hit_tokens_ = 0;
   int64_t evicted_blocks_ = 0;
 
   bool is_watched_ = false;  // events or stores, or Eviction::kReuseLru
   std::optional<EventLog> events_;
-  mutable std::optional<BlockKeys> keys_;  // where events or stores want them
-  std::vector<const KVStore*> stores_;     // the nearest first
-  std::vector<KVTransfer> offloads_;
-  std::unordered_map<int32_t, Fetch> fetches_;  // by index of the sequence
-  std::array<int64_t, 3> fetched_tokens_{};     // by tier
+  mutable std::optional<BlockKeys> keys_;                // where events or stores want them
+  std::vector<const KVStore*> stores_;                   // the nearest first
+  std::vector<KVTransfer> offloads_, earlier_offloads_;  // the latter: offer_also()
+  std::unordered_map<int32_t, Fetch> fetches_;           // by index of the sequence
+  std::array<int64_t, 3> fetched_tokens_{};              // by tier
   std::optional<BlockAllocator> host_;
   std::unordered_map<int32_t, Swapped> swapped_;  // by index of the sequence
 

@@ -79,7 +79,8 @@ class KVStore {
   virtual std::shared_ptr<KVTicket> get(const ChainKey& key, std::span<std::byte> out,
                                         OnDone on_done = {}) = 0;
 
-  // Whether a put of this key has completed, and the block is still there.
+  // Whether a put of this key has completed, and the block is still there. It must not throw: a
+  // manager asks while it evicts.
   virtual bool contains(const ChainKey& key) const = 0;
 
   // True: the block was there. A put that waits is not undone.

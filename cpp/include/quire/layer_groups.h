@@ -46,7 +46,7 @@ class CompanionCache {
   int64_t most_blocks(int32_t group, int64_t num_tokens, int64_t max_step) const;
 
   // How many of the leading whole blocks of `path` a sequence can begin with: the most for which
-  // every group has what it needs.
+  // every group has what it needs. Not for two threads at once.
   size_t usable_blocks(std::span<const int32_t> path) const;
 
   int32_t find(int32_t group, int32_t node) const { return companions_[group - 1][node]; }
@@ -75,6 +75,7 @@ class CompanionCache {
   int32_t size_ = 0;
   std::vector<std::vector<int32_t>> companions_;  // [groups - 1][num_blocks], by node
   std::vector<Owner> owners_;                     // [num_blocks]
+  mutable std::vector<int32_t> runs_;  // scratch: of companions that end with a block, by group
 };
 
 }  // namespace quire

@@ -91,6 +91,7 @@ class PrefixCache {
     return nodes_[block].is_partial ? static_cast<int32_t>(nodes_[block].child) : block_size_;
   }
   std::vector<int32_t> tokens(int32_t block) const;
+  void copy_tokens(int32_t block, int32_t* out) const;  // [num_tokens(block)]
 
   // Asks for the memory of a block that is about to be inserted; of one that is to be its parent or
   // to be erased. No matter whether there is such a block.

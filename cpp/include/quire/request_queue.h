@@ -7,7 +7,8 @@
 // tenant and priority, in the order of arrival. But whoever was overtaken max_overtakes times is
 // due, whatever its tenant and priority: so nobody waits for ever.
 //
-// Requests are known by small numbers (slots), which may be used again. All is deterministic.
+// Requests are known by small numbers (slots), which may be used again. All is deterministic. What
+// runs out of memory has changed nothing.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +34,8 @@ class RequestQueue {
   void pop(int32_t slot);
   // An admitted one waits again, before its equals.
   void push_front(int32_t slot);
+  // It waits no longer, and was not admitted either.
+  void leave(int32_t slot);
   // It has ended, in either state.
   void remove(int32_t slot);
 
@@ -64,7 +67,7 @@ class RequestQueue {
   const Tenant& tenant_of(int32_t slot) const { return tenants_[entries_[slot].tenant]; }
   int32_t open_tenant(std::string_view name);
   void close_tenant(int32_t tenant);
-  void leave_line(int32_t slot);
+  void enter_line(int32_t slot, bool is_first);
 
   int32_t max_overtakes_;
   int32_t size_ = 0;

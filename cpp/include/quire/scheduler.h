@@ -21,6 +21,10 @@
 // Steps in which every running request decodes on cost least: what they change is counted up
 // later, and the manager is called as its DecodeLoop wants it.
 //
+// What throws std::bad_alloc can be called again. add() and finish() have changed nothing then;
+// schedule() may have preempted and admitted requests, and the next batch tells of their copies;
+// commit() wants the same tokens once more, and its KV may be committed already.
+//
 // Any number of threads may call every function; they share the manager's lock. What schedule()
 // and commit() hand out is for the thread that calls these two; the others add, finish and ask.
 #pragma once
@@ -160,6 +164,8 @@ class Scheduler {
   void begin_going_on();
   void catch_up();
 
+  void commit_going_on(std::span<const int32_t> sampled);
+  void commit_rows(std::span<const int32_t> sampled);
   void leave_out_finished(std::span<const int32_t> sampled);
   void end_finished();
   void end(int32_t slot);
@@ -181,6 +187,7 @@ class Scheduler {
 
   // The step in the making.
   bool is_scheduled_ = false;  // schedule() was called, commit() not yet
+  bool is_committed_ = false;  // but for ending those that have finished
   std::vector<Row> rows_;
   int32_t budget_ = 0;
   int32_t num_preempted_ = 0;  // since the batch before

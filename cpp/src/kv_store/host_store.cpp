@@ -2,6 +2,7 @@
 // Blocks in one slab of host memory. Only the worker writes to slots and reuses them, so it copies
 // without holding the lock.
 #include <algorithm>
+#include <new>
 
 #include "kv_store/indexed_store.h"
 
@@ -43,7 +44,12 @@ class HostStore final : public IndexedStore {
     if (slot == StoreIndex::kNone) return KVOutcome::kDone;
     std::copy(request.payload.begin(), request.payload.end(), slot_data(slot));
     const std::lock_guard lock(mutex_);
-    index_.fill(slot, request.key);
+    try {
+      index_.fill(slot, request.key);
+    } catch (const std::bad_alloc&) {
+      index_.give_back(slot);
+      throw;
+    }
     ++stats_.stored;
     return KVOutcome::kDone;
   }

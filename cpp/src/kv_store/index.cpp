@@ -2,6 +2,7 @@
 #include "kv_store/index.h"
 
 #include "quire/error.h"
+#include "reserve_more.h"
 
 namespace quire {
 
@@ -12,6 +13,9 @@ int32_t StoreIndex::take() {
     return slot;
   }
   if (static_cast<int32_t>(keys_.size()) == capacity_) return kNone;
+  reserve_more(keys_, 1);
+  reserve_more(links_, 1);
+  free_.reserve(keys_.capacity());  // erase() must not throw
   keys_.emplace_back();
   links_.emplace_back();
   return static_cast<int32_t>(keys_.size()) - 1;

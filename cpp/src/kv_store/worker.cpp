@@ -8,11 +8,18 @@ namespace quire {
 StoreWorker::StoreWorker(int32_t max_pending, StoreWork work)
     : max_pending_(static_cast<size_t>(max_pending)), work_(std::move(work)) {
   QUIRE_CHECK_ARG(max_pending >= 1, "KVStore: max_pending: expected 1 or more, got ", max_pending);
-  threads_.emplace_back([this] { serve(!work_.gets_have_a_thread, true); });
-  if (work_.gets_have_a_thread) threads_.emplace_back([this] { serve(true, false); });
+  try {
+    threads_.emplace_back([this] { serve(!work_.gets_have_a_thread, true); });
+    if (work_.gets_have_a_thread) threads_.emplace_back([this] { serve(true, false); });
+  } catch (...) {  // no memory, or no thread, for the second
+    stop();
+    throw;
+  }
 }
 
-StoreWorker::~StoreWorker() {
+StoreWorker::~StoreWorker() { stop(); }
+
+void StoreWorker::stop() {
   {
     const std::lock_guard lock(mutex_);
     stops_ = true;
@@ -25,12 +32,11 @@ std::shared_ptr<KVTicket> StoreWorker::submit(Queue& queue, StoreRequest request
   auto ticket = std::make_shared<KVTicket>();
   {
     const std::lock_guard lock(mutex_);
-    if (queue.requests.size() >= max_pending_) {
+    if (queue.size() >= max_pending_) {
       ++not_taken_;
       return nullptr;
     }
-    queue.requests.push_back(std::move(request));
-    queue.tickets.push_back(ticket);
+    queue.push_back({std::move(request), ticket});
     ++num_pending_;
   }
   has_work_.notify_all();
@@ -40,19 +46,17 @@ std::shared_ptr<KVTicket> StoreWorker::submit(Queue& queue, StoreRequest request
 // The next get, or else the next puts; waits for them. Empty: the store goes.
 StoreWorker::Batch StoreWorker::take(bool gets, bool puts) {
   std::unique_lock lock(mutex_);
-  const auto has_get = [&] { return gets && !gets_.requests.empty(); };
-  const auto has_put = [&] { return puts && !puts_.requests.empty(); };
+  const auto has_get = [&] { return gets && !gets_.empty(); };
+  const auto has_put = [&] { return puts && !puts_.empty(); };
   has_work_.wait(lock, [&] { return stops_ || has_get() || has_put(); });
   Batch batch;
   batch.is_puts = !has_get();
   if (batch.is_puts && !has_put()) return batch;
   Queue& queue = batch.is_puts ? puts_ : gets_;
   const size_t most = batch.is_puts ? work_.max_batch : 1;
-  while (!queue.requests.empty() && batch.requests.size() < most) {
-    batch.requests.push_back(std::move(queue.requests.front()));
-    batch.tickets.push_back(std::move(queue.tickets.front()));
-    queue.requests.pop_front();
-    queue.tickets.pop_front();
+  for (; !queue.empty() && batch.requests.size() < most; queue.pop_front()) {
+    batch.requests.push_back(std::move(queue.front().request));
+    batch.tickets.push_back(std::move(queue.front().ticket));
   }
   return batch;
 }

@@ -42,16 +42,18 @@ class StoreWorker {
   void add_stats(KVStoreStats& stats) const;
 
  private:
-  struct Queue {
-    std::deque<StoreRequest> requests;
-    std::deque<std::shared_ptr<KVTicket>> tickets;
+  struct Taken {
+    StoreRequest request;
+    std::shared_ptr<KVTicket> ticket;
   };
+  using Queue = std::deque<Taken>;
   struct Batch {
     std::vector<StoreRequest> requests;
     std::vector<std::shared_ptr<KVTicket>> tickets;
     bool is_puts = false;
   };
   std::shared_ptr<KVTicket> submit(Queue& queue, StoreRequest request);
+  void stop();
   void serve(bool gets, bool puts);
   Batch take(bool gets, bool puts);
   void run(const Batch& batch);
