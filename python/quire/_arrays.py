@@ -63,9 +63,10 @@ def shape_of(tensor: Tensor, argument: str) -> tuple[int, ...]:
         ) from None
 
 
-def empty_like(like: Tensor) -> Tensor:
-    """What `Attention.run` writes to: uninitialised, contiguous, of q's shape and device."""
-    return empty(like, "Attention.run: q", tuple(like.shape))
+def empty_out(q: Tensor, head_dim_v: int) -> Tensor:
+    """What `Attention.run` writes to: uninitialised, contiguous, q's rows and device."""
+    shape = shape_of(q, "Attention.run: q")
+    return empty(q, "Attention.run: q", (*shape[:-1], head_dim_v))
 
 
 def stack(parts: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
