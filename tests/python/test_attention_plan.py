@@ -67,3 +67,53 @@ def test_values_are_as_wide_as_keys_unless_told():
 def test_refuses_values_of_no_width(width):
     with pytest.raises(ValueError, match=rf"head_dim_v: expected .* at least 1, got {width}"):
         quire.Attention(**MODEL, head_dim_v=width)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "ours"),
+    [
+        ("num_heads", 2, 8),
+        ("num_kv_heads", 4, 1),
+        ("head_dim", 8, 16),
+        ("head_dim_v", 8, 16),
+        ("block_size", 8, 1),
+        ("causal", False, True),
+        ("window", (3, 0), (-1, 0)),
+        ("dtype", "float16", "float32"),
+        ("kv_dtype", "int8", "float32"),
+    ],
+)
+def test_refuses_the_plan_of_another_model(name, theirs, ours):
+    """It would address other heads, blocks or scratch memory than there are."""
+    model = {**MODEL, "head_dim_v": 16, name: ours}
+    plan = quire.Attention(**{**model, name: theirs}).plan(block_table(), SEQ_LENS, CU_SEQLENS)
+    attn = quire.Attention(**model)
+    q, out = random(8, model["num_heads"], 16), np.full((8, model["num_heads"], 16), 7, np.float32)
+    cache = random(525, model["block_size"], model["num_kv_heads"], 16)
+    with pytest.raises(ValueError, match=rf"plan: expected one made for {name}.*, got "):
+        attn.run(plan, q, cache, cache, out)
+    workspace = np.zeros(1 << 20, np.uint8)
+    with pytest.raises(ValueError, match=rf"plan: expected one made for {name}.*, got "):
+        attn.run_part(plan, 0, 1, q, cache, cache, out, workspace)
+    assert (out == 7).all()
+
+
+def test_takes_the_plan_of_a_model_that_scales_otherwise():
+    """Layers that differ in scale and softcap alone share the step's plan."""
+    q, cache = random(8, 4, 16), random(525, 4, 2, 16)
+    batch = (block_table(), SEQ_LENS, CU_SEQLENS)
+    other = quire.Attention(**MODEL, scale=0.5, softcap=3.0)
+    plan = quire.Attention(**MODEL).plan(*batch)
+    assert np.array_equal(
+        other.run(plan, q, cache, cache), other.run(other.plan(*batch), q, cache, cache)
+    )
+
+
+@pytest.mark.parametrize("columns", [0, 1, 7])
+def test_plans_a_batch_of_none(columns):
+    """NumPy gives new arrays without elements strides of 0."""
+    attn = quire.Attention(**MODEL)
+    plan = attn.plan(np.zeros((0, columns), np.int32), np.zeros(0, np.int32))
+    cache = random(3, 4, 2, 16)
+    assert plan.num_work_items == 0
+    assert attn.run(plan, np.zeros((0, 4, 16), np.float32), cache, cache).shape == (0, 4, 16)
