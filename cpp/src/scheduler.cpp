@@ -42,8 +42,13 @@ Scheduler::Scheduler(KVCacheManager& manager, const SchedulerConfig& config)
 
 Scheduler::~Scheduler() {
   const auto lock = manager_.lock();
-  for (const Request& request : requests_)
-    if (request.state != State::kEnded) manager_.free({&request.seq, 1});
+  for (const Request& request : requests_) {
+    if (request.state == State::kEnded) continue;
+    try {
+      manager_.free({&request.seq, 1});
+    } catch (const InvalidArgument&) {  // another user of the manager has freed it
+    }
+  }
 }
 
 int32_t Scheduler::add(std::span<const int32_t> token_ids, int32_t max_new_tokens, Salt salt,
