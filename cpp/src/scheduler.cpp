@@ -45,9 +45,11 @@ Scheduler::Scheduler(KVCacheManager& manager, const SchedulerConfig& config)
 Scheduler::~Scheduler() {
   const auto lock = manager_.lock();
   for (const Request& request : requests_) {
+    if (request.state == State::kEnded) continue;
     try {
-      if (request.state != State::kEnded) manager_.free({&request.seq, 1});
-    } catch (const std::bad_alloc&) {  // it stays with the manager
+      manager_.free({&request.seq, 1});
+    } catch (const std::bad_alloc&) {   // it stays with the manager
+    } catch (const InvalidArgument&) {  // another user of the manager has freed it
     }
   }
 }

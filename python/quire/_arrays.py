@@ -63,17 +63,25 @@ def shape_of(tensor: Tensor, argument: str) -> tuple[int, ...]:
         ) from None
 
 
-def empty_like(like: Tensor) -> Tensor:
-    """What `Attention.run` writes to: uninitialised, contiguous, of q's shape and device."""
-    return empty(like, "Attention.run: q", tuple(like.shape))
+def empty_out(q: Tensor, head_dim_v: int) -> Tensor:
+    """What `Attention.run` writes to: uninitialised, contiguous, q's rows and device."""
+    shape = shape_of(q, "Attention.run: q")
+    return empty(q, "Attention.run: q", (*shape[:-1], head_dim_v))
 
 
-def stack(parts: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+def stack(parts: Tensor | list[Tensor] | tuple[Tensor, ...], argument: str) -> Tensor:
     """A list of arrays as one array with a new first dimension; an array is returned as it is."""
     if not isinstance(parts, (list, tuple)):
         return parts
     if not parts:
-        raise ValueError("merge_states: outs, lses: expected at least one state, got none")
+        raise ValueError(f"{argument}: expected at least one state, got none")
+    kinds = [(shape_of(part, f"{argument}[{i}]"), part.dtype) for i, part in enumerate(parts)]
+    for i, (shape, dtype) in enumerate(kinds):
+        if (shape, dtype) != kinds[0]:
+            raise ValueError(
+                f"{argument}[{i}]: expected {kinds[0][0]} {kinds[0][1]} as the first one, got "
+                f"{shape} {dtype}"
+            )
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(parts[0], torch.Tensor):
         return torch.stack(list(parts))

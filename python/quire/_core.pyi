@@ -118,7 +118,8 @@ class Attention:
     Picks the kernel when built. `window` is (left, right), inclusive, -1 = open; `scale` None
     is 1/sqrt(head_dim); `softcap` 0 is none; `kv_dtype` None is `dtype`, else "float8_e4m3",
     "float8_e5m2" or "int8" for a quantised cache. `dtype` "float8_e4m3" is for queries of
-    codes over a cache of such: see paged_attention(). Thread-safe.
+    codes over a cache of such: see paged_attention(). `head_dim_v`, the width of values, None
+    is head_dim: 512 for latent caches (MLA) of 576, v_cache = k_cache[..., :512]. Thread-safe.
 
     Raises ValueError for a wrong argument, NotImplementedError (with the text of explain())
     where no kernel fits.
@@ -130,7 +131,7 @@ class Attention:
         attn.run(plan, q, k_cache, v_cache, out=out)     # once a layer
     """
 
-    def __init__(self, *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str = 'bfloat16', kv_dtype: str | None = None, block_size: int = 16, causal: bool = True, window: tuple[int, int] = (-1, -1), softcap: float = 0.0, scale: float | None = None, device: str = 'cpu') -> None: ...
+    def __init__(self, *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str = 'bfloat16', kv_dtype: str | None = None, block_size: int = 16, causal: bool = True, window: tuple[int, int] = (-1, -1), softcap: float = 0.0, scale: float | None = None, device: str = 'cpu', head_dim_v: int | None = None) -> None: ...
 
     def plan(self, block_table: object, seq_lens: object, cu_seqlens_q: object | None = None, max_total_q: int | None = None, stream: object | None = None) -> AttentionPlan:
         """
@@ -158,10 +159,10 @@ class Attention:
         """
         Runs a plan on one layer's tensors and returns out.
 
-        q, out [total_q, num_heads, head_dim], of dtype, but out is bfloat16 where that is
-        float8_e4m3; k_cache, v_cache [num_blocks, block_size,
-        num_kv_heads, head_dim], any strides with the last dimension contiguous; lse float32
-        [num_heads, total_q], written if given; sinks, alibi_slopes float32 [num_heads];
+        q [total_q, num_heads, head_dim], of dtype; out likewise, head_dim_v wide, but bfloat16
+        where that is float8_e4m3; k_cache [num_blocks, block_size, num_kv_heads, head_dim],
+        v_cache likewise, head_dim_v wide, any strides with the last dimension contiguous; lse
+        float32 [num_heads, total_q], written if given; sinks, alibi_slopes float32 [num_heads];
         k_scale, v_scale of a quantised cache, as for paged_attention().
 
         Raises ValueError, before any work, naming the wrong tensor.

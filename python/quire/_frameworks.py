@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -38,7 +39,8 @@ def _in_jax(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.pop(option, None) is not None:
             raise ValueError(f"{name}: {option}: expected None with JAX arrays")
     for option in ("k_scale", "v_scale"):
-        if kwargs.pop(option, 1.0) != 1.0:
+        scale = kwargs.pop(option, 1.0)
+        if not isinstance(scale, (int, float)) or scale != 1:
             raise NotImplementedError(f"{name}: {option}: expected 1.0 with JAX arrays")
     return getattr(importlib.import_module("quire.integrations.jax"), name)(*args, **kwargs)
 
@@ -49,12 +51,13 @@ def functional_in_jax(function: Callable[P, R]) -> Callable[P, R]:
     There `out`, `lse` and `stream` must be None and scales 1: JAX makes the outputs itself.
     """
     name = function.__name__
+    first_parameter = next(iter(inspect.signature(function).parameters))
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if args and type(args[0]) in _NOT_JAX:
             return function(*args, **kwargs)
-        first = args[0] if args else next(iter(kwargs.values()), None)
+        first = args[0] if args else kwargs.get(first_parameter)
         if isinstance(first, (list, tuple)) and first:
             first = first[0]
         if not type(first).__module__.startswith("jax"):

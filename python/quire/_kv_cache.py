@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,17 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
+def _check_count(name: str, count: object) -> None:
+    try:
+        value = index(count)  # type: ignore[arg-type]  # what is no integer is refused below
+    except TypeError:
+        raise TypeError(
+            f"KVCache: {name}: expected an integer, got {type(count).__name__}"
+        ) from None
+    if value < 1:
+        raise ValueError(f"KVCache: {name}: expected at least 1, got {value}")
+
+
 class KVCache:
     """Memory of the K and V blocks of all layers, zeroed, in the layout the backend likes best.
 
@@ -20,7 +32,7 @@ class KVCache:
     ``[num_layers, num_blocks, num_kv_heads, 2, block_size, head_dim]``. `k` and `v` are views.
     bfloat16 and float8 need the package ml_dtypes. Scales of a quantised dtype are the caller's.
 
-    Raises ValueError for a count below 1 or an unknown dtype or device.
+    Raises ValueError for a count below 1 or an unknown dtype, NotImplementedError for a device.
 
     Example::
 
@@ -48,8 +60,7 @@ class KVCache:
             "head_dim": head_dim,
         }
         for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"KVCache: {name}: expected at least 1, got {count}")
+            _check_count(name, count)
         if device != "cpu":
             raise NotImplementedError(f'KVCache: device: expected "cpu", got {device!r}')
         shape = (num_layers, num_blocks, num_kv_heads, 2, block_size, head_dim)
@@ -89,6 +100,7 @@ class KVCache:
 
             store.put(key, cache.read_block(7))
         """
+        self._check_block("read_block: block", block)
         return np.ascontiguousarray(self._data[:, block]).view(np.uint8).reshape(-1)
 
     def write_block(self, block: int, payload: npt.NDArray[np.uint8]) -> None:
@@ -100,6 +112,7 @@ class KVCache:
 
             cache.write_block(7, payload)
         """
+        self._check_block("write_block: block", block)
         target = self._data[:, block]
         if payload.nbytes != target.nbytes:
             raise ValueError(
@@ -110,10 +123,24 @@ class KVCache:
     def copy_from(self, source: KVCache, src_dst: npt.NDArray[np.int32]) -> None:
         """Copies blocks of all layers from a cache of the same shape, int32 [n, 2] pairs.
 
+        The caches differ in their number of blocks at most: see `like`. Raises ValueError for
+        another shape or dtype, IndexError for a block that is none; then nothing was copied.
+
         Example::
 
             host.copy_from(cache, manager.swap_out(seq))
         """
+        ours, theirs = ((c._data.shape, c._data.dtype) for c in (self, source))
+        if (ours[0][:1], ours[0][2:], ours[1]) != (theirs[0][:1], theirs[0][2:], theirs[1]):
+            raise ValueError(
+                f"copy_from: source: expected [layers, blocks, heads, 2, tokens, dim] {ours[0]} "
+                f"{ours[1]} but for the blocks, got {theirs[0]} {theirs[1]}"
+            )
+        if src_dst.ndim != 2 or src_dst.shape[1] != 2:
+            raise ValueError(f"copy_from: src_dst: expected [n, 2], got {src_dst.shape}")
+        for cache, column in ((source, 0), (self, 1)):
+            for block in (src_dst[:, column].min(initial=0), src_dst[:, column].max(initial=0)):
+                cache._check_block(f"copy_from: src_dst[:, {column}]", block)
         self._data[:, src_dst[:, 1]] = source._data[:, src_dst[:, 0]]
 
     def like(self, num_blocks: int) -> KVCache:
@@ -123,10 +150,18 @@ class KVCache:
 
             host = cache.like(1024)
         """
+        _check_count("num_blocks", num_blocks)
         other = object.__new__(KVCache)
         shape = self._data.shape
         other._data = np.zeros((shape[0], num_blocks, *shape[2:]), self._data.dtype)
         return other
+
+    def _check_block(self, argument: str, block: int) -> None:
+        """-1 is no block here: it is what tables hold where there is none."""
+        if not 0 <= block < self._data.shape[1]:
+            raise IndexError(
+                f"{argument}: expected a block in [0, {self._data.shape[1]}), got {block}"
+            )
 
     @property
     def nbytes(self) -> int:

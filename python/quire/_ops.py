@@ -12,12 +12,7 @@ from __future__ import annotations
 
 from ._arrays import Tensor, empty, shape_of, stack
 from ._frameworks import functional_in_jax, kernels
-
-
-def _is_tree(function: str, mask: Tensor | None, mask_kind: str) -> bool:
-    if mask_kind not in ("full", "tree"):
-        raise ValueError(f'{function}: mask_kind: expected "full" or "tree", got {mask_kind!r}')
-    return mask is not None and mask_kind == "tree"
+from ._options import is_tree, refuse_wrong_type
 
 
 @functional_in_jax
@@ -100,25 +95,30 @@ def attention(
         out = empty(q, "attention: q", (*shape[:-1], v_shape[-1]))
     if lse is None and return_lse:
         lse = empty(q, "attention: q", (*shape[:-3], shape[-2], shape[-3]), "float32")
-    is_tree = _is_tree("attention", mask, mask_kind)
-    kernels().attention(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        causal,
-        window,
-        scale,
-        softcap,
-        alibi_slopes,
-        sinks,
-        mask,
-        is_tree,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        stream,
-    )
+    mask_is_tree = is_tree("attention", mask_kind) and mask is not None
+    try:
+        kernels().attention(
+            q,
+            k,
+            v,
+            out,
+            lse,
+            causal,
+            window,
+            scale,
+            softcap,
+            alibi_slopes,
+            sinks,
+            mask,
+            mask_is_tree,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            stream,
+        )
+    except TypeError:
+        options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
+        refuse_wrong_type("attention", options)
+        raise
     return (out, lse) if return_lse else out
 
 
@@ -159,7 +159,8 @@ def paged_attention(
     rounded to float8_e4m3 as well, an error of some 3 % each; the CPU computes with the same
     queries in floats, and other GPUs refuse them. Latent
     caches hold values as columns of the keys: ``v_cache = k_cache[..., :512]``; CUDA kernels then
-    read them once, and have head dims above 256 for such caches only.
+    read them once, and have head dims above 256 for such caches only; planned once a step:
+    ``Attention(head_dim=576, head_dim_v=512)``.
 
     Args:
         q: queries; the last ``q_len`` tokens of each sequence.
@@ -216,28 +217,33 @@ def paged_attention(
         out = empty(q, "paged_attention: q", (*shape[:-1], v_shape[-1]))
     if lse is None and return_lse:
         lse = empty(q, "paged_attention: q", (shape[1], shape[0]), "float32")
-    is_tree = _is_tree("paged_attention", mask, mask_kind)
-    kernels().paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        seq_lens,
-        out,
-        lse,
-        cu_seqlens_q,
-        causal,
-        window,
-        scale,
-        softcap,
-        alibi_slopes,
-        sinks,
-        mask,
-        is_tree,
-        k_scale,
-        v_scale,
-        stream,
-    )
+    mask_is_tree = is_tree("paged_attention", mask_kind) and mask is not None
+    try:
+        kernels().paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            out,
+            lse,
+            cu_seqlens_q,
+            causal,
+            window,
+            scale,
+            softcap,
+            alibi_slopes,
+            sinks,
+            mask,
+            mask_is_tree,
+            k_scale,
+            v_scale,
+            stream,
+        )
+    except TypeError:
+        options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
+        refuse_wrong_type("paged_attention", options)
+        raise
     return (out, lse) if return_lse else out
 
 
@@ -258,7 +264,7 @@ def merge_states(outs: Tensor | list[Tensor], lses: Tensor | list[Tensor]) -> tu
 
     Source: the log-sum-exp rule of Milakov & Gimelshein, online softmax (2018).
     """
-    outs, lses = stack(outs), stack(lses)
+    outs, lses = stack(outs, "merge_states: outs"), stack(lses, "merge_states: lses")
     shape = shape_of(outs, "merge_states: outs")
     if len(shape) != 4:
         raise ValueError(

@@ -74,7 +74,8 @@ nb::object run_attention(const Attention& attention, const AttentionPlan& plan, 
                          nb::handle v_scale, nb::handle stream) {
   TensorArgs args;
   float numbers[2];
-  if (out.is_none()) out = nb::module_::import_("quire._arrays").attr("empty_like")(q);
+  if (out.is_none())
+    out = nb::module_::import_("quire._arrays").attr("empty_out")(q, attention.desc().head_dim_v);
   AttentionTensors t = layer_tensors(args, q, k_cache, v_cache, out, lse, sinks, alibi_slopes,
                                      k_scale, v_scale, numbers);
   t.stream = stream_of(stream, q, t.q.device, "paged_attention");
@@ -114,7 +115,10 @@ void bind_plan_once_run_often(nb::module_& m) {
       "\"float8_e4m3\",\n"
       "\"float8_e5m2\" or \"int8\" for a quantised cache. `dtype` \"float8_e4m3\" is for queries "
       "of\n"
-      "codes over a cache of such: see paged_attention(). Thread-safe.\n\n"
+      "codes over a cache of such: see paged_attention(). `head_dim_v`, the width of values, None\n"
+      "is head_dim: 512 for latent caches (MLA) of 576, v_cache = k_cache[..., :512]. "
+      "Thread-safe.\n"
+      "\n"
       "Raises ValueError for a wrong argument, NotImplementedError (with the text of explain())\n"
       "where no kernel fits.\n\n"
       "Example::\n\n"
@@ -126,11 +130,15 @@ void bind_plan_once_run_often(nb::module_& m) {
           [](Attention* self, int num_heads, int num_kv_heads, int head_dim,
              const std::string& dtype, const std::optional<std::string>& kv_dtype, int block_size,
              bool causal, Window window, float softcap, std::optional<float> scale,
-             const std::string& device) {
+             const std::string& device, std::optional<int> head_dim_v) {
             AttentionDesc desc;
             desc.num_heads = num_heads;
             desc.num_kv_heads = num_kv_heads;
             desc.head_dim = head_dim;
+            QUIRE_CHECK_ARG(!head_dim_v || *head_dim_v >= 1,
+                            "Attention: head_dim_v: expected None (head_dim) or at least 1, got ",
+                            *head_dim_v);
+            desc.head_dim_v = head_dim_v.value_or(0);
             desc.dtype = parse_dtype(dtype);
             desc.kv_dtype = kv_dtype ? parse_kv_dtype(*kv_dtype, desc.dtype) : desc.dtype;
             QUIRE_CHECK_ARG(block_size >= 1, "Attention: block_size: expected at least 1, got ",
@@ -145,24 +153,28 @@ void bind_plan_once_run_often(nb::module_& m) {
           nb::kw_only(), nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
           nb::arg("dtype") = "bfloat16", nb::arg("kv_dtype") = nb::none(),
           nb::arg("block_size") = 16, nb::arg("causal") = true, nb::arg("window") = Window(-1, -1),
-          nb::arg("softcap") = 0.0f, nb::arg("scale") = nb::none(), nb::arg("device") = "cpu")
+          nb::arg("softcap") = 0.0f, nb::arg("scale") = nb::none(), nb::arg("device") = "cpu",
+          nb::arg("head_dim_v") = nb::none())
       .def("plan", &make_plan, nb::arg("block_table"), nb::arg("seq_lens"),
            nb::arg("cu_seqlens_q") = nb::none(), nb::arg("max_total_q") = nb::none(),
            nb::arg("stream") = nb::none(), nb::keep_alive<0, 2>(), nb::keep_alive<0, 3>(),
            nb::keep_alive<0, 4>(), kPlanDoc)  // a GPU reads them later
-      .def("run", &run_attention, nb::arg("plan"), nb::arg("q"), nb::arg("k_cache"),
-           nb::arg("v_cache"), nb::arg("out") = nb::none(), nb::arg("lse") = nb::none(),
-           nb::arg("sinks") = nb::none(), nb::arg("alibi_slopes") = nb::none(),
-           nb::arg("k_scale").none() = 1.0, nb::arg("v_scale").none() = 1.0,
-           nb::arg("stream") = nb::none(),
-           "Runs a plan on one layer's tensors and returns out.\n\n"
-           "q, out [total_q, num_heads, head_dim], of dtype, but out is bfloat16 where that is\n"
-           "float8_e4m3; k_cache, v_cache [num_blocks, block_size,\n"
-           "num_kv_heads, head_dim], any strides with the last dimension contiguous; lse float32\n"
-           "[num_heads, total_q], written if given; sinks, alibi_slopes float32 [num_heads];\n"
-           "k_scale, v_scale of a quantised cache, as for paged_attention().\n\n"
-           "Raises ValueError, before any work, naming the wrong tensor.\n\n"
-           "Example::\n\n    attn.run(plan, q, cache.k(layer), cache.v(layer), out=out)")
+      .def(
+          "run", &run_attention, nb::arg("plan"), nb::arg("q"), nb::arg("k_cache"),
+          nb::arg("v_cache"), nb::arg("out") = nb::none(), nb::arg("lse") = nb::none(),
+          nb::arg("sinks") = nb::none(), nb::arg("alibi_slopes") = nb::none(),
+          nb::arg("k_scale").none() = 1.0, nb::arg("v_scale").none() = 1.0,
+          nb::arg("stream") = nb::none(),
+          "Runs a plan on one layer's tensors and returns out.\n\n"
+          "q [total_q, num_heads, head_dim], of dtype; out likewise, head_dim_v wide, but "
+          "bfloat16\n"
+          "where that is float8_e4m3; k_cache [num_blocks, block_size, num_kv_heads, head_dim],\n"
+          "v_cache likewise, head_dim_v wide, any strides with the last dimension contiguous; lse\n"
+          "float32 [num_heads, total_q], written if given; sinks, alibi_slopes float32 "
+          "[num_heads];\n"
+          "k_scale, v_scale of a quantised cache, as for paged_attention().\n\n"
+          "Raises ValueError, before any work, naming the wrong tensor.\n\n"
+          "Example::\n\n    attn.run(plan, q, cache.k(layer), cache.v(layer), out=out)")
       .def(
           "run_part", &run_part, nb::arg("plan"), nb::arg("ith"), nb::arg("nth"), nb::arg("q"),
           nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("out"), nb::arg("workspace"),

@@ -25,7 +25,7 @@ AttentionPlan plan_on_device(const Attention& attention, TensorArgs& args, const
                              std::optional<int> max_total_q, nb::handle stream) {
   QUIRE_CHECK_ARG(
       table.ndim == 2 && table.dtype == DType::kInt32 && table.device == attention.device() &&
-          (table.shape[1] <= 1 || table.strides[1] == 1),
+          (table.is_empty() || table.shape[1] <= 1 || table.strides[1] == 1),
       "plan: block_table: expected [batch, max_blocks] int32 with contiguous rows on the "
       "CPU or ",
       to_string(attention.device()), ", got ", describe(table));
@@ -63,7 +63,7 @@ AttentionPlan make_plan(const Attention& attention, nb::handle block_table, nb::
   QUIRE_CHECK_ARG(table.ndim == 2 && table.dtype == DType::kInt32 &&
                       table.device.type == DeviceType::kCPU &&
                       table.shape[0] == static_cast<int64_t>(lengths.size()) &&
-                      (table.shape[1] <= 1 || table.strides[1] == 1),
+                      (table.is_empty() || table.shape[1] <= 1 || table.strides[1] == 1),
                   "plan: block_table: expected [", lengths.size(),
                   ", max_blocks] int32 on the CPU with contiguous rows, got ", describe(table));
   AttentionBatch batch;

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import DTYPES, Case, Problem, poisoned_caches
-from device import quire
+from device import DEVICE, quire
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Options, attend
@@ -208,3 +208,25 @@ def test_merge_states_ignores_what_empty_states_hold(dtype):
     assert np.array_equal(as_bits(lse), as_bits(kept_lse))
     assert np.all(out[2, 0].astype(np.float32) == 0) and np.isneginf(lse[0, 2])
     assert np.isfinite(out.astype(np.float32)).all()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="is about the CPU")
+@pytest.mark.parametrize("states", [1, 3])
+def test_merge_states_keeps_nan(states):
+    """One state that went wrong is not the same as none."""
+    outs, lses = np.ones((states, 2, 1, 4), np.float32), np.zeros((states, 1, 2), np.float32)
+    outs[0, 1], lses[0, 0, 1] = np.nan, np.nan
+    out, lse = quire.merge_states(outs, lses)
+    assert np.isnan(out[1]).all() and np.isnan(lse[0, 1])
+    assert (out[0] == 1).all() and np.isclose(lse[0, 0], np.log(states))
+
+
+def test_merge_states_names_the_state_that_differs():
+    parts, lses = [np.ones((2, 1, 4), np.float32)] * 3, [np.zeros((1, 2), np.float32)]
+    for wrong in (np.ones((3, 1, 4), np.float32), np.ones((2, 1, 4), np.float16)):
+        with pytest.raises(ValueError, match=r"outs\[1\]: expected \(2, 1, 4\) float32 as"):
+            quire.merge_states([parts[0], wrong, parts[2]], lses * 3)
+    with pytest.raises(TypeError, match=r"lses\[2\]: expected a NumPy array .* got list"):
+        quire.merge_states(parts, [*(lses * 2), [[0.0, 0.0]]])
+    with pytest.raises(ValueError, match="lses: expected at least one state, got none"):
+        quire.merge_states(parts, [])

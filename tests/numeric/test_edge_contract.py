@@ -173,3 +173,20 @@ def test_an_isa_that_is_unknown_or_not_of_this_cpu_is_refused_with_the_list():
         assert run.returncode != 0
         expected = f"QUIRE_CPU_ISA: expected one of {', '.join(supported)} on this CPU, got {isa}"
         assert expected in run.stderr
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("seq_k", [3, 10, 64, 700])
+def test_nan_is_not_taken_for_a_row_that_sees_nothing(dtype, seq_k):
+    """A query of NaN shows as such however many keys there are; a masked row beside it is empty."""
+    rng = np.random.default_rng(seq_k)
+    q, k = (rng.standard_normal((1, n, 2, 24)).astype(DTYPES[dtype]) for n in (5, seq_k))
+    q[0, 1:3] = np.nan
+    mask = np.full((1, 5, (seq_k + 7) // 8), 255, np.uint8)
+    mask[0, 2] = 0
+    out, lse = quire.attention(q, k, k, mask=mask, return_lse=True)
+    out = out.astype(np.float32)
+    assert np.isnan(out[0, 1]).all() and np.isnan(lse[0, :, 1]).all()
+    assert (out[0, 2] == 0).all() and np.isneginf(lse[0, :, 2]).all()
+    assert np.isfinite(out[0, [0, 3, 4]]).all() and np.isfinite(lse[0][:, [0, 3, 4]]).all()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -299,6 +301,28 @@ ARRAYS = st.builds(
 def test_any_arrays_are_computed_or_refused(changes):
     """Fuzzing of the argument checks: no crash, and no error of another kind."""
     paged_call(**{k: v for k, v in changes.items() if v is not None or k not in ("q", "v_cache")})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "expected"),
+    [
+        ("causal", 1, TypeError, "True or False, got 1 (int)"),
+        ("causal", np.True_, TypeError, "True or False, got np.True_ (bool)"),
+        ("window", None, TypeError, "(left, right), two ints, got None (NoneType)"),
+        ("window", 128, TypeError, "(left, right), two ints, got 128 (int)"),
+        ("window", (1.5, 0), TypeError, "(left, right), two ints, got (1.5, 0) (tuple)"),
+        ("window", (2**31, 0), ValueError, "(left, right), each 0 to 2147483647 or -1 for open"),
+        ("scale", "0.5", TypeError, "a number or None, got '0.5' (str)"),
+        ("softcap", None, TypeError, "a number, got None (NoneType)"),
+        ("mask_kind", ["tree"], ValueError, '"full" or "tree", got [\'tree\']'),
+    ],
+)
+def test_options_of_a_wrong_type_are_named(name, value, kind, expected):
+    x = np.ones((1, 3, 2, 8), np.float32)
+    error = paged_call(**{name: value})
+    assert isinstance(error, kind) and f"paged_attention: {name}: expected {expected}" in str(error)
+    with pytest.raises(kind, match=re.escape(f"attention: {name}: expected {expected}")):
+        quire.attention(x, x, x, **{name: value})
 
 
 def test_set_num_threads_refuses_less_than_one():

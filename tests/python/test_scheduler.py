@@ -140,3 +140,17 @@ def test_scheduler_and_batch_keep_what_they_need_alive():
     del scheduler
     gc.collect()
     assert batch.token_ids.tolist() == [0, 1, 2, 3, 4] and batch.seq_lens.tolist() == [5]
+
+
+def test_ends_well_though_its_sequences_were_freed_by_others():
+    manager = quire.KVCacheManager(num_blocks=32, block_size=4)
+    scheduler = quire.Scheduler(manager)
+    for prompt in ([1, 2, 3, 4, 5], [6, 7]):
+        scheduler.add(prompt, max_new_tokens=3)
+    scheduler.schedule()
+    manager.free(manager.sequences()[:1])
+    with pytest.raises(ValueError, match="expected a live sequence of this manager"):
+        scheduler.commit(np.array([1, 1], np.int32))
+    del scheduler
+    assert manager.num_used_blocks == 0 and not manager.sequences()
+    manager.validate()

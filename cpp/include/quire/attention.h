@@ -75,6 +75,9 @@ struct WorkUnit {
 
 // A step's list of work. Immutable; shared by layers and threads.
 struct AttentionPlan {
+  // Of the Attention that made it. Others run it, too, if only their scale and softcap differ.
+  AttentionDesc desc;
+  Device device;
   std::vector<Sequence> sequences;
   std::vector<WorkItem> items;  // longest first
   std::vector<WorkUnit> units;  // cover the items in order
@@ -163,7 +166,7 @@ class Attention {
   Device device() const { return device_; }
 
  private:
-  void check_device(const AttentionTensors& tensors) const;
+  void check_device(const AttentionPlan& plan, const AttentionTensors& tensors) const;
 
   AttentionDesc desc_;
   Device device_;

@@ -122,6 +122,7 @@ AttentionPlan Attention::plan(const AttentionBatch& batch) const {
   const Backend& backend = *dispatch_.backend;
   AttentionPlan plan =
       quire::plan(desc_, batch, backend.plan_traits(desc_, backend.device_info(device_.index)));
+  plan.device = device_;
   plan.on_device = backend.prepare(desc_, plan, device_);
   return plan;
 }
@@ -140,6 +141,8 @@ AttentionPlan Attention::plan_on_device(const AttentionBatch& batch, int max_tot
                   "plan: max_total_q: expected ", batch.batch_size,
                   " (batch_size) without cu_seqlens_q, got ", max_total_q);
   AttentionPlan plan;
+  plan.desc = desc_;
+  plan.device = device_;
   plan.total_q = max_total_q;
   plan.total_k = int64_t{batch.max_blocks} * desc_.block_size;
   plan.made_on_device = true;
@@ -149,7 +152,7 @@ AttentionPlan Attention::plan_on_device(const AttentionBatch& batch, int max_tot
 
 void Attention::run(const AttentionPlan& plan, const AttentionTensors& tensors) const {
   validate(desc_, plan, tensors);
-  check_device(tensors);
+  check_device(plan, tensors);
   if (plan.items.empty() && !plan.made_on_device) return;
   dispatch_.backend->run(plan, make_params(desc_, plan, tensors), {device_, tensors.stream});
 }
@@ -164,12 +167,14 @@ void Attention::run_part(const AttentionPlan& plan, const AttentionTensors& tens
   QUIRE_CHECK_ARG(reinterpret_cast<uintptr_t>(workspace.data()) % alignof(float) == 0,
                   "run_part: workspace: expected an address aligned to ", alignof(float), " bytes");
   validate(desc_, plan, tensors);
-  check_device(tensors);
+  check_device(plan, tensors);
   if (plan.items.empty()) return;
   dispatch_.backend->run_part(plan, make_params(desc_, plan, tensors), workspace, nth);
 }
 
-void Attention::check_device(const AttentionTensors& tensors) const {
+void Attention::check_device(const AttentionPlan& plan, const AttentionTensors& tensors) const {
+  QUIRE_CHECK_ARG(plan.device == device_, "attention: plan: expected one for ", to_string(device_),
+                  ", got one for ", to_string(plan.device));
   QUIRE_CHECK_ARG(tensors.q.device == device_, "attention: q: expected a tensor on ",
                   to_string(device_), ", got ", describe(tensors.q));
 }

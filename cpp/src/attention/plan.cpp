@@ -308,6 +308,7 @@ AttentionPlan plan(const AttentionDesc& desc, const AttentionBatch& batch,
                    const PlanTraits& traits) {
   validate(desc, batch);
   AttentionPlan plan;
+  plan.desc = desc;
   plan.sequences = make_sequences(desc, batch);
   add_extents(desc, batch, plan);
   const std::vector<Tile> tiles = make_tiles(desc, plan.sequences, traits);

@@ -2,6 +2,7 @@
 // The argument checks of attention: all of them, before any work, each naming what is wrong.
 #include <cmath>
 #include <limits>
+#include <tuple>
 
 #include "attention/tile.h"
 #include "check.h"
@@ -56,6 +57,35 @@ std::vector<Extent> with_rows(const AttentionPlan& plan, Extent rows, int64_t he
             {"heads", heads},
             {"head_dim", head_dim}};
   return {rows, {"heads", heads}, {"head_dim", head_dim}};
+}
+
+// Items, block ids and room for partial results are cut for all of these.
+void check_made_for(const AttentionDesc& desc, const AttentionPlan& plan) {
+  const auto width_of_values = [](const AttentionDesc& d) {
+    return d.head_dim_v ? d.head_dim_v : d.head_dim;
+  };
+  const AttentionDesc& made = plan.desc;
+  const struct {
+    const char* name;
+    int expected, got;
+  } fields[] = {
+      {"num_heads", desc.num_heads, made.num_heads},
+      {"num_kv_heads", desc.num_kv_heads, made.num_kv_heads},
+      {"head_dim", desc.head_dim, made.head_dim},
+      {"head_dim_v", width_of_values(desc), width_of_values(made)},
+      {"block_size", desc.block_size, made.block_size},
+      {"causal", desc.causal, made.causal},
+      {"window[0]", desc.window_left, made.window_left},
+      {"window[1]", desc.window_right, made.window_right},
+  };
+  for (const auto& field : fields)
+    QUIRE_CHECK_ARG(field.expected == field.got, function_name(desc),
+                    ": plan: expected one made for ", field.name, " ", field.expected, ", got ",
+                    field.got);
+  for (const auto& [name, expected, got] : {std::tuple{"dtype", desc.dtype, made.dtype},
+                                            std::tuple{"kv_dtype", desc.kv_dtype, made.kv_dtype}})
+    QUIRE_CHECK_ARG(expected == got, function_name(desc), ": plan: expected one made for ", name,
+                    " ", name_of(expected), ", got ", name_of(got));
 }
 
 void check_options(const AttentionDesc& desc, const AttentionPlan& plan,
@@ -147,6 +177,7 @@ void validate(const AttentionDesc& desc, const AttentionBatch& batch) {
 
 void validate(const AttentionDesc& desc, const AttentionPlan& plan,
               const AttentionTensors& tensors) {
+  check_made_for(desc, plan);
   const std::string function = function_name(desc);
   const Device device = tensors.q.device;
   const int64_t dim_v = desc.head_dim_v ? desc.head_dim_v : desc.head_dim;

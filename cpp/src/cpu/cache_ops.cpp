@@ -163,11 +163,12 @@ void merge_row(const TensorView& outs, const TensorView& lses, const TensorView&
     sum += weight;
     for (int64_t d = 0; d < dim; ++d) values[d] += weight * to_float(from[d]);
   }
+  const bool is_empty = sum == 0;  // not so where a state is NaN: that is not to be lost
   T* to = out.as<T>() + row * out.strides[0] + head * out.strides[1];
-  for (int64_t d = 0; d < dim; ++d) from_float(sum > 0 ? values[d] / sum : 0.0f, to[d]);
+  for (int64_t d = 0; d < dim; ++d) from_float(is_empty ? 0.0f : values[d] / sum, to[d]);
   if (lse)
     lse.as<float>()[head * lse.strides[0] + row * lse.strides[1]] =
-        sum > 0 ? top + std::log(sum) : -kInfinity;
+        is_empty ? -kInfinity : top + std::log(sum);
 }
 
 }  // namespace

@@ -100,10 +100,14 @@ inline Seen softmax_row(const Task& task, int row, int64_t first, float* s, int 
 
   Vec top = set(-kInfinity);
   for (int j = begin; j < end; j += kWidth) top = max(top, load(s + j));
-  const float maximum = largest(top);
+  float maximum = largest(top);
   if (maximum == -kInfinity) {
-    std::fill(s + begin, s + end, 0.0f);
-    return {};
+    // Maxima lose NaN: a row of nothing else is no row that sees nothing.
+    if (std::none_of(s + begin, s + end, [](float x) { return std::isnan(x); })) {
+      std::fill(s + begin, s + end, 0.0f);
+      return {};
+    }
+    maximum = 0;
   }
   const Vec base = set(maximum);
   Vec total = zero();

@@ -33,6 +33,8 @@ except ImportError as error:
         "QUIRE_JAX=1 in the environment of pip"
     ) from error
 
+from .._options import is_tree, refuse_wrong_type
+
 Array = Any
 
 for _name, _handler in _jax.handlers().items():
@@ -75,18 +77,24 @@ def _options(
     softcap: float,
     mask_kind: str,
 ) -> dict[str, Any]:
-    if mask_kind not in ("full", "tree"):
-        raise ValueError(f'{function}: mask_kind: expected "full" or "tree", got {mask_kind!r}')
+    mask_is_tree = is_tree(function, mask_kind)
+    try:
+        left, right = (np.int32(side) for side in window)
+        options = {
+            "causal": np.bool_(causal),
+            "window_left": left,
+            "window_right": right,
+            "scale": np.float32(scale or 0.0),
+            "softcap": np.float32(softcap),
+            "mask_is_tree": np.bool_(mask_is_tree),
+        }
+    except (TypeError, ValueError, OverflowError):
+        given = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
+        refuse_wrong_type(function, given)
+        raise
     if scale == 0:
-        raise ValueError(f"{function}: scale: expected a number other than 0")
-    return {
-        "causal": np.bool_(causal),
-        "window_left": np.int32(window[0]),
-        "window_right": np.int32(window[1]),
-        "scale": np.float32(scale or 0.0),
-        "softcap": np.float32(softcap),
-        "mask_is_tree": np.bool_(mask_kind == "tree"),
-    }
+        raise ValueError(f"{function}: scale: expected a number other than 0, got {scale}")
+    return options
 
 
 def attention(
