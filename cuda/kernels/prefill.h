@@ -220,10 +220,12 @@ QUIRE_DEVICE void attend_tile(const AttentionParams& p, PrefillState<Traits>& st
   multiply_values<Traits>(state.sums, scores, stage + Traits::kKeyTileBytes);
 }
 
-// Rows [first_row, first_row + kRows) of an item.
+// Rows [first_row, first_row + kRows) of an item, which is loaded anew wherever it is needed again:
+// no register holds it through the tiles.
 template <class Traits>
-QUIRE_DEVICE void prefill_rows(const AttentionArgs& args, const Item& item, int first_row) {
+QUIRE_DEVICE void prefill_rows(const AttentionArgs& args, int index, int first_row) {
   const AttentionParams& p = args.params;
+  const Item item = load_item(args, index);
   const int lane = thread_index() % kWarpSize, warp_row = thread_index() / kWarpSize * kTile;
   const int last_row = min(item.num_rows, first_row + Traits::kRows) - 1;
   const PrefillTiles<Traits> tiles(keys_to_read(p, item, first_row, last_row));
@@ -265,19 +267,21 @@ QUIRE_DEVICE void prefill_rows(const AttentionArgs& args, const Item& item, int 
       attend_tile<Traits>(p, state, queries, factor, tile);
       store_location<Traits>(tile + 2, later);
     }
-    finish_chunk<Traits>(args, item, state, factor, chunk, chunk == first_chunk, first_row);
+    finish_chunk<Traits>(args, load_item(args, index), state, factor, chunk, chunk == first_chunk,
+                         first_row);
   }
   cp_async_wait<0>();
-  if (item.partial < 0) write_total<Traits>(args, item, state, first_row);
+  const Item same = load_item(args, index);
+  if (same.partial < 0) write_total<Traits>(args, same, state, first_row);
   sync_block();
 }
 
 template <class Traits>
 QUIRE_DEVICE void prefill(const AttentionArgs& args) {
   for (int i = first_item(args) + block_index(); i < end_of_items(args); i += num_blocks()) {
+    for (int row = 0; row < load_item(args, i).num_rows; row += Traits::kRows)
+      prefill_rows<Traits>(args, i, row);
     const Item item = load_item(args, i);
-    for (int row = 0; row < item.num_rows; row += Traits::kRows)
-      prefill_rows<Traits>(args, item, row);
     if (item.merge >= 0) merge_if_last<Traits>(args, item, shared_base() + Traits::kFlagOffset);
   }
 }

@@ -70,7 +70,7 @@ QUIRE_DEVICE void load_queries(const AttentionArgs& args, const Item& item, int 
 template <int kHeadDim>
 QUIRE_DEVICE void load_query_fragment(uint32_t (&fragment)[4], SharedAddress tile, int first_row,
                                       int step) {
-  const int lane = thread_index() % kWarpSize;
+  const int lane = fresh_thread_index() % kWarpSize;
   ldmatrix<Transposed::kNo>(
       fragment, tile + piece_offset<2 * kHeadDim>(first_row + lane % 16, 2 * step + lane / 16));
 }
