@@ -132,12 +132,11 @@ QUIRE_DEVICE SharedAddress masked_row_slot(int row) {
   return shared_base() + static_cast<uint32_t>(Traits::kRowOffset + (warp * kTile + row) * 32);
 }
 
-// `first_row`: of the warp.
+// `first_row`: of the warp. Called when the queries before are not in use any more.
 template <class Traits>
 QUIRE_DEVICE void store_masked_rows(const AttentionParams& p, const Item& item, int first_row,
                                     int last_row) {
   const int row = fresh_thread_index() % kWarpSize;
-  sync_warp();  // those before are not in use any more
   if (row < kTile)
     store_score_row(masked_row_slot<Traits>(row),
                     make_score_row(p, item, min(first_row + row, last_row)));

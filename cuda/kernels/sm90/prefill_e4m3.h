@@ -345,8 +345,8 @@ QUIRE_DEVICE void consume_codes(const AttentionArgs& args, const ItemQueue<Trait
   CodeConsumer<Traits> consumer{args, items, first_row, factor, item.kv_begin / kKvChunk,
                                 {},   {},    {}};
   PrefillState<Traits>& state = consumer.state;
-  store_masked_rows<Traits>(p, item, first_row + warp_row, last_row);
   consumer.queries.load(args, item, first_row + warp_row);
+  store_masked_rows<Traits>(p, item, first_row + warp_row, last_row);
   if constexpr (Traits::kMode == Mode::kFull)
     consumer.attend_in_order(2 * tiles.begin, 2 * tiles.end, ring);
   else
