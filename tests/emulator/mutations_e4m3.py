@@ -62,9 +62,10 @@ MUTATIONS = [
      "      issue_values(sums, ring, part);\n      wgmma_wait<0>();",
      "      issue_values(sums, ring, part);"),
     Mutation("sm90_e4m3_full: values are released after their first part", FILE,
-     "if (part % 2 == 0) continue;\n      release_stage<Traits, Side::kValues>(ring);",
-     "if (part % 2 == 0) release_stage<Traits, Side::kValues>(ring);\n"
-     "      if (part % 2 == 0) continue;"),
+     "if (part % 2 == 0) continue;\n",
+     "if (part % 2 == 0) {\nrelease_stage<Traits, Side::kValues>(ring); continue; }\n"),
+    Mutation("sm90_e4m3_full: scales of tokens are in use when they come", FILE,
+     "      sync_warp();  // all lanes have read the scales of the tile's tokens\n", ""),
     Mutation("sm90_e4m3_full: a chunk is finished with the sums of the next", FILE,
      "      take(part, stats);\n      round(scores);\n      Sums sums;",
      "      round(scores);\n      Sums sums;\n      if (part < 0) take(part, stats);\n"

@@ -166,6 +166,7 @@ TEST_CASE("chunks of keys") {
   check_chunks(kernel(), base());
   AttentionCase c = base();
   c.num_heads = c.num_kv_heads = 1;
+  c.codes = Codes::kToken;
   c.softcap = 3;
   check_chunks(kernel<128, Mode::kFull>(), c);
 }

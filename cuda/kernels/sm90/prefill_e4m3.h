@@ -283,6 +283,7 @@ struct CodeConsumer {
       wgmma_wait<0>();
       add(rescale, sums);
       if (part % 2 == 0) continue;
+      sync_warp();  // all lanes have read the scales of the tile's tokens
       release_stage<Traits, Side::kValues>(ring);
       ring.advance();
     }
