@@ -96,7 +96,7 @@ TEST_CASE("which GPU runs what, and the reason where none does") {
   codes.softcap = 3;
   codes.scale = -1;
   CHECK(contains(explain("sm_90", codes), "128_128_128_4_kFast): chosen"));
-  codes.head_dim = 40;
+  codes.head_dim = codes.head_dim_v = 40;
   CHECK(contains(explain("sm_90", codes),
                  "cuda.sm_90a.d64 (prefill_sm90_e4m3_BFloat16_64_128_128_4_kFast): chosen"));
   AttentionDesc latent = model(576);
