@@ -22,7 +22,6 @@ constexpr const char* kLatentFeatures =  // v = k[..., :head_dim_v]
     "dense ragged paged causal window softcap alibi sinks mask lse latent";
 constexpr const char* kQuantisedFeatures =
     "paged causal window softcap alibi sinks mask lse scales";
-constexpr const char* kCodeFeatures = "paged causal window sinks lse scales";  // queries, too
 
 // Rows of q, k, v and out begin at multiples of 16 bytes.
 bool is_aligned(const AttentionParams& p) {
@@ -44,19 +43,6 @@ bool is_aligned(const AttentionParams& p) {
 device::Mode mode_of(const AttentionParams& p, bool aligned) {
   const bool is_plain = p.scale > 0 && p.softcap == 0 && !p.alibi_slopes && !p.mask;
   return is_plain && aligned ? device::Mode::kFast : device::Mode::kFull;
-}
-
-// What kernels of queries of codes can't do.
-void check_codes(const AttentionParams& p, device::Mode mode) {
-  if (mode == device::Mode::kFast) return;
-  const char* what = p.alibi_slopes ? "alibi_slopes"
-                     : p.mask       ? "mask"
-                                    : "rows that do not begin at "
-                                      "multiples of 16 bytes";
-  throw Unsupported(
-      concat("attention: q: queries of float8_e4m3 are implemented for plain and "
-             "causal attention, windows and sinks; got ",
-             what));
 }
 
 // What V has to be for kernels that read K alone.
@@ -149,7 +135,6 @@ class CudaBackend final : public Backend {
     args.is_aligned = is_aligned(params);
     on_gpu->use(stream.handle, args);
     const auto mode = static_cast<int>(mode_of(params, args.is_aligned));
-    if (params.dtype == ElementType::kFloat8E4M3) check_codes(params, device::Mode{mode});
     const device::ListedItem* items = args.items;
     const device::ItemRange* ranges = args.range;
     for (const PlanOnGpu::Segment& segment : on_gpu->segments()) {
@@ -211,11 +196,14 @@ class CudaBackend final : public Backend {
             if (dims.back() > most) add(most + 1, dims.back(), kLatentFeatures);
           }
       const DType codes = DType::kFloat8E4M3;
+      int most = 0;
       for (const int dim : head_dims(element_type(codes)))
         if (kernels_for(element_type(codes), element_type(codes), dim, dim, "sm_" + arch)
                 .is_complete())
-          rows.push_back({"cuda", "sm_" + arch, name_of(codes), name_of(codes), 1, dim,
-                          kCodeFeatures, available});
+          most = dim;
+      if (most > 0)
+        rows.push_back({"cuda", "sm_" + arch, name_of(codes), name_of(codes), 1, most,
+                        kQuantisedFeatures, available});
     }
     return rows;
   }

@@ -41,8 +41,6 @@ std::string reason_against_codes(const AttentionDesc& desc, int head_dim, const 
   if (!set.is_complete())
     return concat("dtype: none of head dim ", head_dim, " for ", isa, " takes queries of ",
                   name_of(desc.dtype));
-  if (desc.softcap != 0) return "softcap: not implemented for queries of float8_e4m3";
-  if (desc.scale < 0) return "scale: expected none below 0 for queries of float8_e4m3";
   return "";
 }
 
@@ -138,12 +136,11 @@ KernelSet kernels_for(ElementType dtype, ElementType kv_dtype, int head_dim, int
       continue;
     if (kernel.shared_bytes > shared_bytes_per_block(isa)) continue;
     if (kernel.arch && serving_arch(kernel.arch, isa).empty()) continue;
-    if (dtype == ElementType::kFloat8E4M3) {  // one for every sequence; the backend knows its mode
-      for (const Phase phase : {kNarrow, kDecode})
-        set.kernels[phase][0] = set.kernels[phase][1] = &kernel;
+    const int mode = static_cast<int>(kernel.mode);
+    if (dtype == ElementType::kFloat8E4M3) {  // one for every sequence
+      set.kernels[kNarrow][mode] = set.kernels[kDecode][mode] = &kernel;
       continue;
     }
-    const int mode = static_cast<int>(kernel.mode);
     const Kernel*& first = set.kernels[is_prefill ? kNarrow : kDecode][mode];
     if (!first) {
       first = &kernel;

@@ -29,6 +29,30 @@ QUIRE_DEVICE ScoreRow make_score_row(const AttentionParams& p, const Item& item,
   return r;
 }
 
+// A row in 32 bytes of shared memory, where there are no registers for it.
+QUIRE_DEVICE void store_score_row(SharedAddress slot, const ScoreRow& row) {
+  const auto word = [](int value) { return static_cast<uint32_t>(value); };
+  const auto mask = reinterpret_cast<uint64_t>(row.mask);
+  st_shared(slot, U32x4{word(row.visible.begin), word(row.visible.end), word(row.position),
+                        bits_of(row.slope)});
+  st_shared(slot + 16, U32x4{word(row.mask_begin), static_cast<uint32_t>(mask),
+                             static_cast<uint32_t>(mask >> 32), 0});
+}
+
+template <Mode kMode>
+QUIRE_DEVICE ScoreRow load_score_row(SharedAddress slot) {
+  const U32x4 low = ld_shared<U32x4>(slot);
+  ScoreRow row{{static_cast<int>(low.x), static_cast<int>(low.y)}, 0, 0, nullptr, 0};
+  if constexpr (kMode == Mode::kFull) {
+    const U32x4 high = ld_shared<U32x4>(slot + 16);
+    row.position = static_cast<int>(low.z);
+    row.slope = float_of(low.w);
+    row.mask = reinterpret_cast<const uint8_t*>(uint64_t{high.z} << 32 | high.y);
+    row.mask_begin = static_cast<int>(high.x);
+  }
+  return row;
+}
+
 QUIRE_DEVICE bool is_visible(const ScoreRow& row, int key) {
   if (key < row.visible.begin || key >= row.visible.end) return false;
   if (!row.mask || key < row.mask_begin) return true;

@@ -194,7 +194,8 @@ struct Sm90PrefillTraits {
   static constexpr int kItemOffset = kBarrierOffset + 4 * kStages * 8;  // of ItemQueue
   static constexpr int kItemSlots = 4;
   static constexpr int kFlagOffset = kItemOffset + kItemSlots * (8 + 8 + 4);
-  static constexpr int kSharedBytes = kFlagOffset + 16;
+  static constexpr int kRowOffset = kFlagOffset + 16;  // [kRows] of long rows: what masks know
+  static constexpr int kSharedBytes = kRowOffset + (kIsLong ? kRows * 32 : 0);
 
   static_assert(kConsumers == 2);
   static_assert(kRows % 64 == 0 && kKeys % 64 == 0 && kStages >= 2);
@@ -203,8 +204,9 @@ struct Sm90PrefillTraits {
   static_assert(kWarpKeys <= kWarpSize, "a lane locates at most one key of a tile");
 };
 
-// Likewise of e4m3 queries over e4m3 keys and values, as rows of 128 bytes. Type is that of
-// results. Consumers take half a tile at a time.
+// Likewise of e4m3 queries over e4m3 keys and values. Type is that of results. Rows are of 128
+// bytes: of 64 columns what lies beyond them is not read, but for values that have been turned,
+// whose keys it holds. Consumers take half a tile at a time.
 template <class Type_, int kHeadDim_, int kRows_, int kKeys_, int kStages_, Mode kMode_>
 struct Sm90E4m3Traits {
   using Type = Type_;
@@ -228,7 +230,7 @@ struct Sm90E4m3Traits {
 
   // Shared memory, in bytes from its begin. A warp's queries are brought through its `total`.
   static constexpr int kColumnBytes = kKeys * 128;
-  static constexpr int kKeyTileBytes = kKeys * kHeadDim;
+  static constexpr int kKeyTileBytes = kKeys * 128;
   static constexpr int kStageBytes = 2 * kKeyTileBytes;
   static constexpr int kStageOffset = 0;
   static constexpr int kTotalOffset = kStages * kStageBytes;
@@ -241,7 +243,8 @@ struct Sm90E4m3Traits {
   static constexpr int kItemOffset = kBarrierOffset + 5 * kStages * 8;
   static constexpr int kItemSlots = 4;
   static constexpr int kFlagOffset = kItemOffset + kItemSlots * (8 + 8 + 4);
-  static constexpr int kSharedBytes = kFlagOffset + 16;
+  static constexpr int kRowOffset = kFlagOffset + 16;  // [kRows]: what masks know
+  static constexpr int kSharedBytes = kRowOffset + kRows * 32;
 
   // What consumers take at a time.
   struct Half {
@@ -250,8 +253,9 @@ struct Sm90E4m3Traits {
     static constexpr int kKeys = kKeys_ / 2;
   };
 
-  static_assert(kConsumers == 2 && kMode == Mode::kFast);
-  static_assert(kHeadDim == 128 && kKeys == 128, "tiles of values are turned in place");
+  static_assert(kConsumers == 2);
+  static_assert((kHeadDim == 64 || kHeadDim == 128) && kKeys == 128,
+                "tiles of values are turned in place");
   static_assert(kKvChunk % kKeys == 0 && kWarpKeys == kWarpSize);
 };
 

@@ -155,12 +155,11 @@ def paged_attention(
     keys must be in the cache already (`append_kv`). Caches are of q's dtype or quantised:
     float8_e4m3 (ml_dtypes' and torch's float8_e4m3fn), float8_e5m2 or int8, with scales. Over a
     cache of float8_e4m3 queries may be of float8_e4m3, too: their scale is a factor of `scale`, and
-    out is bfloat16. On compute capability 9.0 both products then are of codes, and weights are
-    rounded to float8_e4m3 as well, an error of some 3 % each; the CPU computes with the same
-    queries in floats, and other GPUs refuse them. Latent
-    caches hold values as columns of the keys: ``v_cache = k_cache[..., :512]``; CUDA kernels then
-    read them once, and have head dims above 256 for such caches only; planned once a step:
-    ``Attention(head_dim=576, head_dim_v=512)``.
+    out is bfloat16. On compute capability 9.0, up to head dim 128, both products then are of codes,
+    and weights are rounded to float8_e4m3 as well, an error of some 3 % each; the CPU computes with
+    the same queries in floats, and other GPUs refuse them. Latent caches hold values as columns of
+    the keys: ``v_cache = k_cache[..., :512]``; CUDA kernels then read them once, and have head dims
+    above 256 for such caches only; planned once a step: ``Attention(head_dim=576, head_dim_v=512)``.
 
     Args:
         q: queries; the last ``q_len`` tokens of each sequence.

@@ -92,8 +92,13 @@ TEST_CASE("which GPU runs what, and the reason where none does") {
                  "cuda.sm_90a.d128 (prefill_sm90_e4m3_BFloat16_128_128_128_4_kFast): chosen"));
   CHECK(contains(explain("sm_90", codes), "dtype: none of head dim 256 for sm_90 takes queries"));
   CHECK(!contains(explain("sm_100", codes), "chosen"));
+  CHECK(contains(explain("sm_90", codes), "cuda.d64: head_dim 128: at most 64"));
   codes.softcap = 3;
-  CHECK(contains(explain("sm_90", codes), "softcap: not implemented for queries of float8_e4m3"));
+  codes.scale = -1;
+  CHECK(contains(explain("sm_90", codes), "128_128_128_4_kFast): chosen"));
+  codes.head_dim = codes.head_dim_v = 40;
+  CHECK(contains(explain("sm_90", codes),
+                 "cuda.sm_90a.d64 (prefill_sm90_e4m3_BFloat16_64_128_128_4_kFast): chosen"));
   AttentionDesc latent = model(576);
   latent.head_dim_v = 512;
   CHECK(contains(explain("sm_90", latent),
@@ -114,7 +119,7 @@ TEST_CASE("which GPU runs what, and the reason where none does") {
     CHECK(row.available == (row.isa == "sm_90a"));
 }
 
-TEST_CASE("queries of codes: one kernel, whatever the sequence; what it can't do is refused") {
+TEST_CASE("queries of codes: one kernel of each mode, whatever the sequence") {
   AttentionDesc desc = model();
   desc.dtype = desc.kv_dtype = DType::kFloat8E4M3;
   const KernelSet set = select(desc, "sm_90");
@@ -533,6 +538,32 @@ TEST_CASE("caches of codes have kernels of their own") {
   CHECK(s.driver.launches[3].kernel == "decode_e4m3_BFloat16_128_4_4_kFull");
   params.kv_dtype = ElementType::kBFloat16;
   CHECK_THROWS_AS(s.backend().run(plan, params, {kGpu, kStream}), InvalidArgument);
+}
+
+TEST_CASE("queries of codes: options and odd rows have a kernel, too") {
+  Setup s;
+  AttentionDesc desc = model();
+  desc.dtype = desc.kv_dtype = DType::kFloat8E4M3;
+  const AttentionPlan plan = make_plan(s.backend(), desc, Batch({{1, 3000}, {40, 90}}));
+  const AttentionParams plain = params_of(desc, plan);
+  const auto kernel_for = [&](auto change) {
+    AttentionParams params = plain;
+    change(params);
+    s.driver.launches.clear();
+    s.backend().run(plan, params, {kGpu, kStream});
+    REQUIRE(s.driver.launches.size() == 1);
+    return s.driver.launches[0].kernel;
+  };
+  const std::string stem = "prefill_sm90_e4m3_BFloat16_128_128_128_4_";
+  const float slopes[64] = {};
+  const uint8_t mask[1] = {};
+  CHECK(kernel_for([](auto&) {}) == stem + "kFast");
+  CHECK(kernel_for([](auto& p) { p.window_left = 5; }) == stem + "kFast");
+  CHECK(kernel_for([](auto& p) { p.softcap = 3; }) == stem + "kFull");
+  CHECK(kernel_for([](auto& p) { p.scale = -1; }) == stem + "kFull");
+  CHECK(kernel_for([&](auto& p) { p.alibi_slopes = slopes; }) == stem + "kFull");
+  CHECK(kernel_for([&](auto& p) { p.mask = mask; }) == stem + "kFull");
+  CHECK(kernel_for([](auto& p) { p.q_stride_head += 8; }) == stem + "kFull");
 }
 
 // ---- Cache operations ---------------------------------------------------------------------------

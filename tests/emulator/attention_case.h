@@ -74,6 +74,11 @@ class AttentionProblem {
     return c.codes == Codes::kNone ? value(v_[at])
                                    : code_value(v_codes_, at, params.v_scale, b, j, head);
   }
+  // What multiplies the weight of a key rather than the sum of all.
+  double v_token_scale(int b, int j, int head) const {
+    if (c.codes != Codes::kToken) return 1;
+    return params.v_scale.values[scale_offset(params.v_scale, b, j, head / group())];
+  }
   double out(int b, int i, int head, int d) const {
     return value(out_[out_offset(b, i, head) + d]);
   }

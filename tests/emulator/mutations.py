@@ -31,7 +31,7 @@ STATE, SCALES, TRAITS = (f"cuda/kernels/{x}.h" for x in "state scales traits".sp
 L = "cuda/kernels/mla_decode.h"
 PL = "cuda/kernels/plan.h"
 # First words of descriptions; test_mutation.cpp is of all others.
-PROGRAMS = {"sm90", "sm90_e4m3", "mla", "plan", "total"}
+PROGRAMS = {"sm90", "sm90_e4m3", "sm90_e4m3_full", "mla", "plan", "total"}
 
 MUTATIONS = [
     Mutation("prefill: no barrier before a tile is read", P,

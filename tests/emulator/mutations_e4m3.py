@@ -6,6 +6,9 @@ from __future__ import annotations
 from mutation import Mutation
 
 FILE = "cuda/kernels/sm90/prefill_e4m3.h"
+PREFILL, PRODUCER, SOFTMAX = (
+    f"cuda/kernels/{x}.h" for x in "sm90/prefill sm90/producer softmax".split()
+)
 
 MUTATIONS = [
     Mutation("sm90_e4m3: values are turned before they have landed", FILE,
@@ -14,7 +17,7 @@ MUTATIONS = [
     Mutation("sm90_e4m3: turned values are not fenced for products", FILE,
      "    fence_proxy_async();\n    sync_warp();\n", "    sync_warp();\n"),
     Mutation("sm90_e4m3: two blocks on the diagonal change places", FILE,
-     "codes[0], codes[1], a, is_diagonal ? a : b)", "codes[0], codes[1], a, b)"),
+     "is_diagonal ? a : b, b, is_diagonal ? b : a);", "b, b, a);"),
     Mutation("sm90_e4m3: the values of the tile in hand are turned", FILE,
      "if (tile > tiles.begin) turn(this->ring.previous());",
      "if (tile > tiles.begin) turn(this->ring);"),
@@ -43,4 +46,51 @@ MUTATIONS = [
      "    cp_async_wait<0>();\n    sync_warp();\n", "    sync_warp();\n"),
     Mutation("sm90_e4m3: `total` is in the place of queries before all lanes have them", FILE,
      "    sync_warp();  // before `total` takes their place\n", ""),
+    Mutation("sm90_e4m3_full: scores are scaled before the options, too", FILE,
+     "Traits::kMode == Mode::kFast ? p.scale * kLog2E : 1.0f", "p.scale * kLog2E"),
+    Mutation("sm90_e4m3_full: options see scores without the scale of keys", FILE,
+     "return Traits::kMode == Mode::kFast && !args", "return !args"),
+    Mutation("sm90_e4m3_full: scores are read before the products are done", FILE,
+     "      wgmma_wait<0>();\n      if (part % 2 == 1) release_stage<Traits, Side::kKeys>(ring);\n"
+     "      const Rescale rescale",
+     "      if (part % 2 == 1) release_stage<Traits, Side::kKeys>(ring);\n"
+     "      const Rescale rescale"),
+    Mutation("sm90_e4m3_full: keys are released after their first part", FILE,
+     "if (part % 2 == 1) release_stage<Traits, Side::kKeys>(ring);\n      const Rescale rescale",
+     "if (part % 2 == 0) release_stage<Traits, Side::kKeys>(ring);\n      const Rescale rescale"),
+    Mutation("sm90_e4m3_full: sums are read before the products are done", FILE,
+     "      issue_values(sums, ring, part);\n      wgmma_wait<0>();",
+     "      issue_values(sums, ring, part);"),
+    Mutation("sm90_e4m3_full: values are released after their first part", FILE,
+     "if (part % 2 == 0) continue;\n",
+     "if (part % 2 == 0) {\nrelease_stage<Traits, Side::kValues>(ring); continue; }\n"),
+    Mutation("sm90_e4m3_full: scales of tokens are in use when they come", FILE,
+     "      sync_warp();  // all lanes have read the scales of the tile's tokens\n", ""),
+    Mutation("sm90_e4m3_full: a chunk is finished with the sums of the next", FILE,
+     "      take(part, stats);\n      round(scores);\n      Sums sums;",
+     "      round(scores);\n      Sums sums;\n      if (part < 0) take(part, stats);\n"
+     "      struct Late { CodeConsumer& c; int part; RowStats (&stats)[2];"
+     " ~Late() { c.take(part, stats); } } late{*this, part, stats};"),
+    Mutation("sm90_e4m3_full: weights are those of the part before", FILE,
+     "      round(scores);\n      Sums sums;\n      issue_values(sums, ring, part);",
+     "      Sums sums;\n      issue_values(sums, ring, part);\n      round(scores);"),
+    Mutation("sm90_e4m3_full: both parts of a tile have the positions of the first", FILE,
+     "mask_stored_rows<Traits, kKeys>(p, part * kKeys, scores);",
+     "mask_stored_rows<Traits, kKeys>(p, part / 2 * 2 * kKeys, scores);"),
+    Mutation("sm90_e4m3_full: warps share what masks know of rows", PREFILL,
+     "(warp * kTile + row) * 32", "row * 32"),
+    Mutation("sm90_e4m3_full: a row is masked as the one eight before", PREFILL,
+     "masked_row_slot<Traits>(row + 8))", "masked_row_slot<Traits>(row))"),
+    Mutation("sm90_e4m3_full: rows are masked before their lanes have said how", PREFILL,
+     "make_score_row(p, item, min(first_row + row, last_row)));\n  sync_warp();",
+     "make_score_row(p, item, min(first_row + row, last_row)));"),
+    Mutation("sm90_e4m3_full: a tree begins with the sequence", SOFTMAX,
+     "U32x4{word(row.mask_begin),", "U32x4{word(0),"),
+    Mutation("sm90_e4m3_full: keys beyond the square are not turned", FILE,
+     "if constexpr (kBlocks == 4)", "if constexpr (kBlocks == 0)"),
+    Mutation("sm90_e4m3_full: keys beyond the square change places", FILE,
+     "turn_blocks(tile, 4 + warp, i, 4 + warp, i + 1)",
+     "turn_blocks(tile, 4 + warp, i, 4 + (warp ^ 1), i + 1)"),
+    Mutation("sm90_e4m3_full: boxes bring more than is announced", PRODUCER,
+     "Traits::kWarpKeys * kBoxes<kSide> * 128", "Traits::kWarpKeys * kRowBytes<kSide>"),
 ]  # fmt: skip

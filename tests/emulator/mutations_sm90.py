@@ -10,10 +10,10 @@ H, PR, TO = (f"cuda/kernels/sm90/{x}.h" for x in "prefill producer total".split(
 
 MUTATIONS = [
     Mutation("sm90: bytes of boxes are not announced", PR,
-             "mbarrier_arrive_expect(arrival, Traits::kWarpKeys * kRowBytes<kSide>);",
+             "mbarrier_arrive_expect(arrival, Traits::kWarpKeys * kBoxes<kSide> * 128);",
              "mbarrier_arrive(arrival);"),
     Mutation("sm90: half of the bytes are announced", PR,
-             "kRowBytes<kSide>);", "kRowBytes<kSide> / 2);"),
+             "kBoxes<kSide> * 128);", "kBoxes<kSide> * 64);"),
     Mutation("sm90: values take the place of keys", PR,
              "kSide == Side::kKeys ? 0 : Traits::kKeyTileBytes", "0"),
     Mutation("sm90: the producer waits for the wrong parity", PR,

@@ -28,7 +28,7 @@ inline double score_error(const AttentionProblem& problem, int b, int i, int hea
     top = std::max(top, std::fabs(product));
     sum += product;
   }
-  return (error + 33 * top) / 8192 / 2 * problem.params.scale;
+  return (error + 33 * top) / 8192 / 2 * std::fabs(problem.params.scale);
 }
 
 inline bool is_visible(const AttentionProblem& problem, int b, int i, int key) {
@@ -60,12 +60,6 @@ inline ReferenceRow reference_row(const AttentionProblem& problem, int b, int i,
     return double{problem.is_bfloat16 ? widen_bfloat16(narrow_bfloat16(f))
                                       : widen_float16(narrow_float16(f))};
   };
-  // Relative to the largest: where queries are codes, so are weights, times the power of two that
-  // brings the largest near the largest code.
-  const auto rounded_weight = [&](double x) {
-    return c.code_queries ? double{e4m3_table()[narrow_e4m3(static_cast<float>(128 * x))]} / 128
-                          : x;
-  };
   std::vector<double> exact(seq_len, -INFINITY), naive(seq_len, -INFINITY);
   for (int j = 0; j < seq_len; ++j)
     if (is_visible(problem, b, i, j)) {
@@ -84,13 +78,24 @@ inline ReferenceRow reference_row(const AttentionProblem& problem, int b, int i,
     naive_sum += std::exp(problem.sink(head) - top);
   }
   row.lse = top + std::log(sum);
+  // Where queries are codes, so are weights: times the scale of their token, and times the power of
+  // two that brings the largest near the largest code.
+  double base = -INFINITY;
+  const auto token_scale = [&](int j) { return problem.v_token_scale(b, j, head); };
+  for (int j = 0; c.code_queries && j < seq_len; ++j)
+    base = std::max(base, (exact[j] - top) / std::log(2.0) + std::ilogb(token_scale(j)));
+  const auto rounded_weight = [&](double x, int j) {
+    if (!c.code_queries) return x;
+    const double factor = std::exp2(7 - base) * token_scale(j);
+    return e4m3_table()[narrow_e4m3(static_cast<float>(factor * x))] / factor;
+  };
   for (int j = 0; c.code_queries && j < seq_len; ++j)
     if (std::exp(exact[j] - top) > 1e-6)
       row.lse_error = std::max(row.lse_error, score_error(problem, b, i, head, j));
   for (int j = 0; j < seq_len; ++j) {
     if (exact[j] == -INFINITY) continue;
     const double weight = std::exp(exact[j] - top) / sum;
-    const double naive_weight = rounded(rounded_weight(std::exp(naive[j] - top)) / naive_sum);
+    const double naive_weight = rounded(rounded_weight(std::exp(naive[j] - top), j) / naive_sum);
     for (int d = 0; d < c.head_dim_v; ++d) {
       const double value = problem.v(b, j, head, d);
       row.out[d] += weight * value;

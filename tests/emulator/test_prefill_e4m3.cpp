@@ -126,24 +126,65 @@ TEST_CASE("sums keep 14 bits of their fraction: what two levels of them save") {
 
 // --- The kernel ----------------------------------------------------------------------------------
 
+using device::Mode;
+
+template <int kHeadDim = 128, Mode kMode = Mode::kFast>
 AttentionKernel kernel() {
-  using Traits = device::Sm90E4m3Traits<device::BFloat16, 128, 128, 128, 4, device::Mode::kFast>;
+  using Traits = device::Sm90E4m3Traits<device::BFloat16, kHeadDim, 128, 128, 4, kMode>;
   return bind<Traits>(device::prefill_e4m3_sm90<Traits>);
 }
 
-AttentionCase base() {
+AttentionCase base(int head_dim = 128) {
   AttentionCase c;
-  c.head_dim = c.head_dim_v = 128;
+  c.head_dim = c.head_dim_v = head_dim;
   c.codes = Codes::kTensor;
   c.code_queries = true;
   return c;
 }
 
-TEST_CASE("plain and causal") { check_plain(kernel(), base()); }
+TEST_CASE("plain and causal") {
+  check_plain(kernel(), base());
+  check_plain(kernel<64>(), base(64));
+}
 
-TEST_CASE("every kind of scale") { check_codes(kernel(), base()); }
+TEST_CASE("every option") {
+  check_options(kernel<128, Mode::kFull>(), base());
+  AttentionCase c = base(64);
+  c.codes = Codes::kToken;
+  check_options(kernel<64, Mode::kFull>(), c);
+}
 
-TEST_CASE("chunks of keys") { check_chunks(kernel(), base()); }
+TEST_CASE("every kind of scale") {
+  check_codes(kernel(), base());
+  AttentionCase c = base(64);
+  c.softcap = 3;
+  c.alibi = true;
+  check_codes(kernel<64, Mode::kFull>(), c);
+}
+
+TEST_CASE("chunks of keys") {
+  check_chunks(kernel(), base());
+  AttentionCase c = base();
+  c.num_heads = c.num_kv_heads = 1;
+  c.codes = Codes::kToken;
+  c.softcap = 3;
+  check_chunks(kernel<128, Mode::kFull>(), c);
+}
+
+TEST_CASE("negative scales, of queries or of keys") {
+  for (const Codes codes : {Codes::kTensor, Codes::kToken}) {
+    AttentionCase c = base();
+    c.batch = {{5, 40}, {3, 600}};
+    c.codes = codes;
+    for (const float sign : {1.0f, -1.0f}) {
+      AttentionProblem problem(c, true, kernel().rows);
+      problem.params.scale *= -1;
+      problem.params.k_scale.value *= sign;
+      REQUIRE(run_attention(kernel<128, Mode::kFull>(), problem, {}).error == "");
+      CHECK(compare_with_reference(problem) == "");
+    }
+  }
+}
 
 TEST_CASE("blocks of every size: by boxes where they have eight rows") {
   AttentionCase c = base();
@@ -174,6 +215,14 @@ TEST_CASE("bits do not depend on how the work is cut") {
   c.codes = Codes::kToken;
   c.batch = {{5, 1300}, {1, 530}, {80, 700}};
   check_bits(kernel(), c);
+  c.num_heads = c.num_kv_heads = 1;
+  c.batch = {{5, 1100}};
+  c.alibi = true;
+  check_bits(kernel<128, Mode::kFull>(), c);
+  c = base(64);
+  c.num_heads = c.num_kv_heads = 1;
+  c.batch = {{5, 1100}};
+  check_bits(kernel<64>(), c);
 }
 
 }  // namespace

@@ -141,6 +141,25 @@ TEST_CASE("prefill of sm_90a where all are codes of e4m3") {
   check_bits(kernel, c);
 }
 
+TEST_CASE("prefill of sm_90a where all are codes of e4m3, every option") {
+  if (!has_sm90()) return;
+  using Traits = device::Sm90E4m3Traits<BFloat16, 64, 128, 128, 4, Mode::kFull>;
+  const auto kernel = sm90_from_ptx<Traits>("prefill_sm90_e4m3_BFloat16_64_128_128_4_kFull",
+                                            "prefill_sm90_e4m3.ptx");
+  AttentionCase c = base(64);
+  c.code_queries = true;
+  c.batch = {{3, 600}, {19, 45}};
+  c.softcap = 3;
+  c.alibi = true;
+  c.mask = c.mask_is_tree = true;
+  for (const Codes codes : {Codes::kHead, Codes::kToken})
+    for (const Cache cache : {Cache::kHnd, Cache::kOdd}) {
+      c.codes = codes;
+      c.cache = cache;
+      check_case(kernel, c, AsyncMode::kRandom);
+    }
+}
+
 TEST_CASE("decode") {
   using Traits = device::DecodeTraits<Float16, 128, 4, 3, Mode::kFast>;
   const auto kernel = from_ptx<Traits>("decode.ptx", "decode_Float16_128_4_3_kFast");

@@ -4,6 +4,8 @@ with the same queries in bfloat16; the GPU rounds weights to float8_e4m3, too.""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -39,12 +41,9 @@ def compute(problem: QuantisedProblem, order: list[int], dtype: type = CODE, **o
     return [(out[a:b], lse[:, a:b]) for a, b in zip(cu, cu[1:], strict=False)]
 
 
-@BOTH
-@pytest.mark.parametrize("cache", ["nhd", "hnd"])
-def test_agrees_with_the_oracle(granularity, cache):
+def check(problem: QuantisedProblem, **options) -> None:
     """A weight is rounded by at most 2^-4 of itself, and so is the sum of weighted values."""
-    problem = make_problem(granularity, cache=cache)
-    results = compute(problem, list(range(len(BATCH))))
+    results = compute(problem, list(range(len(problem.qs))), **options)
     for (out, lse), (exact, exact_lse), v in zip(results, problem.exact(), problem.vs, strict=True):
         empty = np.isneginf(exact_lse)
         assert np.array_equal(np.isneginf(lse), empty)
@@ -54,6 +53,40 @@ def test_agrees_with_the_oracle(granularity, cache):
         assert error.max(initial=0) <= (2**-4 + 2**-8) * largest
         # Errors of many weights are of both signs: a few percent of the spread of the values.
         assert np.sqrt(np.square(error).mean()) <= 0.03 * largest if error.size else True
+
+
+@BOTH
+@pytest.mark.parametrize("cache", ["nhd", "hnd"])
+def test_agrees_with_the_oracle(granularity, cache):
+    check(make_problem(granularity, cache=cache))
+
+
+SMALL = ((17, 150), (1, 530), (3, 3), (2, 0))
+
+
+@pytest.mark.parametrize(
+    ("granularity", "changes"),
+    [
+        ("tensor", {"softcap": 3.0}),
+        ("head", {"alibi": True}),
+        ("token", {"alibi": True, "sinks": True, "window": (100, 5), "causal": False}),
+        ("tensor", {"mask": "full", "causal": False}),
+        ("token", {"mask": "tree", "softcap": 5.0}),
+        ("head", {"cache": "pool"}),
+        ("token", {"head_dim": 83, "head_dim_v": 37, "num_heads": 6}),
+        ("tensor", {"head_dim": 64, "head_dim_v": 64}),
+    ],
+    ids=str,
+)
+def test_every_option(granularity, changes):
+    check(make_problem(granularity, batch=SMALL, **changes))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_a_negative_scale(granularity):
+    problem = make_problem(granularity, batch=SMALL)
+    problem.options = replace(problem.options, scale=-0.1)
+    check(problem, scale=-0.1)
 
 
 @BOTH
@@ -108,11 +141,3 @@ def test_other_combinations_are_refused():
     with pytest.raises(ValueError, match=r"out: expected .* bfloat16.*, got .* float16"):
         quire.paged_attention(q, codes, codes, table, lens, out=out.astype(np.float16))
     assert not out.any()
-
-
-@pytest.mark.skipif(DEVICE == "cpu", reason="is about GPUs")
-def test_what_the_gpu_refuses():
-    problem = make_problem("tensor", batch=((3, 40),))
-    for options in ({"softcap": 3.0}, {"alibi_slopes": np.ones(problem.case.num_heads, "f4")}):
-        with pytest.raises(NotImplementedError, match=next(iter(options))):
-            compute(problem, [0], **options)

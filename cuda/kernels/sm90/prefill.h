@@ -125,6 +125,34 @@ QUIRE_DEVICE void issue_values(float (&sums)[Traits::kHeadDim / 8][4],
   wgmma_commit();
 }
 
+// What masks know of a warp's rows, in shared memory where sums leave no registers for it.
+template <class Traits>
+QUIRE_DEVICE SharedAddress masked_row_slot(int row) {
+  const int warp = fresh_thread_index() / kWarpSize;
+  return shared_base() + static_cast<uint32_t>(Traits::kRowOffset + (warp * kTile + row) * 32);
+}
+
+// `first_row`: of the warp. Called when the queries before are not in use any more.
+template <class Traits>
+QUIRE_DEVICE void store_masked_rows(const AttentionParams& p, const Item& item, int first_row,
+                                    int last_row) {
+  const int row = fresh_thread_index() % kWarpSize;
+  if (row < kTile)
+    store_score_row(masked_row_slot<Traits>(row),
+                    make_score_row(p, item, min(first_row + row, last_row)));
+  sync_warp();
+}
+
+template <class Traits, int kKeys>
+QUIRE_DEVICE void mask_stored_rows(const AttentionParams& p, int first_key,
+                                   float (&scores)[kKeys / 8][4]) {
+  constexpr Mode kMode = Traits::kMode;
+  const int row = fresh_thread_index() % kWarpSize / 4;
+  const ScoreRow rows[2] = {load_score_row<kMode>(masked_row_slot<Traits>(row)),
+                            load_score_row<kMode>(masked_row_slot<Traits>(row + 8))};
+  mask_scores<kMode, kKeys>(p, rows, first_key, scores);
+}
+
 // A warpgroup's 64 rows of an item.
 template <class Traits>
 struct Consumer {
@@ -151,8 +179,11 @@ struct Consumer {
                              float (&scores)[Traits::kKeys / 8][4]) {
     QUIRE_UNROLL
     for (int h = 0; h < 2; ++h) stats[h] = tile % kTilesPerChunk == 0 ? RowStats{} : state.chunk[h];
-    mask_scores<Traits::kMode, Traits::kKeys>(args.params, state.rows, tile * Traits::kKeys,
-                                              scores);
+    if constexpr (Traits::kIsLong)
+      mask_stored_rows<Traits, Traits::kKeys>(args.params, tile * Traits::kKeys, scores);
+    else
+      mask_scores<Traits::kMode, Traits::kKeys>(args.params, state.rows, tile * Traits::kKeys,
+                                                scores);
     return to_weights<Traits>(factor, TokenScales{}, stats, scores);
   }
 
@@ -211,11 +242,13 @@ QUIRE_DEVICE void consume_rows(const AttentionArgs& args, const ItemQueue<Traits
   const int first_chunk = item.kv_begin / kKvChunk;
   Consumer<Traits> consumer{args, items, first_row, score_factor<Traits>(p), first_chunk, {}};
   PrefillState<Traits>& state = consumer.state;
-  QUIRE_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    state.rows[h] = make_score_row(p, item, min(first_row + warp_row + lane / 4 + 8 * h, last_row));
-    // It is null: the compiler shall know, and keep no register for it.
-    if (Traits::kMode == Mode::kFast && Traits::kIsLong) state.rows[h].mask = nullptr;
+  if constexpr (Traits::kIsLong) {
+    store_masked_rows<Traits>(p, item, first_row + warp_row, last_row);
+  } else {
+    QUIRE_UNROLL
+    for (int h = 0; h < 2; ++h)
+      state.rows[h] =
+          make_score_row(p, item, min(first_row + warp_row + lane / 4 + 8 * h, last_row));
   }
   consumer.attend(tiles.begin, tiles.end, ring);
   const Item same = load_item(args, items.current());  // so that it is not kept so long

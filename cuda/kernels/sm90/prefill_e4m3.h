@@ -42,26 +42,39 @@ QUIRE_DEVICE void store_turned(SharedAddress tile, uint32_t low, uint32_t high, 
   st_shared(tile + (piece_offset<128>(row + 8, keys) + word), odd);
 }
 
-// Turns a warp's share of [128 keys][128 columns] to [128 columns][128 keys]: eight times two
-// blocks of 16 times 16 that change places, or two on the diagonal. In a row of 16 columns the even
-// ones come first; in 16 keys, 2t, 2t + 1, 8 + 2t, 9 + 2t for t = 0 ... 3.
+// Two blocks of 16 times 16 to where they belong: to each other's places, to their own, or to
+// places that hold nothing.
+QUIRE_DEVICE void turn_blocks(SharedAddress tile, int keys, int columns, int other_keys,
+                              int other_columns) {
+  const int lane = fresh_thread_index() % kWarpSize;
+  const bool is_other = lane >= 16;  // whose rows this lane names
+  uint32_t codes[4];
+  ldmatrix<Transposed::kYes>(
+      codes, tile + piece_offset<128>(16 * (is_other ? other_keys : keys) + lane % 16,
+                                      is_other ? other_columns : columns));
+  sync_warp();  // both have been read before either is overwritten
+  store_turned(tile, codes[0], codes[1], keys, columns);
+  store_turned(tile, codes[2], codes[3], other_keys, other_columns);
+}
+
+// Turns a warp's share of [128 keys][kHeadDim columns] to [kHeadDim columns][128 keys]. As many
+// keys as columns are a square, whose blocks change places, or stay on the diagonal; those of keys
+// beyond it go where there are no columns. In a row of 16 columns the even ones come first; in 16
+// keys, 2t, 2t + 1, 8 + 2t, 9 + 2t for t = 0 ... 3.
 template <class Traits>
 QUIRE_DEVICE void turn_values(SharedAddress tile) {
-  const int thread = fresh_thread_index();
-  const int lane = thread % kWarpSize, warp = thread / kWarpSize % 4;
+  constexpr int kBlocks = Traits::kHeadDim / 16, kPairs = kBlocks * kBlocks / 8;  // of a warp
+  const int warp = fresh_thread_index() / kWarpSize % 4;
   QUIRE_UNROLL_BY(2)
-  for (int i = 0; i < 8; ++i) {
-    const bool is_diagonal = warp == 3 && i >= 4;
-    const int a = is_diagonal ? 2 * i - 8 : i;
-    const int b = is_diagonal ? a + 1 : (i + warp + 1) % 8;
-    const bool is_second = lane >= 16;  // whose rows this lane names
-    const int keys = is_second ? b : a, columns = is_second != is_diagonal ? a : b;
-    uint32_t codes[4];
-    ldmatrix<Transposed::kYes>(codes, tile + piece_offset<128>(16 * keys + lane % 16, columns));
-    sync_warp();  // both have been read before either is overwritten
-    store_turned(tile, codes[0], codes[1], a, is_diagonal ? a : b);
-    store_turned(tile, codes[2], codes[3], b, is_diagonal ? b : a);
+  for (int i = 0; i < kPairs; ++i) {
+    const int pair = warp * kPairs + i, first = pair % kBlocks, distance = pair / kBlocks + 1;
+    const bool is_diagonal = distance == kBlocks / 2 && first >= kBlocks / 2;
+    const int a = is_diagonal ? 2 * first - kBlocks : first;
+    const int b = is_diagonal ? a + 1 : (first + distance) % kBlocks;
+    turn_blocks(tile, a, is_diagonal ? a : b, b, is_diagonal ? b : a);
   }
+  if constexpr (kBlocks == 4)
+    for (int i = 0; i < 4; i += 2) turn_blocks(tile, 4 + warp, i, 4 + warp, i + 1);
 }
 
 template <class Traits>
@@ -171,7 +184,8 @@ struct CodeConsumer {
 
   // Scores are taken as they come, and `factor` joins the exponential.
   QUIRE_DEVICE bool is_raw() const {
-    return !args.params.k_scale.is_per_token && !args.params.v_scale.is_per_token && factor > 0;
+    return Traits::kMode == Mode::kFast && !args.params.k_scale.is_per_token &&
+           !args.params.v_scale.is_per_token && factor > 0;
   }
 
   // Every chunk of the item is finished, as in kernels/prefill.h.
@@ -228,7 +242,7 @@ struct CodeConsumer {
     const float units[2] = {factor, factor};
     if (!raw)
       scale_scores<kKeys>(units, of_part(token_scales(ring, Side::kKeys, p.k_scale)), scores);
-    mask_scores<Traits::kMode, kKeys>(p, state.rows, part * kKeys, scores);
+    mask_stored_rows<Traits, kKeys>(p, part * kKeys, scores);
     return to_weights<typename Traits::Half, kWeightShift>(
         raw ? factor : 1.0f, of_part(token_scales(ring, Side::kValues, p.v_scale)), stats, scores);
   }
@@ -251,8 +265,31 @@ struct CodeConsumer {
       state.sums[n][e] = fma(state.sums[n][e], rescale.rows[e / 2], sums[n][e]);
   }
 
-  // Parts [begin, end), both even. While the values of one are multiplied, the scores of the next
-  // become weights.
+  // Parts [begin, end), both even, one after the other. Options take the arithmetic units longer
+  // than products take theirs, which the other warpgroup keeps busy; and what they take of
+  // registers is what sums of a part would take meanwhile.
+  QUIRE_DEVICE void attend_in_order(int begin, int end, Ring<Traits>& ring) {
+    for (int part = begin; part < end; ++part) {
+      Scores scores;
+      RowStats stats[2];
+      issue_keys(scores, ring, part);
+      wgmma_wait<0>();
+      if (part % 2 == 1) release_stage<Traits, Side::kKeys>(ring);
+      const Rescale rescale = weigh(ring, part, stats, scores);
+      take(part, stats);
+      round(scores);
+      Sums sums;
+      issue_values(sums, ring, part);
+      wgmma_wait<0>();
+      add(rescale, sums);
+      if (part % 2 == 0) continue;
+      sync_warp();  // all lanes have read the scales of the tile's tokens
+      release_stage<Traits, Side::kValues>(ring);
+      ring.advance();
+    }
+  }
+
+  // Likewise. While the values of one are multiplied, the scores of the next become weights.
   QUIRE_DEVICE void attend(int begin, int end, Ring<Traits>& ring) {
     if (begin >= end) return;
     Scores scores;
@@ -301,20 +338,20 @@ QUIRE_DEVICE void consume_codes(const AttentionArgs& args, const ItemQueue<Trait
                                 int first_row, Ring<Traits>& ring) {
   const Item item = load_item(args, items.current());
   const AttentionParams& p = args.params;
-  const int lane = thread_index() % kWarpSize, warp_row = thread_index() / kWarpSize * kTile;
+  const int warp_row = thread_index() / kWarpSize * kTile;
   const int last_row = min(item.num_rows, first_row + Traits::kRows) - 1;
   const PrefillTiles<Traits> tiles(keys_to_read(p, item, first_row, last_row));
-  const float factor = mul(p.scale * kLog2E, item_scale(p.k_scale, item.kv_head));
+  const float factor = mul(Traits::kMode == Mode::kFast ? p.scale * kLog2E : 1.0f,
+                           item_scale(p.k_scale, item.kv_head));
   CodeConsumer<Traits> consumer{args, items, first_row, factor, item.kv_begin / kKvChunk,
                                 {},   {},    {}};
   PrefillState<Traits>& state = consumer.state;
-  QUIRE_UNROLL
-  for (int h = 0; h < 2; ++h) {  // plain or causal: what options are to know takes no registers
-    const int row = min(first_row + warp_row + lane / 4 + 8 * h, last_row);
-    state.rows[h] = {visible_keys(p, item, row), 0, 0, nullptr, 0};
-  }
   consumer.queries.load(args, item, first_row + warp_row);
-  consumer.attend(2 * tiles.begin, 2 * tiles.end, ring);
+  store_masked_rows<Traits>(p, item, first_row + warp_row, last_row);
+  if constexpr (Traits::kMode == Mode::kFull)
+    consumer.attend_in_order(2 * tiles.begin, 2 * tiles.end, ring);
+  else
+    consumer.attend(2 * tiles.begin, 2 * tiles.end, ring);
   const Item same = load_item(args, items.current());  // so that it is not kept so long
   consumer.finish_chunks(max(same.kv_begin / kKvChunk + 1, ceil_div(same.kv_end, kKvChunk)));
   if (same.partial < 0) write_total<Traits>(args, same, state, first_row);

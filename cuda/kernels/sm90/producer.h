@@ -99,6 +99,9 @@ struct Producer {
   template <Side kSide>
   static constexpr int kRowBytes =
       (kSide == Side::kKeys ? Traits::kKeyDim : Traits::kHeadDim) * sizeof(Bits);
+  // Boxes that make a row, of 128 bytes each.
+  template <Side kSide>
+  static constexpr int kBoxes = (kRowBytes<kSide> + 127) / 128;
   // What is told of rows that are in shared memory.
   template <Side kSide>
   static constexpr Handover kArrival =
@@ -131,13 +134,13 @@ struct Producer {
     const AttentionParams& p = args.attention.params;
     const int lane = thread_index() % kWarpSize;
     const SharedAddress arrival = ring.template barrier<kSide, kArrival<kSide>>();
-    if (lane == 0) mbarrier_arrive_expect(arrival, Traits::kWarpKeys * kRowBytes<kSide>);
+    if (lane == 0) mbarrier_arrive_expect(arrival, Traits::kWarpKeys * kBoxes<kSide> * 128);
     if (lane >= Traits::kWarpKeys || lane % args.box_rows != 0) return;
     const int64_t stride_seq = kSide == Side::kKeys ? p.k_stride_seq : p.v_stride_seq;
     const int outer = p.block_table ? at.block : stride_seq != 0 ? item.sequence_index : 0;
     const TensorMap* map = kSide == Side::kKeys ? &args.k : &args.v;
     QUIRE_UNROLL
-    for (int column = 0; column < kRowBytes<kSide> / 128; ++column)
+    for (int column = 0; column < kBoxes<kSide>; ++column)
       copy_box(ring.template tile<kSide>() +
                    static_cast<uint32_t>(column * Traits::kColumnBytes + (first_row + lane) * 128),
                map, arrival, 64 * column, at.row, item.kv_head, outer);
