@@ -115,24 +115,6 @@ void check_written_once(const std::string& function, const std::vector<int32_t>&
                   ": src_dst: expected each destination once, got block ", *twice, " twice");
 }
 
-// True if the byte ranges that the tensors span have no byte in common.
-bool lie_apart(const TensorView& a, const TensorView& b) {
-  if (a.is_empty() || b.is_empty()) return true;
-  const auto span = [](const TensorView& tensor) {
-    int64_t low = 0, high = 1;
-    for (int i = 0; i < tensor.ndim; ++i) {
-      const int64_t reach = (tensor.shape[i] - 1) * tensor.strides[i];
-      (reach < 0 ? low : high) += reach;
-    }
-    const int64_t element = static_cast<int64_t>(size_of(tensor.dtype));
-    const int64_t address = reinterpret_cast<intptr_t>(tensor.data);
-    return std::pair(address + low * element, address + high * element);
-  };
-  const auto [a_begin, a_end] = span(a);
-  const auto [b_begin, b_end] = span(b);
-  return a_end <= b_begin || b_end <= a_begin;
-}
-
 }  // namespace
 
 void append_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,

@@ -28,6 +28,13 @@ void check_output(const std::string& argument, const TensorView& tensor,
 // The last clause of that, on its own.
 void check_writable(const std::string& argument, const TensorView& tensor);
 
+// Whether all memory between the ends of one tensor lies outside the other's ends.
+bool lie_apart(const TensorView& a, const TensorView& b);
+
+// Whether an element of `a` and one of `b` are surely the same memory: the first element of one is
+// an element of the other. Rows of two tensors may lie between each other's, as in fused q, k, v.
+bool share_memory(const TensorView& a, const TensorView& b);
+
 // A scale of a cache [num_blocks, block_size, num_kv_heads, dim] (kv_scales.h).
 void check_scale(const std::string& argument, const TensorView& scale, const TensorView& cache);
 

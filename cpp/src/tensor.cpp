@@ -2,7 +2,11 @@
 #include "quire/tensor.h"
 
 #include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <numeric>
 #include <sstream>
+#include <utility>
 
 #include "check.h"
 #include "quire/error.h"
@@ -69,6 +73,53 @@ void check_writable(const std::string& argument, const TensorView& tensor) {
   for (int i = 0; i < tensor.ndim; ++i)
     QUIRE_CHECK_ARG(tensor.strides[i] != 0 || tensor.shape[i] <= 1, argument,
                     ": expected elements at distinct addresses, got stride 0 in dimension ", i);
+}
+
+namespace {
+
+// Bytes [first, second) between the ends of a tensor that is not empty.
+std::pair<int64_t, int64_t> span(const TensorView& tensor) {
+  int64_t low = 0, high = 1;
+  for (int i = 0; i < tensor.ndim; ++i) {
+    const int64_t reach = (tensor.shape[i] - 1) * tensor.strides[i];
+    (reach < 0 ? low : high) += reach;
+  }
+  const int64_t element = static_cast<int64_t>(size_of(tensor.dtype));
+  const int64_t address = reinterpret_cast<intptr_t>(tensor.data);
+  return {address + low * element, address + high * element};
+}
+
+// Whether the byte at `address` is of an element, for strides that nest: each at least as long as
+// all that lies within.
+bool covers(const TensorView& tensor, int64_t address) {
+  const int64_t element = static_cast<int64_t>(size_of(tensor.dtype));
+  int64_t rest = address - span(tensor).first;
+  if (rest < 0) return false;
+  std::array<int, TensorView::kMaxDims> order;
+  std::iota(order.begin(), order.begin() + tensor.ndim, 0);
+  const auto step = [&](int dim) { return std::abs(tensor.strides[dim]) * element; };
+  std::sort(order.begin(), order.begin() + tensor.ndim,
+            [&](int a, int b) { return step(a) > step(b); });
+  for (int i = 0; i < tensor.ndim; ++i) {
+    const int dim = order[i];
+    if (step(dim) != 0) rest -= std::min(rest / step(dim), tensor.shape[dim] - 1) * step(dim);
+  }
+  return rest < element;
+}
+
+}  // namespace
+
+bool lie_apart(const TensorView& a, const TensorView& b) {
+  if (a.is_empty() || b.is_empty()) return true;
+  const auto [a_begin, a_end] = span(a);
+  const auto [b_begin, b_end] = span(b);
+  return a_end <= b_begin || b_end <= a_begin;
+}
+
+bool share_memory(const TensorView& a, const TensorView& b) {
+  if (lie_apart(a, b)) return false;
+  return covers(a, reinterpret_cast<intptr_t>(b.data)) ||
+         covers(b, reinterpret_cast<intptr_t>(a.data));
 }
 
 void check_contiguous(const std::string& argument, const TensorView& tensor) {

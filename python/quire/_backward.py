@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from . import _core
 from ._arrays import Tensor, empty, shape_of
+from ._options import is_tree, refuse_wrong_type
 
 
 def attention_backward(
@@ -70,10 +71,7 @@ def attention_backward(
 
     Source: Dao, FlashAttention-2 (2023), algorithm 2.
     """
-    if mask_kind not in ("full", "tree"):
-        raise ValueError(
-            f'attention_backward: mask_kind: expected "full" or "tree", got {mask_kind!r}'
-        )
+    mask_is_tree = is_tree("attention_backward", mask_kind) and mask is not None
     dq, dk, dv = (
         empty(q, "attention_backward: q", shape_of(x, f"attention_backward: {name}"))
         for name, x in (("q", q), ("k", k), ("v", v))
@@ -83,26 +81,31 @@ def attention_backward(
         dsinks = empty(
             q, "attention_backward: q", shape_of(sinks, "attention_backward: sinks"), "float32"
         )
-    _core.attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dq,
-        dk,
-        dv,
-        dsinks,
-        causal,
-        window,
-        scale,
-        softcap,
-        alibi_slopes,
-        sinks,
-        mask,
-        mask is not None and mask_kind == "tree",
-        cu_seqlens_q,
-        cu_seqlens_k,
-    )
+    try:
+        _core.attention_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dq,
+            dk,
+            dv,
+            dsinks,
+            causal,
+            window,
+            scale,
+            softcap,
+            alibi_slopes,
+            sinks,
+            mask,
+            mask_is_tree,
+            cu_seqlens_q,
+            cu_seqlens_k,
+        )
+    except TypeError:
+        options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
+        refuse_wrong_type("attention_backward", options)
+        raise
     return (dq, dk, dv) if dsinks is None else (dq, dk, dv, dsinks)

@@ -33,7 +33,8 @@ class KVTiers:
 
     Call `offload` after every step, before any KV of it is written.
 
-    Raises ValueError for a store whose block_bytes are not those of the cache.
+    Raises ValueError for a cache of another block size or of fewer blocks than the manager hands
+    out, for a store whose block_bytes are not those of the cache, and for two stores of one tier.
 
     Example::
 
@@ -49,6 +50,14 @@ class KVTiers:
         self, manager: KVCacheManager, cache: KVCache, stores: Items[KVStore] = ()
     ) -> None:
         """Attach the stores to the manager; see the class."""
+        blocks, block_size = cache.k(0).shape[:2]
+        if blocks < manager.num_blocks or block_size != manager.block_size:
+            raise ValueError(
+                f"KVTiers: cache: expected {manager.num_blocks} blocks or more of "
+                f"{manager.block_size} tokens, as the manager has, got {blocks} of {block_size}"
+            )
+        if len({store.tier for store in stores}) < len(stores):
+            raise ValueError("KVTiers: stores: expected one a tier, got two of the same")
         for store in stores:
             if store.block_bytes != cache.block_bytes:
                 raise ValueError(

@@ -61,7 +61,8 @@ def attention(
         cu_seqlens_q: int32 ``[batch + 1]``, contiguous, from 0.
         cu_seqlens_k: int32 ``[batch + 1]``, likewise.
         return_lse: also return the log of the softmax denominator.
-        out: where to write; ``q``'s shape with head_dim_v, ``q``'s dtype.
+        out: where to write; ``q``'s shape with head_dim_v, ``q``'s dtype; q itself, or memory that
+            is none of q, k and v.
         lse: float32, natural log: dense ``[batch, num_heads, seq_q]``, ragged
             ``[num_heads, total_q]``.
         stream: CUDA stream, an int or an object with ``__cuda_stream__``; None is the one that the
@@ -182,7 +183,7 @@ def paged_attention(
             float32 ``[num_kv_heads]``, or float32 ``[num_blocks, block_size, num_kv_heads]``, one
             a token and head, of any strides (tokens next to each other are read fastest).
         v_scale: likewise of v_cache.
-        out: where to write, ``[total_q, num_heads, head_dim_v]``.
+        out: where to write, ``[total_q, num_heads, head_dim_v]``; see `attention`.
         lse: float32 ``[num_heads, total_q]``, natural log.
         return_lse: also return `lse`.
         stream: CUDA stream, an int or an object with ``__cuda_stream__``; None is the one that the

@@ -46,7 +46,7 @@ Device parse_device(const std::string& name) {
 
 // A scale that is not given is 0 in C++; a given 0 would silently mean something else.
 float parse_scale(std::optional<float> scale) {
-  QUIRE_CHECK_ARG(!scale || *scale != 0, "attention: scale: expected a number other than 0");
+  QUIRE_CHECK_ARG(!scale || *scale != 0, "attention: scale: expected a number other than 0, got 0");
   return scale.value_or(0.0f);
 }
 

@@ -22,7 +22,7 @@ void attention_gradients(nb::handle dout, nb::handle q, nb::handle k, nb::handle
                          nb::handle sinks, nb::handle mask, bool mask_is_tree,
                          nb::handle cu_seqlens_q, nb::handle cu_seqlens_k) {
   QUIRE_CHECK_ARG(!scale || *scale != 0,
-                  "attention_backward: scale: expected a number other than 0");
+                  "attention_backward: scale: expected a number other than 0, got 0");
   TensorArgs args;
   AttentionGradients g;
   g.dout = args.input(dout, "attention_backward: dout");
@@ -54,12 +54,12 @@ void attention_gradients(nb::handle dout, nb::handle q, nb::handle k, nb::handle
 }  // namespace
 
 void bind_backward(nb::module_& m) {
-  m.def("attention_backward", &attention_gradients, nb::arg("dout"), nb::arg("q"), nb::arg("k"),
-        nb::arg("v"), nb::arg("out"), nb::arg("lse"), nb::arg("dq"), nb::arg("dk"), nb::arg("dv"),
-        nb::arg("dsinks").none(), nb::arg("causal"), nb::arg("window"), nb::arg("scale").none(),
-        nb::arg("softcap"), nb::arg("alibi_slopes").none(), nb::arg("sinks").none(),
-        nb::arg("mask").none(), nb::arg("mask_is_tree"), nb::arg("cu_seqlens_q").none(),
-        nb::arg("cu_seqlens_k").none());
+  m.def("attention_backward", &attention_gradients, nb::arg("dout").none(), nb::arg("q").none(),
+        nb::arg("k").none(), nb::arg("v").none(), nb::arg("out").none(), nb::arg("lse").none(),
+        nb::arg("dq"), nb::arg("dk"), nb::arg("dv"), nb::arg("dsinks").none(), nb::arg("causal"),
+        nb::arg("window"), nb::arg("scale").none(), nb::arg("softcap"),
+        nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("mask").none(),
+        nb::arg("mask_is_tree"), nb::arg("cu_seqlens_q").none(), nb::arg("cu_seqlens_k").none());
 }
 
 }  // namespace quire::python

@@ -235,6 +235,7 @@ def test_scale_and_float32_precision():
         ({"mask": np.zeros((1, 4, 0), "u1")}, "mask: expected at least 1 bytes"),
         ({"mask_kind": "half"}, "mask_kind: expected"),
         ({"scale": 0.0}, "scale: expected"),
+        ({"window": (2**31, 0)}, "window: expected .*got .2147483648, 0"),
         ({"cu_seqlens_q": np.array([0, 4], "i4")}, "cu_seqlens_k: expected both"),
     ],
 )
@@ -242,4 +243,12 @@ def test_wrong_arguments_are_refused_by_name(change, message):
     x = np.zeros((1, 4, 2, 8), "f4")
     arguments = {"dout": x, "q": x, "k": x, "v": x, "out": x, "lse": np.zeros((1, 2, 4), "f4")}
     with pytest.raises(ValueError, match=f"attention_backward: .*{message}"):
+        quire.attention_backward(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("change", [{"causal": 1}, {"softcap": None}, {"dout": None}, {"q": [1]}])
+def test_arguments_of_a_wrong_type_are_refused_by_name(change):
+    x = np.zeros((1, 4, 2, 8), "f4")
+    arguments = {"dout": x, "q": x, "k": x, "v": x, "out": x, "lse": np.zeros((1, 2, 4), "f4")}
+    with pytest.raises(TypeError, match=f"^attention_backward: {next(iter(change))}: expected"):
         quire.attention_backward(**{**arguments, **change})

@@ -325,6 +325,40 @@ def test_options_of_a_wrong_type_are_named(name, value, kind, expected):
         quire.attention(x, x, x, **{name: value})
 
 
+def test_out_lies_apart_from_what_is_read():
+    """A row that is written early would be read as another one's key or query."""
+    rng = np.random.default_rng(3)
+    memory = rng.standard_normal((2, 40, 4, 8), np.float32)
+    q, k = memory[:, :30], rng.standard_normal((2, 30, 2, 8), np.float32)
+    before = memory.copy()
+    for name, arguments, out in (
+        ("q", (q, k, k), memory[:, 10:]),
+        ("q", (q, k, k), memory[:, 29::-1]),
+        ("k", (q + 0, q, q + 0), q),
+        ("k", (q + 0, q, q + 0), memory[:, 5:35]),
+        ("v", (q + 0, q + 0, q), q),
+    ):
+        with pytest.raises(
+            ValueError, match=f"out: expected memory of its own, .* overlaps {name}$"
+        ):
+            quire.attention(*arguments, out=out)
+    cache = rng.standard_normal((4, 16, 4, 8), np.float32)
+    assert "overlaps v_cache" in str(
+        paged_call(k_cache=cache + 0, v_cache=cache, out=cache[1, 3:5], q=np.ones((2, 4, 8), "f4"))
+    )
+    assert np.array_equal(memory, before)
+
+
+def test_out_may_be_q_or_lie_between_its_rows():
+    rng = np.random.default_rng(4)
+    fused = rng.standard_normal((2, 600, 4, 40), np.float32)  # q, k, v and room for out in a row
+    q, k, v, out = (fused[..., i : i + 8] for i in (0, 8, 16, 24))
+    expected = quire.attention(q + 0, k + 0, v + 0, causal=True)
+    assert np.array_equal(quire.attention(q, k, v, causal=True, out=out), expected)
+    assert np.array_equal(quire.attention(q, k, v, causal=True, out=q), expected)
+    assert np.array_equal(fused[..., :8], expected)
+
+
 def test_set_num_threads_refuses_less_than_one():
     with pytest.raises(ValueError, match="at least 1"):
         quire.set_num_threads(0)

@@ -182,6 +182,21 @@ def test_a_store_of_other_blocks_is_refused():
         quire.KVCacheManager(8, SIZE, False).attach_store(store)
 
 
+def test_a_cache_of_other_blocks_or_two_stores_of_a_tier_are_refused():
+    manager = quire.KVCacheManager(num_blocks=8, block_size=4)
+    cache = quire.KVCache(1, 8, 4, 1, 8, "float32")
+    for other, shape in (
+        (quire.KVCache(1, 7, 4, 1, 8, "float32"), "7 of 4"),
+        (quire.KVCache(1, 8, 8, 1, 8, "float32"), "8 of 8"),
+    ):
+        with pytest.raises(ValueError, match=f"cache: expected 8 blocks or more .* got {shape}"):
+            quire.KVTiers(manager, other)
+    stores = [quire.HostStore(1 << 16, cache.block_bytes) for _ in "ab"]
+    with pytest.raises(ValueError, match="stores: expected one a tier, got two of the same"):
+        quire.KVTiers(manager, cache, stores)
+    quire.KVTiers(manager, cache, stores[:1])  # nothing was attached before
+
+
 CHILD = """
     import itertools, sys
     sys.path.insert(0, {folder!r})

@@ -59,6 +59,19 @@ std::vector<Extent> with_rows(const AttentionPlan& plan, Extent rows, int64_t he
   return {rows, {"heads", heads}, {"head_dim", head_dim}};
 }
 
+// Rows that are written may not be read afterwards. `out` may be q itself: an item reads its rows
+// of q, which no other item writes, before it writes them.
+void check_out_apart(const AttentionDesc& desc, const AttentionTensors& t) {
+  const bool is_q =
+      t.out.data == t.q.data && t.out.strides == t.q.strides && t.out.dtype == t.q.dtype;
+  const char* const names[] = {"q", is_paged(desc) ? "k_cache" : "k",
+                               is_paged(desc) ? "v_cache" : "v"};
+  for (const auto& [name, tensor] :
+       {std::pair{names[0], &t.q}, std::pair{names[1], &t.k}, std::pair{names[2], &t.v}})
+    QUIRE_CHECK_ARG((tensor == &t.q && is_q) || !share_memory(t.out, *tensor), function_name(desc),
+                    ": out: expected memory of its own, got memory that overlaps ", name);
+}
+
 // Items, block ids and room for partial results are cut for all of these.
 void check_made_for(const AttentionDesc& desc, const AttentionPlan& plan) {
   const auto width_of_values = [](const AttentionDesc& d) {
@@ -214,6 +227,7 @@ void validate(const AttentionDesc& desc, const AttentionPlan& plan,
                     "attention: k_scale, v_scale: expected none without a paged cache");
   }
   check_options(desc, plan, tensors);
+  check_out_apart(desc, tensors);
 }
 
 }  // namespace quire
