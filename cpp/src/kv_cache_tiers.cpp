@@ -24,10 +24,16 @@ void KVCacheManager::attach_store(const KVStore& store) {
 
 std::vector<KVTransfer> KVCacheManager::take_offloads() {
   const std::lock_guard guard(mutex_);
+  if (earlier_offloads_.empty()) return std::exchange(offloads_, {});  // takes no memory
   std::vector<KVTransfer> offloads = earlier_offloads_;
   offloads.insert(offloads.end(), offloads_.begin(), offloads_.end());
   drop_offloads();
   return offloads;
+}
+
+size_t KVCacheManager::num_offloads() const {
+  const std::lock_guard guard(mutex_);
+  return earlier_offloads_.size() + offloads_.size();
 }
 
 // Evicted since the step before the latest, and not by the latest itself.

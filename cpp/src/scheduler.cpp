@@ -173,7 +173,8 @@ void Scheduler::end_finished() {
 
 // After a commit of all running requests, each of which now has one token to compute.
 void Scheduler::begin_going_on() {
-  if (rows_.size() != running_.size() || next_tokens_.size() != rows_.size()) return;
+  if (rows_.empty() || rows_.size() != running_.size() || next_tokens_.size() != rows_.size())
+    return;
   num_to_go_on_ = INT32_MAX;
   for (Row& row : rows_) {
     row.num_new = 1;

@@ -2,12 +2,13 @@
 // Memory runs out in each call of a scheduler: no request and no block is lost, and every copy is
 // told of in the right order. The KV is a token a slot here, so that it can be looked at.
 #include <algorithm>
+#include <array>
 #include <map>
 #include <random>
 #include <vector>
 
 #include "out_of_memory.h"
-#include "quire/error.h"
+#include "quire/kv_store.h"
 #include "quire/scheduler.h"
 
 namespace {
@@ -36,6 +37,7 @@ class Engine {
       if (!manager_.may_step()) retire();
       const ScheduledBatch* batch =
           until_it_works([&] { return scheduler_.schedule(); }, [&] { check(); });
+      take_offers();
       if (!batch) {  // nothing to do, or all blocks wait
         if (manager_.num_deferred_refs() > 0) retire();
         continue;
@@ -49,6 +51,7 @@ class Engine {
 
   const Scheduler& scheduler() const { return scheduler_; }
   int64_t num_swapped() const { return num_swapped_; }
+  int64_t num_offers() const { return num_offers_; }
 
  private:
   uint32_t below(uint32_t bound) { return random_() % bound; }
@@ -72,6 +75,7 @@ class Engine {
     REQUIRE(id == num_added_++);
     ends_[id] = static_cast<int32_t>(prompt.size()) + num_new;
     known_[id] = prompt;
+    salts_[id] = salt ? tenant : "";
     check();
   }
 
@@ -88,6 +92,20 @@ class Engine {
   void retire() {
     until_it_works([&] { manager_.retire(retired_ + 1); }, [&] { check(); });
     ++retired_;
+  }
+
+  // Each whole block that is evicted is offered once, with its contents: the store stays empty.
+  void take_offers() {
+    for (const quire::CacheEvent& event : manager_.take_events())
+      num_evicted_ += event.kind == quire::CacheEventKind::kSwapped;
+    for (const quire::KVTransfer& offer : manager_.take_offloads()) {
+      ++num_offers_;
+      const auto known = contents_.find(offer.key.bytes);
+      REQUIRE(known != contents_.end());
+      REQUIRE(std::equal(known->second.begin(), known->second.end(),
+                         pool_.begin() + offer.block * kBlockSize));
+    }
+    REQUIRE(num_offers_ == num_evicted_);
   }
 
   static void copy(const Ids& from, int32_t source, Ids& to, int32_t destination) {
@@ -115,6 +133,16 @@ class Engine {
       REQUIRE(step.seq_lens()[row] <= static_cast<int32_t>(tokens.size()));
       for (int32_t at = 0; at < step.seq_lens()[row]; ++at)
         REQUIRE(pool_[blocks[at / kBlockSize] * kBlockSize + at % kBlockSize] == tokens[at]);
+      note_contents(tokens, step.seq_lens()[row], salts_.at(batch.request_ids[row]));
+    }
+  }
+
+  void note_contents(const Ids& tokens, int32_t count, const std::string& salt) {
+    quire::ChainKey key = salt.empty() ? quire::root_key() : quire::root_key(salt);
+    for (int32_t at = 0; at + kBlockSize <= count; at += kBlockSize) {
+      const Ids block(tokens.begin() + at, tokens.begin() + at + kBlockSize);
+      key = quire::chain_key(key, block);
+      contents_[key.bytes] = block;
     }
   }
 
@@ -140,6 +168,9 @@ class Engine {
   Ids pool_, host_;                  // [num_blocks, kBlockSize] tokens
   std::map<int32_t, Ids> known_;     // tokens of requests that have not ended
   std::map<int32_t, int32_t> ends_;  // how many tokens each has in the end
+  std::map<int32_t, std::string> salts_;
+  std::map<std::array<uint8_t, 32>, Ids> contents_;  // of whole blocks, by chain key
+  int64_t num_offers_ = 0, num_evicted_ = 0;
   int32_t num_added_ = 0;
   int64_t retired_ = 0;
   int64_t num_swapped_ = 0;  // blocks
@@ -156,15 +187,17 @@ quire::SchedulerConfig config_of(bool swaps) {
 }
 
 void check_scheduler(uint32_t seed, bool swaps, int32_t async_depth,
-                     const quire::KVCacheOptions& options) {
+                     const quire::KVCacheOptions& options, const quire::KVStore* store = nullptr) {
   const int32_t num_blocks = options.groups.empty() ? 14 : 24;
   KVCacheManager manager(num_blocks, kBlockSize, true, async_depth, options);
+  if (store) manager.attach_store(*store);
   num_failures = 0;
   {
     Engine engine(manager, config_of(swaps), seed);
     engine.run(250);
     CHECK(engine.scheduler().num_preemptions() > 5);
     CHECK((engine.num_swapped() > 5) == swaps);
+    CHECK((engine.num_offers() > 5) == (store != nullptr));
   }
   manager.validate();
   CHECK(manager.num_sequences() == 0);
@@ -182,6 +215,12 @@ TEST_CASE("a scheduler out of memory, with events, and host memory for who is pr
 TEST_CASE("a scheduler out of memory while steps run") {
   check_scheduler(3, false, 2, {});
   check_scheduler(4, true, 2, {.num_host_blocks = 40});
+}
+
+TEST_CASE("a scheduler out of memory offers each evicted block to a store, once") {
+  const auto store = quire::make_host_store({.capacity_bytes = 1, .block_bytes = 1});
+  check_scheduler(7, true, 0, {.event_capacity = 1000, .num_host_blocks = 40}, store.get());
+  check_scheduler(8, true, 2, {.event_capacity = 1000, .num_host_blocks = 40}, store.get());
 }
 
 TEST_CASE("a scheduler out of memory with several layer groups") {

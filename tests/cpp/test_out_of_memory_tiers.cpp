@@ -180,7 +180,7 @@ TEST_CASE("a call that runs out of memory loses no offer of the call before") {
   CHECK(num_failed > 5);
 }
 
-TEST_CASE("offers are not lost where there is no memory to take them") {
+TEST_CASE("to take offers takes no memory") {
   KVCacheManager manager(4, 4);
   KeyStore store;
   manager.attach_store(store);
@@ -193,7 +193,7 @@ TEST_CASE("offers are not lost where there is no memory to take them") {
   }
   num_failures = 0;
   CHECK(until_it_works([&] { return manager.take_offloads(); }, [] {}).size() == 4);
-  CHECK(num_failures > 0);
+  CHECK(num_failures == 0);
   CHECK(manager.take_offloads().empty());
 }
 

@@ -6,6 +6,8 @@ Block ids are quire's own.
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import quire
@@ -165,7 +167,8 @@ def test_vllm_events_are_stored_a_block_and_removed_with_the_reset():
     keys = [bytes(key) for key in quire.chain_keys(tokens(48), SIZE)]
     assert [event.kind for event in stored] == ["stored"] * 3
     assert [event.key for event in stored] == keys
-    assert [event.parent for event in stored[1:]] == keys[:2]
+    root = hashlib.sha256(b"quire.chain_key.v1\n").digest()  # where vLLM has no parent
+    assert [event.parent for event in stored] == [root, *keys[:2]]
     assert manager.clear_cache() == 3
     removed = manager.take_events()
     assert [event.kind for event in removed] == ["removed"] * 3
@@ -194,6 +197,37 @@ def test_vllm_a_miss_that_takes_the_whole_pool_evicts_in_the_order_of_the_queue(
     evicted = manager.take_events()
     assert [event.kind for event in evicted] == ["evicted"] * 7
     assert [event.block for event in evicted] == order and blocks(seq)[3:] == order
+
+
+def test_vllm_two_requests_freed_in_turn_queue_one_behind_the_other():
+    manager = quire.KVCacheManager(10, SIZE, event_capacity=100)
+    first, second = start(manager, text(48, 1, 7)), start(manager, text(48, 2, 7))
+    prefix, tails = blocks(first)[:3], [blocks(first)[3], blocks(second)[3]]
+    finish(manager, first)
+    assert manager.num_cached_blocks == 1  # the other still holds the prefix
+    finish(manager, second)
+    manager.take_events()
+    seq = manager.create(tokens(160, 900))
+    assert manager.step([seq], [160]) is not None
+    assert [event.block for event in manager.take_events()] == [*tails, *prefix[::-1]]
+
+
+def test_vllm_a_reused_block_loses_its_key_before_it_gets_another():
+    manager = quire.KVCacheManager(2, SIZE, event_capacity=100)
+    finish(manager, start(manager, tokens(32)))
+    old = {event.block: event.key for event in manager.take_events()}
+    seq = manager.create(tokens(32, 500))
+    assert manager.step([seq], [32]) is not None
+    evicted = manager.take_events()
+    assert [event.kind for event in evicted] == ["evicted"] * 2
+    assert {event.block: event.key for event in evicted} == old
+    assert manager.match(tokens(32)) == manager.match(tokens(32, 500)) == 0
+    manager.commit([seq])
+    stored = manager.take_events()
+    assert [event.kind for event in stored] == ["stored"] * 2
+    assert [event.block for event in stored] == blocks(seq)
+    assert {event.block for event in stored} == old.keys()
+    assert not {event.key for event in stored} & set(old.values())
 
 
 def test_vllm_another_image_has_other_ids_and_no_hit(manager):
@@ -274,6 +308,52 @@ def test_vllm_a_preempted_request_is_counted_once(manager):
     assert scheduler.num_preemptions > 0
     stats = manager.stats()
     assert stats.prefix_query_tokens == 128 and stats.prefix_hit_tokens == 0
+
+
+def test_vllm_whoever_ends_or_is_preempted_in_flight_keeps_its_blocks_until_its_step_has_run():
+    manager = quire.KVCacheManager(12, SIZE, prefix_caching=False, async_depth=2)
+    scheduler = quire.Scheduler(manager, max_tokens_per_step=64)
+    requests = [scheduler.add(tokens(30, 100 * i), 20) for i in range(2)]
+    one = scheduler.schedule().step.ticket
+    scheduler.commit(np.zeros(2, np.int32))
+    two = scheduler.schedule().step.ticket
+    scheduler.finish(requests[0])  # an abort, two steps deep
+    assert manager.num_free_blocks == 8 and manager.stats().fenced_blocks == 2
+    scheduler.commit(np.zeros(2, np.int32))
+    manager.retire(one)
+    assert manager.num_free_blocks == 8 and manager.stats().fenced_blocks == 2
+    manager.retire(two)
+    assert manager.num_free_blocks == 10 and manager.stats().fenced_blocks == 0
+    other = manager.create(tokens(64))
+    three = manager.step([other], [64]).ticket
+    manager.detach(other)  # as a scheduler preempts
+    assert manager.num_free_blocks == 6 and manager.stats().fenced_blocks == 4
+    manager.retire(three)
+    assert manager.num_free_blocks == 10
+    scheduler.finish(requests[1])
+    manager.free([other])
+    assert manager.num_free_blocks == 12
+    manager.validate()
+
+
+def test_vllm_blocks_that_are_being_loaded_are_nobody_elses():
+    manager = quire.KVCacheManager(6, SIZE)
+    store = quire.HostStore(1 << 20, 64)
+    manager.attach_store(store)
+    for key in quire.chain_keys(tokens(48), SIZE):
+        store.put(bytes(key), np.zeros(64, np.uint8)).wait()
+    seq = manager.create(tokens(49))
+    loads = manager.fetch(seq)
+    loaded = [load.block for load in loads]
+    other = manager.create(tokens(80, 500))
+    assert len(loaded) == 3 and manager.step([other], [64]) is None
+    assert manager.step([other], [48]) is not None and not set(blocks(other)) & set(loaded)
+    with pytest.raises(ValueError, match="fetch"):
+        manager.free([seq])
+    manager.fetched(seq, 2)  # the third did not come: its block is free again
+    assert blocks(seq) == loaded[:2] and manager.num_free_blocks == 1
+    manager.commit([other])
+    finish(manager, seq, other)
 
 
 def test_vllm_with_nothing_in_flight_blocks_come_back_at_once():

@@ -112,6 +112,7 @@ class CallLogWriter {
  public:
   CallLogWriter(std::ostream& out, const CallLogConfig& config);
   void write(const LoggedCall& call);
+  void end();  // nothing comes any more: the stream is bad
 
  private:
   std::ostream& out_;
@@ -134,7 +135,8 @@ class CallLogReader {
   CallLogConfig config_{};
 };
 
-// A KVCacheManager that keeps a log of the calls that change it.
+// A KVCacheManager that keeps a log of the calls that change it. A call that cannot be written for
+// want of memory is done all the same; the log ends before it then, and its stream is bad().
 class CallRecorder {
  public:
   CallRecorder(const CallLogConfig& config, std::ostream& log);
@@ -168,10 +170,10 @@ class CallRecorder {
 
  private:
   std::vector<int64_t> births_of(std::span<const SequenceId> seqs) const;
-  template <class Run>
-  void record(LoggedCall& call, Run run);
-  template <class Run>
-  void run_and_write(LoggedCall& call, Run run);
+  template <class Run, class Look>
+  void record(LoggedCall& call, Run run, Look look);
+  template <class Look>
+  void write(LoggedCall& call, Look look);
   template <class Run>
   SequenceId record_birth(LoggedCall call, std::span<const int32_t> token_ids, Salt salt,
                           const Retention& retention, Run run);

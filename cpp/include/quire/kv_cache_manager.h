@@ -28,7 +28,8 @@
 // StepBatch each, and no loop. A hit then ends with a whole block, where every group has what it
 // needs. What a group does not read any more it gives back with commit(): those entries are -1.
 //
-// Every function either does all it says or throws InvalidArgument and changes nothing.
+// Every function either does all it says or throws InvalidArgument, or std::bad_alloc, and changes
+// nothing.
 //
 // Any number of threads may call every function at any time. match() and stats() give way to the
 // other calls after every few blocks: whoever plans the steps waits for these, and longer only
@@ -139,6 +140,7 @@ class KVCacheManager {
   // their contents are lost unless they are put there before any KV is written. Each comes once.
   // After Scheduler::schedule() all that it evicted.
   std::vector<KVTransfer> take_offloads();
+  size_t num_offloads() const;  // that take_offloads() would return
 
   // Takes blocks for what stores hold of the sequence's tokens behind the computed ones, all but
   // the last, as far as every group has what it needs. Null when out of blocks: then nothing has

@@ -17,6 +17,7 @@ struct QuireKVCacheManager {
   std::vector<std::unique_lock<quire::PriorityMutex>> locks{};  // of the thread that holds it
   std::vector<quire::CacheEvent> events{};  // taken from the manager, not yet by the caller
   std::vector<QuireKVTransfer> offloads{};  // what the caller took last
+  int64_t untold_ticket = 0;  // of the latest step, where no memory was left to tell of it
 };
 
 namespace quire::c {

@@ -75,6 +75,7 @@ QuireStatus quire_kv_cache_manager_take_offloads(QuireKVCacheManager* manager,
     size_t& count = deref("quire_kv_cache_manager_take_offloads: num_transfers", num_transfers);
     const auto lock = self.manager.lock();
     self.offloads.clear();
+    self.offloads.reserve(self.manager.num_offloads());  // each comes once
     for (const quire::KVTransfer& transfer : self.manager.take_offloads())
       self.offloads.push_back(as_c(transfer));
     out = self.offloads.data();

@@ -64,6 +64,8 @@ void CallLogWriter::write(const LoggedCall& call) {
   out_.write(buffer_.data(), static_cast<std::streamsize>(buffer_.size())).flush();
 }
 
+void CallLogWriter::end() { out_.setstate(std::ios_base::badbit); }
+
 CallLogReader::CallLogReader(std::span<const std::byte> log) : rest_(log) {
   const auto magic = std::as_bytes(std::span(kMagic));
   QUIRE_CHECK_ARG(log.size() >= magic.size() && std::equal(magic.begin(), magic.end(), log.begin()),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CallRecorder: each call is run, then written with its outcome and check.
 #include <chrono>
+#include <new>
 #include <utility>
 
 #include "call_log/results.h"
@@ -24,32 +25,35 @@ std::vector<int64_t> CallRecorder::births_of(std::span<const SequenceId> seqs) c
   return births;
 }
 
-// Writes the call once it has run; `run` does it and fills call.check and, if need be, outcome.
-template <class Run>
-void CallRecorder::record(LoggedCall& call, Run run) {
+// Runs the call, then writes it; `look` fills call.check and whatever else its result decides.
+template <class Run, class Look>
+void CallRecorder::record(LoggedCall& call, Run run, Look look) {
   if (needs_time_) {
     const auto now = std::chrono::steady_clock::now().time_since_epoch();
     LoggedCall time{.operation = LoggedCall::kSetTime};
     time.number = std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
-    run_and_write(time, [&] {
-      manager_.set_time(time.number);
-      time.check = check_counts(manager_);
-    });
+    manager_.set_time(time.number);
+    write(time, [&] { time.check = check_counts(manager_); });
   }
-  run_and_write(call, run);
-}
-
-template <class Run>
-void CallRecorder::run_and_write(LoggedCall& call, Run run) {
   try {
     run();
   } catch (const InvalidArgument&) {
     call.outcome = LoggedCall::kRefused;
-    call.check = check_counts(manager_);
-    writer_.write(call);
+    write(call, [&] { call.check = check_counts(manager_); });
     throw;
   }
-  writer_.write(call);
+  write(call, look);
+}
+
+// What was done stays done where there is no memory to write it.
+template <class Look>
+void CallRecorder::write(LoggedCall& call, Look look) {
+  try {
+    look();
+    writer_.write(call);
+  } catch (const std::bad_alloc&) {
+    writer_.end();
+  }
 }
 
 template <class Run>
@@ -60,11 +64,12 @@ SequenceId CallRecorder::record_birth(LoggedCall call, std::span<const int32_t> 
   if (salt) call.salt = std::string(*salt);
   needs_time_ |= retention.ttl != Retention{}.ttl;
   SequenceId seq;
-  record(call, [&] {
-    seq = run();
-    births_[seq.value] = num_births_++;
-    call.check = check_born(manager_, {&seq, 1});
-  });
+  record(
+      call, [&] { seq = run(); },
+      [&] {
+        births_[seq.value] = num_births_++;
+        call.check = check_born(manager_, {&seq, 1});
+      });
   return seq;
 }
 
@@ -81,28 +86,26 @@ SequenceId CallRecorder::open(std::span<const int32_t> token_ids, Salt salt, Ret
 
 void CallRecorder::attach(SequenceId seq) {
   LoggedCall call{.operation = LoggedCall::kAttach, .seqs = births_of({&seq, 1})};
-  record(call, [&] {
-    manager_.attach(seq);
-    call.check = check_born(manager_, {&seq, 1});
-  });
+  record(
+      call, [&] { manager_.attach(seq); }, [&] { call.check = check_born(manager_, {&seq, 1}); });
 }
 
 void CallRecorder::detach(SequenceId seq) {
   LoggedCall call{.operation = LoggedCall::kDetach, .seqs = births_of({&seq, 1})};
-  record(call, [&] {
-    ResultCheck tables = tables_of(manager_, {&seq, 1});
-    manager_.detach(seq);
-    call.check = check_free(manager_, std::move(tables));
-  });
+  ResultCheck tables;
+  record(
+      call,
+      [&] {
+        tables = tables_of(manager_, {&seq, 1});
+        manager_.detach(seq);
+      },
+      [&] { call.check = check_free(manager_, std::move(tables)); });
 }
 
 template <class Run>
 int64_t CallRecorder::record_pins(LoggedCall call, Run run) {
   int64_t result = 0;
-  record(call, [&] {
-    result = run();
-    call.check = check_number(manager_, result);
-  });
+  record(call, [&] { result = run(); }, [&] { call.check = check_number(manager_, result); });
   return result;
 }
 
@@ -141,11 +144,12 @@ const StepBatch* CallRecorder::step(std::span<const SequenceId> seqs,
   call.values.assign(num_new_tokens.begin(), num_new_tokens.end());
   call.number = lookahead;
   const StepBatch* batch = nullptr;
-  record(call, [&] {
-    batch = manager_.step(seqs, num_new_tokens, lookahead);
-    if (!batch) call.outcome = LoggedCall::kOutOfBlocks;
-    call.check = check_step(manager_, seqs, batch);
-  });
+  record(
+      call, [&] { batch = manager_.step(seqs, num_new_tokens, lookahead); },
+      [&] {
+        if (!batch) call.outcome = LoggedCall::kOutOfBlocks;
+        call.check = check_step(manager_, seqs, batch);
+      });
   return batch;
 }
 
@@ -154,10 +158,9 @@ void CallRecorder::commit(std::span<const SequenceId> seqs, std::span<const int3
   LoggedCall call{.operation = LoggedCall::kCommit, .seqs = births_of(seqs)};
   call.values.assign(sampled.begin(), sampled.end());
   call.counts.assign(num_sampled.begin(), num_sampled.end());
-  record(call, [&] {
-    manager_.commit(seqs, sampled, num_sampled);
-    call.check = check_counts(manager_);
-  });
+  record(
+      call, [&] { manager_.commit(seqs, sampled, num_sampled); },
+      [&] { call.check = check_counts(manager_); });
 }
 
 SequenceId CallRecorder::fork(SequenceId parent) {
@@ -169,93 +172,95 @@ SequenceId CallRecorder::fork(SequenceId parent) {
 void CallRecorder::fork(SequenceId parent, std::span<SequenceId> children) {
   LoggedCall call{.operation = LoggedCall::kFork, .seqs = births_of({&parent, 1})};
   call.counts.resize(children.size());
-  record(call, [&] {
-    manager_.fork(parent, children);
-    for (SequenceId child : children) births_[child.value] = num_births_++;
-    call.check = check_born(manager_, children);
-  });
+  record(
+      call, [&] { manager_.fork(parent, children); },
+      [&] {
+        for (SequenceId child : children) births_[child.value] = num_births_++;
+        call.check = check_born(manager_, children);
+      });
 }
 
 void CallRecorder::truncate(SequenceId seq, int64_t num_tokens) {
   LoggedCall call{.operation = LoggedCall::kTruncate, .seqs = births_of({&seq, 1})};
   call.number = num_tokens;
-  record(call, [&] {
-    manager_.truncate(seq, num_tokens);
-    call.check = check_counts(manager_);
-  });
+  record(
+      call, [&] { manager_.truncate(seq, num_tokens); },
+      [&] { call.check = check_counts(manager_); });
 }
 
 void CallRecorder::free(std::span<const SequenceId> seqs) {
   LoggedCall call{.operation = LoggedCall::kFree, .seqs = births_of(seqs)};
-  record(call, [&] {
-    ResultCheck tables = tables_of(manager_, seqs);
-    manager_.free(seqs);
-    for (SequenceId seq : seqs) births_.erase(seq.value);
-    call.check = check_free(manager_, std::move(tables));
-  });
+  ResultCheck tables;
+  record(
+      call,
+      [&] {
+        tables = tables_of(manager_, seqs);
+        manager_.free(seqs);
+      },
+      [&] {
+        for (SequenceId seq : seqs) births_.erase(seq.value);
+        call.check = check_free(manager_, std::move(tables));
+      });
 }
 
 void CallRecorder::retire(int64_t ticket) {
   LoggedCall call{.operation = LoggedCall::kRetire, .number = ticket};
-  record(call, [&] {
-    manager_.retire(ticket);
-    call.check = check_counts(manager_);
-  });
+  record(call, [&] { manager_.retire(ticket); }, [&] { call.check = check_counts(manager_); });
 }
 
 void CallRecorder::attach_store(const KVStore& store) {
   LoggedCall call{.operation = LoggedCall::kAttachStore};
   call.number = static_cast<int64_t>(store.tier());
-  record(call, [&] {
-    manager_.attach_store(store);
-    call.check = check_counts(manager_);
-  });
+  record(call, [&] { manager_.attach_store(store); }, [&] { call.check = check_counts(manager_); });
 }
 
 std::optional<std::vector<KVTransfer>> CallRecorder::fetch(SequenceId seq) {
   LoggedCall call{.operation = LoggedCall::kFetch, .seqs = births_of({&seq, 1})};
   std::optional<std::vector<KVTransfer>> loads;
-  record(call, [&] {
-    loads = manager_.fetch(seq);
-    call.check = check_loads(manager_, loads);
-    if (!loads) {
-      call.outcome = LoggedCall::kOutOfBlocks;
-      return;
-    }
-    for (const KVTransfer& load : *loads) call.values.push_back(static_cast<int32_t>(load.tier));
-    call.counts = key_heads(*loads);
-  });
+  record(
+      call, [&] { loads = manager_.fetch(seq); },
+      [&] {
+        call.check = check_loads(manager_, loads);
+        if (!loads) {
+          call.outcome = LoggedCall::kOutOfBlocks;
+          return;
+        }
+        for (const KVTransfer& load : *loads)
+          call.values.push_back(static_cast<int32_t>(load.tier));
+        call.counts = key_heads(*loads);
+      });
   return loads;
 }
 
 void CallRecorder::fetched(SequenceId seq, int32_t num_blocks) {
   LoggedCall call{.operation = LoggedCall::kFetched, .seqs = births_of({&seq, 1})};
   call.number = num_blocks;
-  record(call, [&] {
-    manager_.fetched(seq, num_blocks);
-    call.check = check_counts(manager_);
-  });
+  record(
+      call, [&] { manager_.fetched(seq, num_blocks); },
+      [&] { call.check = check_counts(manager_); });
 }
 
 std::optional<KVCacheManager::BlockPairs> CallRecorder::swap_out(SequenceId seq) {
   LoggedCall call{.operation = LoggedCall::kSwapOut, .seqs = births_of({&seq, 1})};
   std::optional<KVCacheManager::BlockPairs> pairs;
-  record(call, [&] {
-    pairs = manager_.swap_out(seq);
-    if (!pairs) call.outcome = LoggedCall::kOutOfBlocks;
-    call.check = check_pairs(manager_, pairs);
-  });
+  record(
+      call, [&] { pairs = manager_.swap_out(seq); },
+      [&] {
+        if (!pairs) call.outcome = LoggedCall::kOutOfBlocks;
+        call.check = check_pairs(manager_, pairs);
+      });
   return pairs;
 }
 
 std::optional<KVCacheManager::BlockPairs> CallRecorder::swap_in(SequenceId seq) {
   LoggedCall call{.operation = LoggedCall::kSwapIn, .seqs = births_of({&seq, 1})};
   std::optional<KVCacheManager::BlockPairs> pairs;
-  record(call, [&] {
-    pairs = manager_.swap_in(seq);
-    if (!pairs) call.outcome = LoggedCall::kOutOfBlocks;
-    call.check = check_pairs(manager_, pairs);
-  });
+  record(
+      call, [&] { pairs = manager_.swap_in(seq); },
+      [&] {
+        if (!pairs) call.outcome = LoggedCall::kOutOfBlocks;
+        call.check = check_pairs(manager_, pairs);
+      });
   return pairs;
 }
 
