@@ -73,8 +73,13 @@ class DecodeRing {
     const int warp = thread_index() / kWarpSize;
     const int begin = keys.begin / Traits::kKeys;
     next_ = begin + (warp - begin % Traits::kWarps + Traits::kWarps) % Traits::kWarps;
-    next_location_ = locate_own(next_);
-    for (int i = 0; i < Traits::kStages - 1; ++i) load_next();
+    // All stages' locations are asked for before the first is waited for.
+    Location first[Traits::kStages];
+    QUIRE_UNROLL
+    for (int i = 0; i < Traits::kStages; ++i) first[i] = locate_own(next_ + i * Traits::kWarps);
+    QUIRE_UNROLL
+    for (int i = 0; i < Traits::kStages - 1; ++i) load_next(first[i]);
+    next_location_ = first[Traits::kStages - 1];
   }
 
   // Waits for the oldest tile on its way and sends another one. Lanes that are still reading the
@@ -82,7 +87,8 @@ class DecodeRing {
   QUIRE_DEVICE SharedAddress advance() {
     cp_async_wait<Traits::kStages - 2>();
     sync_warp();
-    load_next();
+    load_next(next_location_);
+    next_location_ = locate_own(next_);
     const SharedAddress tile = stage(read_stage_);
     read_stage_ = (read_stage_ + 1) % Traits::kStages;
     return tile;
@@ -102,18 +108,19 @@ class DecodeRing {
                   tile * Traits::kKeys + thread_index() % Traits::kKeys);
   }
 
-  // Beyond the last tile there is nothing to copy, but the groups are counted on.
-  QUIRE_DEVICE void load_next() {
+  // `own` is where this lane's key lies. Beyond the last tile there is nothing to copy, but the
+  // groups are counted on.
+  QUIRE_DEVICE void load_next(Location own) {
     constexpr int kPieces = Traits::kKeyBytes / kPieceBytes;
     const int lane = fresh_thread_index() % kWarpSize;
     if (next_ * Traits::kKeys < keys_.end) {
       const SharedAddress k_tile = stage(write_stage_);
-      if constexpr (Traits::kIsQuantised) load_token_scales(k_tile, lane);
+      if constexpr (Traits::kIsQuantised) load_token_scales(k_tile, own, lane);
       QUIRE_UNROLL
       for (int i = 0; i < Traits::kKeys * kPieces / kWarpSize; ++i) {
         const int row = (i * kWarpSize + lane) / kPieces, piece = (i * kWarpSize + lane) % kPieces;
         const int key = next_ * Traits::kKeys + row;
-        const Location at{shuffle(next_location_.block, row), shuffle(next_location_.row, row)};
+        const Location at{shuffle(own.block, row), shuffle(own.row, row)};
         const SharedAddress to = k_tile + piece_offset<Traits::kKeyBytes>(row, piece);
         source_.load(args_, at, key >= keys_.begin && key < keys_.end, piece, to,
                      to + Traits::kKeyTileBytes);
@@ -122,15 +129,14 @@ class DecodeRing {
     cp_async_commit();
     next_ += Traits::kWarps;
     write_stage_ = (write_stage_ + 1) % Traits::kStages;
-    next_location_ = locate_own(next_);
   }
 
   // The lower half of the lanes those of K, the upper half those of V, each of its own key.
-  QUIRE_DEVICE void load_token_scales(SharedAddress stage, int lane) {
+  QUIRE_DEVICE void load_token_scales(SharedAddress stage, Location own, int lane) {
     const AttentionParams& p = args_.params;
     const int key = next_ * Traits::kKeys + lane % Traits::kKeys;
     const KvScale& scale = lane < Traits::kKeys ? p.k_scale : p.v_scale;
-    load_token_scale(scale, item_, next_location_, key >= keys_.begin && key < keys_.end,
+    load_token_scale(scale, item_, own, key >= keys_.begin && key < keys_.end,
                      stage + (2 * Traits::kKeyTileBytes + lane * 4));
   }
 

@@ -254,9 +254,9 @@ QUIRE_DEVICE void prefill_rows(const AttentionArgs& args, int index, int first_r
   // Every chunk of the item is finished, the ones that these rows do not see as well: whoever
   // merges expects all of them.
   constexpr int kTilesPerChunk = kKvChunk / Traits::kKeys;
-  const int first_chunk = item.kv_begin / kKvChunk;
-  const int end_chunk = max(first_chunk + 1, ceil_div(item.kv_end, kKvChunk));
-  for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
+  int chunk = item.kv_begin / kKvChunk;
+  bool is_last;
+  do {
     const int begin = max(tiles.begin, chunk * kTilesPerChunk);
     const int end = min(tiles.end, (chunk + 1) * kTilesPerChunk);
     for (int tile = begin; tile < end; ++tile) {
@@ -267,11 +267,13 @@ QUIRE_DEVICE void prefill_rows(const AttentionArgs& args, int index, int first_r
       attend_tile<Traits>(p, state, queries, factor, tile);
       store_location<Traits>(tile + 2, later);
     }
-    finish_chunk<Traits>(args, load_item(args, index), state, factor, chunk, chunk == first_chunk,
-                         first_row);
-  }
+    const Item same = load_item(args, fresh(index));
+    const bool is_first = chunk == same.kv_begin / kKvChunk;
+    finish_chunk<Traits>(args, same, state, factor, chunk, is_first, first_row);
+    is_last = ++chunk * kKvChunk >= same.kv_end;
+  } while (!is_last);
   cp_async_wait<0>();
-  const Item same = load_item(args, index);
+  const Item same = load_item(args, fresh(index));
   if (same.partial < 0) write_total<Traits>(args, same, state, first_row);
   sync_block();
 }

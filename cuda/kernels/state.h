@@ -82,63 +82,83 @@ struct MergeRows {
   int counter, first, count;
 };
 
-// Folds all slots of the rows in chunk order and writes the rows. What a thread waits for is one
-// load after the other, so a few slots are loaded at once, and nothing depends on how many of those
-// there are: behind a branch the compiler would load them where it folds them. A slot that is not
-// there folds as a chunk without keys does, which changes nothing.
+// Slots [begin, end) of partial results.
+struct SlotRange {
+  int begin, end;
+};
+
+QUIRE_DEVICE SlotRange load_slots(const MergeItem* merge) {
+  const int begin = ld_global(&merge->partial);
+  return {begin, begin + ld_global(&merge->num_partials)};
+}
+
+// Folds slots [slot, slot + kAhead) of eight columns of a row, those that are below `end_slot`. What
+// a thread waits for is loads, so they are made at once, and nothing depends on how many of the
+// slots there are: behind a branch the compiler would load them where it folds them. A slot that is
+// not there folds as a chunk without keys does, which changes nothing.
+template <class Traits, int kAhead>
+QUIRE_DEVICE void fold_slots(const AttentionArgs& args, int slot, int end_slot, int row, int column,
+                             RowStats& total, float (&values)[kPiece]) {
+  F32x2 stats[kAhead];
+  float chunk[kAhead][kPiece];
+  QUIRE_UNROLL
+  for (int a = 0; a < kAhead; ++a) {
+    const int there = min(slot + a, end_slot - 1);
+    stats[a] = ld_global(partial_stats(args, there, row));
+    load_floats(chunk[a], partial_values<Traits>(args, there, row) + column);
+  }
+  QUIRE_UNROLL
+  for (int a = 0; a < kAhead; ++a) {
+    const bool exists = slot + a < end_slot;
+    const RowStats added{exists ? stats[a].x : -kInfinity, exists ? stats[a].y : 0.0f};
+    const FoldScales scales = fold(total, added);
+    QUIRE_UNROLL
+    for (int e = 0; e < kPiece; ++e)
+      values[e] = scales.apply(values[e], exists ? chunk[a][e] : 0.0f);
+  }
+}
+
+// Folds all slots of the rows in chunk order and writes the rows.
 template <class Traits>
-QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item, const MergeRows& rows) {
-  constexpr int kPieces = Traits::kHeadDim / kPiece, kAhead = 4;
-  const MergeItem* work = args.merges + item.merge;
-  const int first_slot = ld_global(&work->partial);
-  const int end_slot = first_slot + ld_global(&work->num_partials);
+QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item, const MergeRows& rows,
+                        SlotRange slots) {
+  constexpr int kPieces = Traits::kHeadDim / kPiece;
   for (int i = thread_index(); i < rows.count * kPieces; i += Traits::kThreads) {
     const int row = rows.first + i / kPieces, column = i % kPieces * kPiece;
     RowStats total;
     float values[kPiece] = {};
-    for (int slot = first_slot; slot < end_slot; slot += kAhead) {
-      F32x2 stats[kAhead];
-      float chunk[kAhead][kPiece];
-      QUIRE_UNROLL
-      for (int a = 0; a < kAhead; ++a) {
-        const int there = min(slot + a, end_slot - 1);
-        stats[a] = ld_global(partial_stats(args, there, row));
-        load_floats(chunk[a], partial_values<Traits>(args, there, row) + column);
-      }
-      QUIRE_UNROLL
-      for (int a = 0; a < kAhead; ++a) {
-        const bool exists = slot + a < end_slot;
-        const RowStats added{exists ? stats[a].x : -kInfinity, exists ? stats[a].y : 0.0f};
-        const FoldScales scales = fold(total, added);
-        QUIRE_UNROLL
-        for (int e = 0; e < kPiece; ++e)
-          values[e] = scales.apply(values[e], exists ? chunk[a][e] : 0.0f);
-      }
-    }
+    int slot = slots.begin;
+    for (; slot + 8 <= slots.end; slot += 8)
+      fold_slots<Traits, 8>(args, slot, slots.end, row, column, total, values);
+    for (; slot < slots.end; slot += 4)
+      fold_slots<Traits, 4>(args, slot, slots.end, row, column, total, values);
     write_row<Traits>(args, item, row, column, total, values);
   }
 }
 
 template <class Traits>
 QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item) {
-  merge<Traits>(args, item, {item.merge, 0, item.num_rows});
+  const SlotRange slots = load_slots(args.merges + item.merge);
+  merge<Traits>(args, item, {item.merge, 0, item.num_rows}, slots);
 }
 
 // Called by a block that has stored its partial results: the last of those that share the rows
-// merges. `flag`: a word of shared memory.
+// merges. `flag`: a word of shared memory. The lists are read before it is known who is the last, as
+// the fence takes longer.
 template <class Traits>
 QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, SharedAddress flag,
                                 const MergeRows& rows) {
+  const MergeItem* work = args.merges + item.merge;
+  const SlotRange slots = load_slots(work);
+  const auto last = static_cast<uint32_t>(ld_global(&work->num_items) - 1);
   fence_gpu();
   sync_block();
-  if (thread_index() == 0) {
-    const auto last = static_cast<uint32_t>(ld_global(&args.merges[item.merge].num_items) - 1);
+  if (thread_index() == 0)
     st_shared<uint32_t>(flag, atomic_increment(args.counters + rows.counter, last) == last);
-  }
   sync_block();
   if (!ld_shared<uint32_t>(flag)) return;
   fence_gpu();
-  merge<Traits>(args, item, rows);
+  merge<Traits>(args, item, rows, slots);
 }
 
 template <class Traits>

@@ -25,17 +25,16 @@ QUIRE_DEVICE int thread_index() {
 #endif
 }
 
-// The same, but the compiler can't tell: what is computed from it is computed where it is used, not
-// kept in registers through a loop. The kernels have more addresses than registers.
-QUIRE_DEVICE int fresh_thread_index() {
+// The same value, but the compiler can't tell: what is computed from it is computed where it is used,
+// not kept in registers through a loop. The kernels have more addresses than registers.
+QUIRE_DEVICE int fresh(int value) {
 #if defined(__CUDACC__)
-  int index = thread_index();
-  asm volatile("" : "+r"(index));
-  return index;
-#else
-  return thread_index();
+  asm volatile("" : "+r"(value));
 #endif
+  return value;
 }
+
+QUIRE_DEVICE int fresh_thread_index() { return fresh(thread_index()); }
 
 QUIRE_DEVICE int block_index() {
 #if defined(__CUDACC__)

@@ -47,6 +47,14 @@ TEST_CASE("a batch of decode rows") {
   check_case(kernel<Float16, 64, 4, 4, Mode::kFast>(), c);
 }
 
+TEST_CASE("more partial results than are loaded at once") {
+  AttentionCase c = base(64);
+  c.batch = {{1, 11 * kKvChunk + 40}};
+  c.parallelism = 8;
+  check_case(kernel<Float16, 64, 4, 4, Mode::kFast>(), c);
+  check_bits(kernel<Float16, 64, 4, 4, Mode::kFast>(), c);
+}
+
 TEST_CASE("tile shapes") {
   AttentionCase c;
   c.batch = {{2, 130}, {1, 1}, {1, 600}};

@@ -2,16 +2,19 @@
 """quire on a GPU against what is there, in one run: interleaved medians, ratios, and shares of the
 copy bandwidth and the matrix rate that the same run has measured.
 
-    python tests/bench/gpu/bench.py [--device cuda|cpu] [--seconds 300] [--out FOLDER]
+    python tests/bench/gpu/steps.py --seconds 300 tests/bench/gpu/bench.py [--device cuda|cpu]
+        [--out FOLDER]
 
 Every candidate's result is compared with quire's, and quire's with a float32 computation, before
-anything is timed. Cases that no time is left for are named. The table is printed and written to
-FOLDER/bench.txt, the rows to bench.jsonl."""
+anything is timed; a candidate that fails is left out. Cases that no time is left for are named. The
+table is printed, its rows are added to FOLDER/bench.jsonl."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -20,22 +23,26 @@ import quire
 import torch
 from peers import decode_calls, prefill_calls
 from problems import Decode, Prefill, decodes, prefills
+from steps import Steps
 from timing import Clock, interleave
 
 TOLERANCE = 3e-2  # of bfloat16 results of random data
 
 
 class Report:
-    """Lines to the screen and to a file."""
+    """Lines to the screen, rows to a file."""
 
     def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self.text, self.rows = (out / "bench.txt").open("w"), (out / "bench.jsonl").open("w")
+        self.rows = (out / "bench.jsonl").open("a")
+        self.is_content = True
 
     def line(self, text: str) -> None:
-        print(text)
-        self.text.write(text + "\n")
-        self.text.flush()
+        print(text, flush=True)
+
+    def wrong(self, case: object, text: str) -> None:
+        self.is_content = False
+        self.line(f"{case!s:34} {text}")
 
     def row(self, case: str, times: dict[str, float], work: float, unit: str, roof: float) -> None:
         """`work` in FLOP or bytes; `unit` TFLOP/s or TB/s; `roof` likewise a second."""
@@ -82,32 +89,39 @@ def check(name: str, got: torch.Tensor, expected: torch.Tensor) -> str:
     return "" if error <= TOLERANCE else f"{name} is off by {error:.3g}"
 
 
-def check_prefill(p: Prefill, calls: dict) -> list[str]:
-    out = calls["quire"](0).clone()
+def check_prefill(p: Prefill, out: torch.Tensor) -> str:
     k, v = p.sets[0]
     rows = slice(p.seq - 64, p.seq)  # the last ones, which see most
-    expected = reference(p.q[0, rows], k[0], v[0], p.causal)
-    wrong = [check("quire", out[0, rows], expected)]
-    wrong += [check(name, call(0), out) for name, call in calls.items()]
-    return [text for text in wrong if text]
+    return check("quire", out[0, rows], reference(p.q[0, rows], k[0], v[0], p.causal))
 
 
-def check_decode(p: Decode, calls: dict) -> list[str]:
-    out = calls["quire"](0).clone()
+def check_decode(p: Decode, out: torch.Tensor) -> str:
     b = len(p.lens) - 1
     blocks = torch.from_numpy(p.table[b, : -(-p.lens[b] // p.page)].astype(np.int64)).to(p.device)
     k, v = (x[blocks].float().flatten(0, 1)[: p.lens[b]] for x in p.caches[0])
-    wrong = [check("quire", out[b], reference(p.q[b : b + 1], k, v, False)[0])]
-    wrong += [check(name, call(0), out) for name, call in calls.items()]
-    return [text for text in wrong if text]
+    return check("quire", out[b], reference(p.q[b : b + 1], k, v, False)[0])
+
+
+def check_all(problem: Prefill | Decode, calls: dict, report: Report) -> None:
+    """Says what is wrong, and drops the candidates that cannot be called."""
+    out = calls["quire"](0).clone()
+    wrong = (check_prefill if isinstance(problem, Prefill) else check_decode)(problem, out)
+    if wrong:
+        report.wrong(problem, f"WRONG: {wrong}")
+    for name in [name for name in calls if name != "quire"]:
+        try:
+            if wrong := check(name, calls[name](0), out):
+                report.wrong(problem, f"WRONG: {wrong}")
+        except Exception as error:  # the others may work
+            del calls[name]
+            report.wrong(problem, f"{name} FAILED: {type(error).__name__}: {error}")
 
 
 def run_case(clock: Clock, problem: Prefill | Decode, report: Report, roofs: tuple) -> None:
     copy, gemm = roofs
     is_prefill = isinstance(problem, Prefill)
     calls = prefill_calls(problem) if is_prefill else decode_calls(problem)
-    for wrong in (check_prefill if is_prefill else check_decode)(problem, calls):
-        report.line(f"{problem!s:34} WRONG: {wrong}")
+    check_all(problem, calls, report)
     if is_prefill:  # long kernels: the host is ahead anyway
         times = interleave(clock, calls, 4, 9, graph=False)
         report.row(str(problem), times, problem.flops, "TFLOP/s", gemm)
@@ -171,14 +185,23 @@ def plans(clock: Clock, device: str, report: Report) -> None:
         report.line(text)
 
 
-def main() -> None:
+def leave_if_dead(device: str) -> None:
+    """After a failure. Nothing works any more in a process whose context is gone."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        os._exit(3)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--out", type=Path, default=Path("build-gpu/results"))
     args = parser.parse_args()
     torch.manual_seed(0)
-    begin, clock, report = time.monotonic(), Clock(args.device), Report(args.out)
+    steps, clock, report = Steps(), Clock(args.device), Report(args.out)
     report.line(f"{quire.cuda_state()}; torch {torch.__version__}, cuDNN "
                 f"{torch.backends.cudnn.version()}")  # fmt: skip
     roofs = ceilings(clock, args.device)
@@ -187,20 +210,25 @@ def main() -> None:
     pairs = [prefills(args.device), decodes(args.device)]
     cases = [case for both in zip(*pairs, strict=False) for case in both]
     cases += [case for group in pairs for case in group[len(min(pairs, key=len)) :]]
-    plans(clock, args.device, report)
-    small_operations(clock, args.device, report, roofs[0])
-    for case in cases:
-        if time.monotonic() - begin > args.seconds:
-            report.line(f"{case!s:34} no time left")
+    runs = {
+        "plans": lambda: plans(clock, args.device, report),
+        "small operations": lambda: small_operations(clock, args.device, report, roofs[0]),
+    }
+    runs |= {str(c): lambda c=c: run_case(clock, c, report, roofs) for c in cases}
+    for name, run in runs.items():
+        if not steps.begin(name):
             continue
         try:
-            run_case(clock, case, report, roofs)
-        except Exception as error:  # the next case may work
-            report.line(f"{case!s:34} FAILED: {type(error).__name__}: {error}")
+            run()
+        except Exception as error:  # the next one may work
+            report.wrong(name, f"FAILED: {type(error).__name__}: {error}")
+            leave_if_dead(args.device)
         if args.device == "cuda":
             torch.cuda.empty_cache()
             time.sleep(0.5)  # heavy cases heat the chip
+    steps.done()
+    return int(not report.is_content)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The candidates: quire, and whatever else is importable. Each is a function of a problem that
-returns a call, or None where it has nothing for it."""
+"""The candidates: quire, and whatever else can be imported and made. Each is a function of a problem
+that returns a call, or None where it has nothing for it."""
 
 from __future__ import annotations
 
@@ -38,8 +38,14 @@ BACKENDS = {
 }
 
 
-def has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def add_peer(calls: dict[str, Call], name: str, module: str, make: Callable[[], Call]) -> None:
+    """What is not installed, or installed and broken, is no candidate."""
+    if importlib.util.find_spec(module) is None:
+        return
+    try:
+        calls[name] = make()
+    except Exception as error:
+        print(f"no {name}: {type(error).__name__}: {error}", flush=True)
 
 
 def prefill_calls(p: Prefill) -> dict[str, Call]:
@@ -71,21 +77,28 @@ def prefill_calls(p: Prefill) -> dict[str, Call]:
     for name, backend in BACKENDS.items():
         call = sdpa_call(backend, q.transpose(1, 2), heads_first, is_causal=p.causal)
         calls[name] = call and (lambda i, call=call: call(i).transpose(1, 2))
-    if has("flash_attn_interface"):
-        from flash_attn_interface import flash_attn_func
-
-        def fa3(i: int) -> torch.Tensor:
-            result = flash_attn_func(q, *sets[i % len(sets)], causal=p.causal)
-            return result[0] if isinstance(result, tuple) else result
-
-        calls["FA3"] = fa3
-    if has("flashinfer") and p.batch == 1:
-        from flashinfer import single_prefill_with_kv_cache
-
-        calls["FlashInfer"] = lambda i: single_prefill_with_kv_cache(
-            q[0], *(x[0] for x in sets[i % len(sets)]), causal=p.causal
-        )[None]
+    add_peer(calls, "FA3", "flash_attn_interface", lambda: fa3_prefill(p))
+    if p.batch == 1:
+        add_peer(calls, "FlashInfer", "flashinfer", lambda: flashinfer_prefill(p))
     return {name: call for name, call in calls.items() if call}
+
+
+def fa3_prefill(p: Prefill) -> Call:
+    from flash_attn_interface import flash_attn_func
+
+    def call(i: int) -> torch.Tensor:
+        result = flash_attn_func(p.q, *p.sets[i % len(p.sets)], causal=p.causal)
+        return result[0] if isinstance(result, tuple) else result
+
+    return call
+
+
+def flashinfer_prefill(p: Prefill) -> Call:
+    from flashinfer import single_prefill_with_kv_cache
+
+    return lambda i: single_prefill_with_kv_cache(
+        p.q[0], *(x[0] for x in p.sets[i % len(p.sets)]), causal=p.causal
+    )[None]
 
 
 def decode_calls(p: Decode) -> dict[str, Call]:
@@ -113,23 +126,25 @@ def decode_calls(p: Decode) -> dict[str, Call]:
         dense = [p.dense(i) for i in range(len(p.caches))]
         call = sdpa_call(SDPBackend.FLASH_ATTENTION, p.q[:, :, None], dense)
         calls["torch flash, dense"] = call and (lambda i: call(i)[:, :, 0])
-    if has("flash_attn_interface") and has_floats:
-        from flash_attn_interface import flash_attn_with_kvcache
-
-        table = torch.from_numpy(p.table).to(p.device)
-        lens = torch.from_numpy(p.seq_lens).to(p.device)
-
-        def fa3(i: int) -> torch.Tensor:
-            k, v = p.caches[i % len(p.caches)]
-            result = flash_attn_with_kvcache(
-                p.q[:, None], k, v, cache_seqlens=lens, page_table=table, causal=True
-            )
-            return (result[0] if isinstance(result, tuple) else result)[:, 0]
-
-        calls["FA3"] = fa3
-    if has("flashinfer"):
-        calls["FlashInfer"] = flashinfer_decode(p)
+    if has_floats:
+        add_peer(calls, "FA3", "flash_attn_interface", lambda: fa3_decode(p))
+    add_peer(calls, "FlashInfer", "flashinfer", lambda: flashinfer_decode(p))
     return {name: call for name, call in calls.items() if call}
+
+
+def fa3_decode(p: Decode) -> Call:
+    from flash_attn_interface import flash_attn_with_kvcache
+
+    table, lens = (torch.from_numpy(x).to(p.device) for x in (p.table, p.seq_lens))
+
+    def call(i: int) -> torch.Tensor:
+        k, v = p.caches[i % len(p.caches)]
+        result = flash_attn_with_kvcache(
+            p.q[:, None], k, v, cache_seqlens=lens, page_table=table, causal=True
+        )
+        return (result[0] if isinstance(result, tuple) else result)[:, 0]
+
+    return call
 
 
 def flashinfer_decode(p: Decode) -> Call:

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One small call of every kind of kernel, for compute-sanitizer to look at. Each is named first and
-waited for, so that one which hangs is the last one named.
+"""One small call of every kind of kernel, for compute-sanitizer to look at, or for steps.py to see
+which of them come back. Each is named first and waited for.
 
 python tests/bench/gpu/sanitize.py cuda|cpu"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import quire
 import torch
+from steps import Steps
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("device", choices=("cuda", "cpu"), nargs="?", default="cuda")
@@ -26,11 +28,6 @@ def random(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 def attend(dtype: torch.dtype, heads: int, k: torch.Tensor, v: torch.Tensor, options: dict) -> None:
     """All lengths in one batch."""
-    print(
-        f"attention {dtype} over {k.dtype}, {heads} heads, head dims {k.shape[-1]} and "
-        f"{v.shape[-1]}, {options}",
-        flush=True,
-    )
     table = np.full((len(LENGTHS), max(BLOCKS)), -1, np.int32)
     ids = iter(np.random.default_rng(0).permutation(sum(BLOCKS)))
     for b, count in enumerate(BLOCKS):
@@ -58,20 +55,20 @@ def planned_on_the_device(q, k, v, arrays, expected) -> None:
     assert torch.equal(attn.run(plan, q, k, v), expected)
 
 
-def attend_all(dtype: torch.dtype, options: dict) -> None:
-    """Every head dim and type of cache."""
+def shapes(dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(heads, k, v) of every head dim and type of cache."""
+    blocks = sum(BLOCKS)
     for head_dim in (64, 96, 128, 192, 256):
         for kv_dtype in (dtype, torch.float8_e4m3fn):
-            attend(dtype, 8, *random(kv_dtype, 2, sum(BLOCKS), 16, 2, head_dim), options)
-    k = random(dtype, sum(BLOCKS), 16, 8, 192)  # latent attention as prompts have it
-    attend(dtype, 8, k, random(dtype, sum(BLOCKS), 16, 8, 128), options)
-    latent = random(dtype, sum(BLOCKS), 16, 1, 576)  # and as it is decoded
+            yield 8, *random(kv_dtype, 2, blocks, 16, 2, head_dim)
+    # Latent attention as prompts have it, and as it is decoded.
+    yield 8, random(dtype, blocks, 16, 8, 192), random(dtype, blocks, 16, 8, 128)
+    latent = random(dtype, blocks, 16, 1, 576)
     for heads in (16, 128):
-        attend(dtype, heads, latent, latent[..., :512], options)
+        yield heads, latent, latent[..., :512]
 
 
 def cache_operations(dtype: torch.dtype) -> None:
-    print(f"operations on caches of {dtype}", flush=True)
     cache = torch.zeros(2, 8, 16, 2, 64, device=DEVICE, dtype=dtype)
     k = torch.randn(20, 2, 64, device=DEVICE).to(dtype)
     rope = quire.Rope(torch.randn(50, 64, device=DEVICE), np.arange(20, dtype=np.int32))
@@ -85,15 +82,30 @@ def cache_operations(dtype: torch.dtype) -> None:
     quire.merge_states(outs, lses.to(DEVICE))
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    for dtype in (torch.float16, torch.bfloat16):
-        cache_operations(dtype)
-        attend_all(dtype, {})
-        attend_all(dtype, OPTIONS)
+def run(steps: Steps, name: str, call: Callable[[], None]) -> None:
+    if not steps.begin(name):
+        return
+    print(name, flush=True)
+    call()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    print("every kernel has run")
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    steps = Steps()
+    for dtype in (torch.float16, torch.bfloat16):
+        run(steps, f"operations on caches of {dtype}", lambda d=dtype: cache_operations(d))
+        for options in ({}, OPTIONS):
+            for heads, k, v in shapes(dtype):
+                name = f"attention {dtype} over {k.dtype}, {heads} heads, head dims {k.shape[-1]}"
+                arguments = (dtype, heads, k, v, options)
+                run(steps, f"{name} and {v.shape[-1]}, {options}", lambda a=arguments: attend(*a))
+    codes = random(torch.float8_e4m3fn, 2, sum(BLOCKS), 16, 2, 128)
+    name = "attention of queries of float8_e4m3fn, 8 heads, head dims 128"
+    run(steps, name, lambda: attend(codes.dtype, 8, *codes, {"sinks": torch.zeros(8).to(DEVICE)}))
+    steps.done()
+    print("the last kernel has run")
 
 
 if __name__ == "__main__":
