@@ -3,8 +3,7 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
-#include <numeric>
+#include <functional>
 #include <sstream>
 #include <utility>
 
@@ -77,33 +76,33 @@ void check_writable(const std::string& argument, const TensorView& tensor) {
 
 namespace {
 
-// Bytes [first, second) between the ends of a tensor that is not empty.
+// Bytes [first, second) between the ends of a tensor that is not empty. Strides that lead out of
+// all memory may wrap: what comes then means nothing, but is defined.
 std::pair<int64_t, int64_t> span(const TensorView& tensor) {
-  int64_t low = 0, high = 1;
-  for (int i = 0; i < tensor.ndim; ++i) {
-    const int64_t reach = (tensor.shape[i] - 1) * tensor.strides[i];
-    (reach < 0 ? low : high) += reach;
-  }
-  const int64_t element = static_cast<int64_t>(size_of(tensor.dtype));
-  const int64_t address = reinterpret_cast<intptr_t>(tensor.data);
-  return {address + low * element, address + high * element};
+  uint64_t low = 0, high = 1;
+  for (int i = 0; i < tensor.ndim; ++i)
+    (tensor.strides[i] < 0 ? low : high) +=
+        static_cast<uint64_t>(tensor.shape[i] - 1) * static_cast<uint64_t>(tensor.strides[i]);
+  const uint64_t address = reinterpret_cast<uintptr_t>(tensor.data);
+  return {address + low * size_of(tensor.dtype), address + high * size_of(tensor.dtype)};
 }
 
 // Whether the byte at `address` is of an element, for strides that nest: each at least as long as
 // all that lies within.
 bool covers(const TensorView& tensor, int64_t address) {
   const int64_t element = static_cast<int64_t>(size_of(tensor.dtype));
-  int64_t rest = address - span(tensor).first;
+  const uint64_t begin = static_cast<uint64_t>(span(tensor).first);
+  int64_t rest = static_cast<int64_t>(static_cast<uint64_t>(address) - begin);
   if (rest < 0) return false;
-  std::array<int, TensorView::kMaxDims> order;
-  std::iota(order.begin(), order.begin() + tensor.ndim, 0);
-  const auto step = [&](int dim) { return std::abs(tensor.strides[dim]) * element; };
-  std::sort(order.begin(), order.begin() + tensor.ndim,
-            [&](int a, int b) { return step(a) > step(b); });
+  std::array<std::pair<int64_t, int64_t>, TensorView::kMaxDims> dims;  // bytes a step, steps
   for (int i = 0; i < tensor.ndim; ++i) {
-    const int dim = order[i];
-    if (step(dim) != 0) rest -= std::min(rest / step(dim), tensor.shape[dim] - 1) * step(dim);
+    const auto stride = static_cast<uint64_t>(tensor.strides[i]);
+    const uint64_t length = tensor.strides[i] < 0 ? 0 - stride : stride;
+    dims[i] = {static_cast<int64_t>(length * element), tensor.shape[i] - 1};
   }
+  std::sort(dims.begin(), dims.begin() + tensor.ndim, std::greater());
+  for (int i = 0; i < tensor.ndim; ++i)
+    if (const auto [step, count] = dims[i]; step > 0) rest -= std::min(rest / step, count) * step;
   return rest < element;
 }
 

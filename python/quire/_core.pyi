@@ -139,7 +139,8 @@ class Attention:
 
         block_table int32 [batch, max_blocks], seq_lens int32 [batch] (the new tokens
         included), cu_seqlens_q int32 [batch + 1] or None for one query row each. The plan
-        copies what it needs: the arrays may change afterwards.
+        copies what it needs: the arrays may change afterwards. An Attention that differs in
+        scale or softcap alone runs it, too.
 
         Arrays on the GPU are planned there, when `stream` comes to it, and not copied: the
         plan runs on that stream, and inside a CUDA graph together with its runs serves every

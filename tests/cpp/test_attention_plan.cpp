@@ -385,6 +385,11 @@ TEST_CASE("tensors are checked against the plan before any work") {
   CHECK(contains(refused([](auto& t) { t.k.shape[0] = t.v.shape[0] = -5; }), "k_cache: expected"));
   CHECK(contains(refused([&](auto& t) { t.lse = {q.data(), DType::kFloat32, {2, 8}}; }),
                  "lse: expected [8, 2] float32"));
+  CHECK(contains(refused([](auto& t) { t.out.data = t.k.template as<float>() + 64; }),
+                 "out: expected memory of its own, got memory that overlaps k_cache"));
+  desc.num_kv_heads = 1;
+  CHECK(contains(refusal([&] { Attention(desc).run(p, good); }),
+                 "plan: expected one made for num_kv_heads 1, got 2"));
   CHECK(std::all_of(out.begin(), out.end(), [](float x) { return x == 1.0f; }));
   CHECK(refused([](auto&) {}) == "(accepted)");
 }

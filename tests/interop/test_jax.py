@@ -212,6 +212,28 @@ def test_refused_by_name():
         jax.grad(lambda q: quire.attention(q, q, q).sum())(q)
 
 
+def test_options_of_a_wrong_type_are_named():
+    x = jnp.ones((1, 3, 2, 8))
+    for option, kind, expected in (
+        ({"window": None}, TypeError, "two ints, got None"),
+        ({"window": (2**31, 0)}, ValueError, "each 0 to 2147483647 or -1"),
+        ({"scale": "x"}, TypeError, "a number or None, got 'x'"),
+    ):
+        with pytest.raises(kind, match=f"^attention: {next(iter(option))}: expected .*{expected}"):
+            quire.attention(x, x, x, **option)
+    caches = (jnp.ones((2, 4, 2, 8)),) * 2
+    batch = (jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))
+    with pytest.raises(NotImplementedError, match="paged_attention: k_scale: expected 1.0"):
+        quire.paged_attention(x[0, :1], *caches, *batch, k_scale=np.ones(2, np.float32))
+
+
+def test_arguments_may_come_by_keyword_in_any_order():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 2, 8), np.float32))
+    out = quire.attention(causal=True, v=x, k=x, q=x)
+    assert isinstance(out, jax.Array)
+    same(out, quire.attention(x, x, x, causal=True))
+
+
 def test_the_bindings_read_jax_memory_and_never_write_it(probe):
     for dtype in DTYPES:
         array = jnp.asarray(normal(2, 4, dtype=dtype))
