@@ -313,7 +313,10 @@ void KVCacheManager::load_retention(const Snapshot& in) {
                     " pins of its children, and fewer of its own");
   has_retention_ = snapshot::Reader(in, "has_retention").next(0, 1) != 0;
   snapshot::Reader expiries(in, "expiries");
-  if (has_retention_ || !expiries.is_at_end()) timers_.emplace(allocator_.num_blocks());
+  const bool has_ttl = std::any_of(sequences_.begin(), sequences_.end(), [](const Sequence& seq) {
+    return std::isfinite(seq.retention.ttl);
+  });
+  if (has_ttl || !expiries.is_at_end()) timers_.emplace(allocator_.num_blocks());
   while (!expiries.is_at_end()) {
     const int32_t block = expiries.next_int32(0, last_block);
     const double ttl = std::bit_cast<double>(expiries.next());
