@@ -286,6 +286,7 @@ void check_product(bool uses_leading) {
 
 TEST_CASE("products of warpgroups") {
   check_product<ProductCase<Float16, Major::kK, false, 16>>(false);
+  check_product<ProductCase<BFloat16, Major::kK, false, 4>>(false);
   check_product<ProductCase<BFloat16, Major::kK, true, 8>>(false);
   check_product<ProductCase<BFloat16, Major::kN, false, 8>>(false);
   check_product<ProductCase<Float16, Major::kN, true, 16>>(true);
