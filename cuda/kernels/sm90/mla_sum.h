@@ -75,19 +75,19 @@ QUIRE_DEVICE void add_tile(MlaColumns<Traits>& chunk, const MlaTurns<Traits>& tu
   const float rescale[2] = {ld_shared<float>(turns.weights.rescale(own_row())),
                             ld_shared<float>(turns.weights.rescale(own_row() + 8))};
   QUIRE_UNROLL
-  for (auto& half : chunk.sums) QUIRE_UNROLL
-  for (auto& four : half) QUIRE_UNROLL
+  for (auto& side : chunk.sums) QUIRE_UNROLL
+  for (auto& four : side) QUIRE_UNROLL
   for (int e = 0; e < 4; ++e) four[e] *= rescale[e / 2];
   const SharedAddress values =
       turns.keys() + static_cast<uint32_t>(first_own_column<Traits>() / 64 * Traits::kColumnBytes);
   wgmma_fence();
   QUIRE_UNROLL
   for (int step = 0; step < Traits::kKeys / kTile; ++step) QUIRE_UNROLL
-  for (int half = 0; half < 2; ++half)
+  for (int side = 0; side < 2; ++side)
     wgmma<typename Traits::Type, Major::kN>(
-        chunk.sums[half], describe_matrix(turns.weights.operand(step), 16, 1024),
+        chunk.sums[side], describe_matrix(turns.weights.operand(step), 16, 1024),
         describe_matrix(
-            values + static_cast<uint32_t>(half * 2 * Traits::kColumnBytes + step * kTile * 128),
+            values + static_cast<uint32_t>(side * 2 * Traits::kColumnBytes + step * kTile * 128),
             Traits::kColumnBytes, 1024),
         true);
   wgmma_commit();
