@@ -277,8 +277,8 @@ struct Sm90MlaTraits {
   static constexpr int kThreads = kConsumerThreads + 4 * kWarpSize;
   static constexpr int kWarpKeys = kKeys;  // a warp of the producer brings columns of a whole tile
   // Registers a thread; twice the first and the others are four times the 128 of the launch.
-  static constexpr int kSumRegisters = 168;
-  static constexpr int kScoreRegisters = 136;
+  static constexpr int kSumRegisters = 176;
+  static constexpr int kScoreRegisters = 120;
   static constexpr int kProducerRegisters = 40;
 
   // Shared memory, in bytes from its begin.

@@ -27,7 +27,7 @@ QUIRE_DEVICE int first_own_column() {
 template <class Traits>
 struct MlaTotal {
   static constexpr int kFragments = Traits::kColumns / 8;
-  static constexpr int kAhead = 4;  // reads that are waited for at once
+  static constexpr int kAhead = 8;  // reads that are waited for at once
 
   float* block;
 
