@@ -116,7 +116,7 @@ QUIRE_DEVICE void decrease_registers(Site site = Site::here()) {
 #if defined(__CUDACC__)
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #else
-  emulator::set_registers(kRegisters, site);
+  emulator::set_registers(kRegisters, false, site);
 #endif
 }
 
@@ -125,7 +125,7 @@ QUIRE_DEVICE void increase_registers(Site site = Site::here()) {
 #if defined(__CUDACC__)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #else
-  emulator::set_registers(kRegisters, site);
+  emulator::set_registers(kRegisters, true, site);
 #endif
 }
 

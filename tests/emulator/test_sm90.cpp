@@ -170,6 +170,8 @@ TEST_CASE("registers that warpgroups ask for are there") {
   };
   CHECK(run([] { increase_registers<232>(); }).error == "");
   CHECK(says(run([] { increase_registers<240>(); }), "more registers"));
+  CHECK(says(run([] { increase_registers<160>(); }), "inc to fewer registers"));
+  CHECK(says(run([] { decrease_registers<176>(); }), "dec to more registers"));
 }
 
 // --- Products

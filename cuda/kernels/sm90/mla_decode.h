@@ -169,7 +169,7 @@ QUIRE_DEVICE void mla_decode_sm90(const BoxedAttentionArgs& boxed) {
     decrease_registers<Traits::kProducerRegisters>();
     produce_units<Traits>(boxed);
   } else if (thread_index() >= Traits::kSumThreads) {
-    increase_registers<Traits::kScoreRegisters>();
+    decrease_registers<Traits::kScoreRegisters>();
     for_each_unit<Traits>(args,
                           [&](const MlaUnit& unit) { weigh_unit<Traits>(args, unit, turns); });
   } else {
