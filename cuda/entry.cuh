@@ -8,6 +8,7 @@
 #include "kernels/mla_decode.h"
 #include "kernels/plan.h"
 #include "kernels/prefill.h"
+#include "kernels/sm90/mla_decode.h"
 #include "kernels/sm90/prefill.h"
 #include "kernels/sm90/prefill_e4m3.h"
 
@@ -60,6 +61,12 @@
       mla_decode_##type##_##head_dim##_##rows##_##keys##_##stages##_##mode, mla_decode, \
       AttentionArgs,                                                                    \
       MlaTraits<quire::device::type, head_dim, rows, keys, stages, quire::device::Mode::mode>)
+
+#define QUIRE_MLA_DECODE_SM90(type, head_dim, rows, keys, stages, mode)                           \
+  QUIRE_ATTENTION(                                                                                \
+      mla_decode_sm90_##type##_##head_dim##_##rows##_##keys##_##stages##_##mode, mla_decode_sm90, \
+      BoxedAttentionArgs,                                                                         \
+      Sm90MlaTraits<quire::device::type, head_dim, rows, keys, stages, quire::device::Mode::mode>)
 
 #define QUIRE_APPEND_KV_E4M3(type, threads)                                                       \
   extern "C" __global__ void __launch_bounds__(threads)                                           \

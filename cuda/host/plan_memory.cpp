@@ -22,10 +22,16 @@ int row_tiles(const AttentionPlan& plan, const KernelSet& kernels, int group) {
   return most;
 }
 
-int64_t wide_items(const AttentionPlan& plan, const KernelSet& kernels, int group) {
-  return std::count_if(plan.items.begin(), plan.items.end(), [&](const WorkItem& item) {
-    return kernels.phase_of(int64_t{plan.sequences[item.sequence].q_len} * group) == kWide;
-  });
+// That there is work for in kWide.
+int64_t wide_blocks(const AttentionPlan& plan, const KernelSet& kernels, int group) {
+  int64_t items = 0;
+  int rows = 0;
+  for (const WorkItem& item : plan.items) {
+    if (kernels.phase_of(int64_t{plan.sequences[item.sequence].q_len} * group) != kWide) continue;
+    ++items;
+    rows = std::max(rows, rows_of(item, group));
+  }
+  return items == 0 ? 0 : items * kernels.row_tiles(kWide, rows);
 }
 
 }  // namespace
@@ -76,15 +82,15 @@ int64_t PlanOnGpu::resident_blocks(Phase phase) const {
   return int64_t{gpu_.info().parallelism} * kernels_.kernels[phase][0]->blocks_per_multiprocessor;
 }
 
-size_t PlanOnGpu::global_bytes(int64_t items) const {
+size_t PlanOnGpu::global_bytes(int64_t blocks) const {
   const int64_t a_block = kernels_.global_bytes();
-  return a_block == 0 ? 0 : static_cast<size_t>(std::min(items, resident_blocks(kWide)) * a_block);
+  return a_block == 0 ? 0 : static_cast<size_t>(std::min(blocks, resident_blocks(kWide)) * a_block);
 }
 
 SentPlan::SentPlan(Gpu& gpu, const AttentionDesc& desc, const AttentionPlan& plan)
     : PlanOnGpu(gpu, desc),
       layout_(plan, kernels_.head_dim, row_tiles(plan, kernels_, num_heads_ / num_kv_heads_),
-              global_bytes(wide_items(plan, kernels_, num_heads_ / num_kv_heads_))),
+              global_bytes(wide_blocks(plan, kernels_, num_heads_ / num_kv_heads_))),
       num_partial_rows_(plan.partial_rows) {
   const ContextScope scope(gpu_);
   stage(plan);

@@ -64,8 +64,8 @@ class PlanOnGpu {
   // Loading takes long and may not happen while a stream is captured: plans do it when made.
   void add_segment(const Segment& segment);
   int64_t resident_blocks(Phase phase) const;  // that the GPU runs at once
-  // Of device memory that the blocks of kWide work in, for so many items.
-  size_t global_bytes(int64_t items) const;
+  // Of device memory that so many blocks of kWide, or those that run at once, work in.
+  size_t global_bytes(int64_t blocks) const;
 
   Gpu& gpu_;
   const KernelSet kernels_;

@@ -93,6 +93,16 @@ constexpr Kernel mla_decode(const char* name) {
   return kernel;
 }
 
+template <class Traits>
+constexpr Kernel sm90_mla_decode(const char* name) {
+  Kernel kernel = mla_decode<Traits>(name);
+  kernel.arch = "90a";
+  kernel.box_rows = Traits::kKeys;
+  kernel.takes_tickets = true;
+  kernel.global_bytes = Traits::kGlobalBytes;
+  return kernel;
+}
+
 constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, ElementType kv_dtype,
                           int threads) {
   return {name, family, dtype, kv_dtype, 0, 0, 0, Mode::kFull, threads, 0, 1};
@@ -123,6 +133,9 @@ constexpr Kernel cache_op(const char* name, Family family, ElementType dtype, El
 #define QUIRE_MLA_DECODE(type, head_dim, rows, keys, stages, mode)               \
   mla_decode<device::MlaTraits<type, head_dim, rows, keys, stages, Mode::mode>>( \
       "mla_decode_" #type "_" #head_dim "_" #rows "_" #keys "_" #stages "_" #mode),
+#define QUIRE_MLA_DECODE_SM90(type, head_dim, rows, keys, stages, mode)                   \
+  sm90_mla_decode<device::Sm90MlaTraits<type, head_dim, rows, keys, stages, Mode::mode>>( \
+      "mla_decode_sm90_" #type "_" #head_dim "_" #rows "_" #keys "_" #stages "_" #mode),
 #define QUIRE_APPEND_KV_E4M3(type, threads)                                        \
   cache_op("append_kv_e4m3_" #type "_" #threads, Family::kAppend, element<type>(), \
            ElementType::kFloat8E4M3, threads),
@@ -148,6 +161,7 @@ inline constexpr Kernel kKernels[] = {
 #undef QUIRE_PREFILL_E4M3
 #undef QUIRE_DECODE_E4M3
 #undef QUIRE_MLA_DECODE
+#undef QUIRE_MLA_DECODE_SM90
 #undef QUIRE_APPEND_KV
 #undef QUIRE_APPEND_KV_E4M3
 #undef QUIRE_COPY_BLOCKS

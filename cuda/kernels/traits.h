@@ -259,6 +259,67 @@ struct Sm90E4m3Traits {
   static_assert(kKvChunk % kKeys == 0 && kWarpKeys == kWarpSize);
 };
 
+// Attention over a latent cache on compute capability 9.0a. Of four warpgroups two sum weights
+// times values, half of the columns each, one weighs the keys for both, and one brings tiles of
+// keys.
+template <class Type_, int kHeadDim_, int kRows_, int kKeys_, int kStages_, Mode kMode_>
+struct Sm90MlaTraits {
+  using Type = Type_;
+  using KvType = Type_;
+  static constexpr bool kIsQuantised = false;
+  static constexpr int kPolynomialEvery = 0;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kKeyDim = kHeadDim;
+  static constexpr int kHeadDimV = kHeadDim - 64;
+  static constexpr int kColumns = kHeadDimV / 2;  // that a warpgroup sums
+  static constexpr int kRows = kRows_;
+  static constexpr int kKeys = kKeys_;
+  static constexpr int kStages = kStages_;
+  static constexpr Mode kMode = kMode_;
+  static constexpr int kSumThreads = 2 * 4 * kWarpSize;  // the first ones; then those that weigh
+  static constexpr int kConsumerThreads = kSumThreads + 4 * kWarpSize;
+  static constexpr int kThreads = kConsumerThreads + 4 * kWarpSize;
+  static constexpr int kWarpKeys = kKeys;  // a warp of the producer brings columns of a whole tile
+  // Registers a thread; twice the first and the others are four times the 128 of the launch.
+  static constexpr int kSumRegisters = 176;
+  static constexpr int kScoreRegisters = 120;
+  static constexpr int kProducerRegisters = 40;
+
+  // Shared memory, in bytes from its begin.
+  static constexpr int kColumnBytes = kKeys * 128;  // 64 columns of a tile of keys
+  static constexpr int kKeyTileBytes = kKeys * kHeadDim * 2;
+  static constexpr int kStageBytes = kKeyTileBytes;  // K alone
+  static constexpr int kQueryOffset = 0;
+  static constexpr int kStageOffset = kRows * kHeadDim * 2;
+  static constexpr int kWeightOffset =
+      kStageOffset + kStages * kStageBytes;                           // [kRows] of 128 bytes
+  static constexpr int kRescaleOffset = kWeightOffset + kRows * 128;  // [2][kRows]
+  static constexpr int kFoldOffset = kRescaleOffset + 2 * kRows * 4;  // [kRows]
+  static constexpr int kBarrierOffset = kFoldOffset + kRows * 16;     // [full, empty][kStages]
+  static constexpr int kWeightBarrierOffset = kBarrierOffset + 2 * kStages * 8;  // likewise [2]
+  static constexpr int kFoldBarrierOffset = kWeightBarrierOffset + 2 * 2 * 8;    // likewise [1]
+  static constexpr int kItemOffset = kFoldBarrierOffset + 2 * 8;                 // of ItemQueue
+  static constexpr int kItemSlots = 4;
+  static constexpr int kFlagOffset = kItemOffset + kItemSlots * (8 + 8 + 4);
+  static constexpr int kSharedBytes = kFlagOffset + 16;
+  // The total of a block is in global memory.
+  static constexpr int kGlobalBytes = kRows * kHeadDimV * 4;
+
+  // What the parts that kernels share see of results.
+  struct Values {
+    using Type = Type_;
+    static constexpr bool kIsQuantised = false;
+    static constexpr int kHeadDim = kHeadDimV;
+    static constexpr Mode kMode = kMode_;
+    static constexpr int kThreads = kSumThreads;
+  };
+
+  static_assert(kRows == 64, "one product of a warpgroup");
+  static_assert(kKeys == kWarpSize, "a lane locates a key, and two tiles of weights are 128 bytes");
+  static_assert(kColumns == 256 && kHeadDim % 64 == 0 && kWeightOffset % 1024 == 0);
+  static_assert(kKvChunk % kKeys == 0, "a tile belongs to one chunk");
+};
+
 // The planner: one block.
 template <int kThreads_>
 struct PlannerTraits {

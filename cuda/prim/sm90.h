@@ -116,7 +116,7 @@ QUIRE_DEVICE void decrease_registers(Site site = Site::here()) {
 #if defined(__CUDACC__)
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #else
-  emulator::set_registers(kRegisters, site);
+  emulator::set_registers(kRegisters, false, site);
 #endif
 }
 
@@ -125,7 +125,7 @@ QUIRE_DEVICE void increase_registers(Site site = Site::here()) {
 #if defined(__CUDACC__)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #else
-  emulator::set_registers(kRegisters, site);
+  emulator::set_registers(kRegisters, true, site);
 #endif
 }
 
@@ -202,6 +202,7 @@ QUIRE_DEVICE void wgmma_wait(Site site = Site::here()) {
 #define QUIRE_SUMS_8(n)                                                                      \
   QUIRE_SUMS(n), QUIRE_SUMS(n + 1), QUIRE_SUMS(n + 2), QUIRE_SUMS(n + 3), QUIRE_SUMS(n + 4), \
       QUIRE_SUMS(n + 5), QUIRE_SUMS(n + 6), QUIRE_SUMS(n + 7)
+#define QUIRE_REGISTERS_16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define QUIRE_REGISTERS_32                                                       \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
   "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
@@ -221,6 +222,16 @@ QUIRE_DEVICE void wgmma_wait(Site site = Site::here()) {
   "%92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, "   \
   "%106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, " \
   "%119, %120, %121, %122, %123, %124, %125, %126, %127}"
+#define QUIRE_WGMMA_32_SS(type)                                                          \
+  asm volatile(                                                                          \
+      "{\n"                                                                              \
+      ".reg .pred %%accumulates;\n"                                                      \
+      "setp.ne.b32 %%accumulates, %18, 0;\n"                                             \
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " " QUIRE_REGISTERS_16 \
+      ", %16, %17, %%accumulates, 1, 1, 0, %19;\n"                                       \
+      "}"                                                                                \
+      : QUIRE_SUMS(0), QUIRE_SUMS(1), QUIRE_SUMS(2), QUIRE_SUMS(3)                       \
+      : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(accumulate)), "n"(kTransposed))
 #define QUIRE_WGMMA_64_SS(type)                                                          \
   asm volatile(                                                                          \
       "{\n"                                                                              \
@@ -282,10 +293,15 @@ QUIRE_DEVICE void wgmma_wait(Site site = Site::here()) {
 template <class Type, Major kMajor, int kN8>
 QUIRE_DEVICE void wgmma(float (&d)[kN8][4], MatrixDescriptor a, MatrixDescriptor b, bool accumulate,
                         Site site = Site::here()) {
-  static_assert(kN8 == 8 || kN8 == 16);
+  static_assert(kN8 == 4 || kN8 == 8 || kN8 == 16);
 #if defined(__CUDACC__)
   constexpr int kTransposed = kMajor == Major::kN;
-  if constexpr (kN8 == 8) {
+  if constexpr (kN8 == 4) {
+    if constexpr (Type::is_bfloat16)
+      QUIRE_WGMMA_32_SS("bf16");
+    else
+      QUIRE_WGMMA_32_SS("f16");
+  } else if constexpr (kN8 == 8) {
     if constexpr (Type::is_bfloat16)
       QUIRE_WGMMA_64_SS("bf16");
     else

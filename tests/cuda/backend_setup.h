@@ -18,7 +18,7 @@ namespace quire::cuda {
 inline const Images& all_images() {
   static const std::vector<Image> list = [] {
     static const std::vector<std::string> names = [] {
-      std::vector<std::string> result = {"cache_ops", "mla_decode_576"};
+      std::vector<std::string> result = {"cache_ops", "mla_decode_576", "mla_decode_sm90_576"};
       for (int dim : {64, 96, 128, 192, 256})
         for (const char* family : {"prefill_", "prefill_sm90_", "decode_"})
           result.push_back(concat(family, dim));

@@ -103,8 +103,11 @@ TEST_CASE("which GPU runs what, and the reason where none does") {
   latent.head_dim_v = 512;
   CHECK(contains(explain("sm_90", latent),
                  "cuda.sm_90a.d576 (mla_decode_BFloat16_576_16_16_4_kFast, "
-                 "mla_decode_BFloat16_576_32_32_3_kFast; v = k[..., :head_dim_v], the same "
+                 "mla_decode_BFloat16_576_32_32_3_kFast, "
+                 "mla_decode_sm90_BFloat16_576_64_32_4_kFast; v = k[..., :head_dim_v], the same "
                  "memory): chosen"));
+  for (const char* other : {"sm_80", "sm_100", "sm_120"})
+    CHECK(!contains(explain(other, latent), "mla_decode_sm90"));
   CHECK(contains(explain("sm_80", latent), "mla_decode_BFloat16_576_32_32_3_kFast"));
   CHECK(contains(explain("sm_120", latent), "mla_decode_BFloat16_576_32_32_2_kFast"));
   CHECK(contains(explain("sm_90", latent), "cuda.d256: head_dim 576: at most 256"));
@@ -219,7 +222,7 @@ TEST_CASE("on sm_90 short prompts go to kernels that all parts have, long ones t
         CHECK(kernel(kDecode)->global_bytes == 0);
         own += set.has_wide() && kernel(kWide)->arch != nullptr;
       }
-  CHECK(own == 2 * 4 * 2);
+  CHECK(own == 2 * 5 * 2);
 }
 
 TEST_CASE("head dim 256 on sm_90: every block of a launch has a place in the workspace") {
@@ -425,43 +428,6 @@ TEST_CASE("each of several GPUs has its context, kernels and memory") {
                   InvalidArgument);
   CHECK_THROWS_AS(made.backend->device_info(2), InvalidArgument);
   CHECK_THROWS_AS(made.backend->device_info(-1), InvalidArgument);
-}
-
-TEST_CASE("latent caches: a block a tile of rows, and no V of its own") {
-  Setup s;
-  Seen<device::AttentionArgs> seen(s.driver);
-  AttentionDesc desc = model(576);
-  desc.head_dim_v = 512;
-  desc.num_heads = 40, desc.num_kv_heads = 1;
-  const Batch batch({{1, 9000}, {3, 40}, {0, 9}});
-  const AttentionPlan plan = make_plan(s.backend(), desc, batch);
-  AttentionParams params = params_of(desc, plan);
-  s.backend().run(plan, params, {kGpu, kStream});
-  REQUIRE(s.driver.launches.size() == 1);
-  CHECK(s.driver.launches[0].kernel == "mla_decode_BFloat16_576_32_32_3_kFast");
-  CHECK(s.driver.launches[0].threads == 256);
-  CHECK(seen.all[0].item_rows == 40);
-  CHECK(s.driver.launches[0].blocks == 2 * static_cast<unsigned>(seen.all[0].num_items));
-
-  // One head: decode rows, a block each.
-  desc.num_heads = 1;
-  const AttentionPlan one = make_plan(s.backend(), desc, batch);
-  params = params_of(desc, one);
-  s.backend().run(one, params, {kGpu, kStream});
-  REQUIRE(s.driver.launches.size() == 2);
-  CHECK(s.driver.launches[1].kernel == "mla_decode_BFloat16_576_16_16_4_kFast");
-  CHECK(s.driver.launches[1].blocks == static_cast<unsigned>(seen.all[1].num_items));
-
-  const auto refused = [&] {
-    CHECK_THROWS_WITH_AS(s.backend().run(one, params, {kGpu, kStream}),
-                         doctest::Contains("v = k[..., :512]; got other memory"), Unsupported);
-    CHECK(s.driver.launches.size() == 2);
-  };
-  params.v = reinterpret_cast<void*>(0x300000);
-  refused();
-  params.v = params.k;
-  params.v_stride_row = 512;
-  refused();
 }
 
 TEST_CASE("a plan of another model, or of the CPU, is refused before anything is launched") {

@@ -242,5 +242,25 @@ TEST_CASE("no batch takes more than its bounds") {
   CHECK(fullest > 0.9);  // the bounds are not far above what there may be
 }
 
+TEST_CASE("latent caches on sm_90: rows of many heads have one kernel on a fixed grid") {
+  Setup s;
+  Launched launched(s.driver);
+  AttentionDesc desc = model(576);
+  desc.head_dim_v = 512;
+  desc.num_heads = 128, desc.num_kv_heads = 1;
+  const AttentionPlan plan = plan_on_device(s.backend(), desc, batch_on_device(64, 512, false), 64);
+  REQUIRE(launched.plans.size() == 1);
+  CHECK(launched.plans[0].wide_rows == 64);
+  CHECK(launched.plans[0].tile_rows == 1);
+  s.backend().run(plan, params_of(desc, plan), {kGpu, kStream});
+  REQUIRE(launched.runs.size() == 1);
+  const auto& [launch, args] = launched.runs[0];
+  CHECK(launch.kernel == "mla_decode_sm90_BFloat16_576_64_32_4_kFast");
+  CHECK(launch.blocks == 132);
+  CHECK(args.item_rows == 128);
+  CHECK(args.range == launched.plans[0].counts->ranges + kWide);
+  CHECK(args.totals != nullptr);
+}
+
 }  // namespace
 }  // namespace quire::cuda

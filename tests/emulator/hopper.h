@@ -134,9 +134,13 @@ struct HopperState {
       if (barrier.initialiser == thread) barrier.is_fenced = true;
   }
 
+  static int registers_at_launch(int num_threads) {
+    return std::min(255, 65536 / num_threads) / 8 * 8;
+  }
+
   // The registers of the launch are enough for what all warpgroups have asked for.
   bool registers_are_there(int num_threads) const {
-    const int at_launch = std::min(255, 65536 / num_threads) / 8 * 8;
+    const int at_launch = registers_at_launch(num_threads);
     int total = 0;
     for (const Warpgroup& group : groups) {
       if (group.registers == 0) return true;  // it has not asked yet

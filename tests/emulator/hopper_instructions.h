@@ -83,11 +83,17 @@ inline void copy_box(uint32_t destination, const void* map, uint32_t mbarrier, c
 // --- Registers of warpgroups
 // -----------------------------------------------------------------------
 
-inline void set_registers(int count, Site site) {
+// `more`: by the instruction that takes registers; else by the one that gives them back.
+inline void set_registers(int count, bool more, Site site) {
   Block& block = Block::current();
   if (count % 8 != 0 || count < 24 || count > 256)
     block.fail("registers: expected 24, 32, ... 256");
   block.group_collective("setmaxnreg", site, count, [&](int*(&)[kGroupThreads], Warpgroup& group) {
+    const int before = group.registers > 0 ? group.registers
+                                           : HopperState::registers_at_launch(block.num_threads());
+    if (more ? count < before : count > before)
+      block.fail(more ? "setmaxnreg.inc to fewer registers than there are"
+                      : "setmaxnreg.dec to more registers than there are");
     group.registers = count;
     block.check_registers();
   });

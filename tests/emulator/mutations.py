@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import mutations_e4m3
+import mutations_mla_sm90
 import mutations_sm90
 from mutation import Mutation
 
@@ -31,7 +32,7 @@ STATE, SCALES, TRAITS = (f"cuda/kernels/{x}.h" for x in "state scales traits".sp
 L = "cuda/kernels/mla_decode.h"
 PL = "cuda/kernels/plan.h"
 # First words of descriptions; test_mutation.cpp is of all others.
-PROGRAMS = {"sm90", "sm90_e4m3", "sm90_e4m3_full", "mla", "plan", "total"}
+PROGRAMS = {"sm90", "sm90_e4m3", "sm90_e4m3_full", "mla", "mla_sm90", "plan", "total"}
 
 MUTATIONS = [
     Mutation("prefill: no barrier before a tile is read", P,
@@ -233,7 +234,7 @@ MUTATIONS = [
     Mutation("plan: one worker's tiles are cut", PL,
              "  if (args.parallelism == 1) return INT64_MAX;\n", ""),
 ]  # fmt: skip
-MUTATIONS += mutations_sm90.MUTATIONS + mutations_e4m3.MUTATIONS
+MUTATIONS += mutations_sm90.MUTATIONS + mutations_e4m3.MUTATIONS + mutations_mla_sm90.MUTATIONS
 
 
 CPU_SECONDS = 150  # of a program; the slowest takes a third of it where nothing is planted

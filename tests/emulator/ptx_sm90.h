@@ -30,7 +30,7 @@ inline void copy_bulk(PtxMachine& m, const PtxInstruction& i) {
 }
 
 inline void setmaxnreg(PtxMachine& m, const PtxInstruction& i) {
-  set_registers(static_cast<int>(m.get(i.operands[0])), m.site(i));
+  set_registers(static_cast<int>(m.get(i.operands[0])), i.has("inc"), m.site(i));
 }
 
 // {sums}, left, right, accumulates, 1, 1, then which operands lie transposed. nvcc may move sums

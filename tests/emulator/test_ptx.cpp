@@ -16,6 +16,7 @@
 #include "kernels/decode.h"
 #include "kernels/mla_decode.h"
 #include "kernels/prefill.h"
+#include "kernels/sm90/mla_decode.h"
 #include "kernels/sm90/prefill_e4m3.h"
 
 namespace quire::emulator {
@@ -197,6 +198,23 @@ TEST_CASE("latent caches") {
   c.num_heads = c.num_kv_heads = 1;
   c.batch = {{5, 1100}};
   check_bits(fast, c);
+}
+
+TEST_CASE("latent caches on sm_90a") {
+  if (!has_sm90()) return;
+  using Fast = device::Sm90MlaTraits<BFloat16, 576, 64, 32, 4, Mode::kFast>;
+  const auto fast =
+      sm90_from_ptx<Fast>("mla_decode_sm90_BFloat16_576_64_32_4_kFast", "mla_decode_sm90.ptx");
+  AttentionCase c = base(576);
+  c.head_dim_v = 512;
+  c.is_latent = true;
+  c.num_heads = 80, c.num_kv_heads = 1;
+  c.batch = {{1, 600}, {2, 45}, {1, 0}};
+  for (const int block_size : {16, 3}) {
+    c.block_size = block_size;
+    check_case(fast, c, AsyncMode::kRandom, static_cast<uint32_t>(block_size));
+    c.parallelism = 6;
+  }
 }
 
 TEST_CASE("e4m3 codes") {

@@ -170,6 +170,8 @@ TEST_CASE("registers that warpgroups ask for are there") {
   };
   CHECK(run([] { increase_registers<232>(); }).error == "");
   CHECK(says(run([] { increase_registers<240>(); }), "more registers"));
+  CHECK(says(run([] { increase_registers<160>(); }), "inc to fewer registers"));
+  CHECK(says(run([] { decrease_registers<176>(); }), "dec to more registers"));
 }
 
 // --- Products
@@ -286,6 +288,7 @@ void check_product(bool uses_leading) {
 
 TEST_CASE("products of warpgroups") {
   check_product<ProductCase<Float16, Major::kK, false, 16>>(false);
+  check_product<ProductCase<BFloat16, Major::kK, false, 4>>(false);
   check_product<ProductCase<BFloat16, Major::kK, true, 8>>(false);
   check_product<ProductCase<BFloat16, Major::kN, false, 8>>(false);
   check_product<ProductCase<Float16, Major::kN, true, 16>>(true);

@@ -233,6 +233,9 @@ def latent_cases() -> list[Case]:
             replace(drafts, mask="tree"),
             replace(drafts, window=(100, 0), softcap=5.0, sinks=True),
             replace(one, num_heads=40, alibi=True, causal=False),
+            replace(one, num_heads=64),
+            replace(drafts, num_heads=64, window=(100, 0), softcap=5.0, sinks=True),
+            replace(drafts, num_heads=128, mask="tree"),
             replace(base, layout="ragged", batch=((5, 5), (1, 90), (70, 70))),
             replace(base, layout="dense", num_heads=3, batch=((4, 33),) * 2),
         ]

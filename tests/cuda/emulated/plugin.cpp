@@ -30,6 +30,7 @@ const Image kImages[] = {{"prefill_64", ""},
                          {"decode_e4m3_128", ""},
                          {"decode_e4m3_256", ""},
                          {"mla_decode_576", ""},
+                         {"mla_decode_sm90_576", ""},
                          {"cache_ops", ""}};
 const Images kAll = {std::begin(kImages), std::end(kImages), "90a"};
 

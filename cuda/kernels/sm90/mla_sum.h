@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// The warpgroups of sm90/mla_decode.h that sum: each has its columns of weights times values, folds
+// them into a total at the end of a chunk, or stores them, and writes its columns of the rows.
+#pragma once
+
+#include "kernels/sm90/mla_handover.h"
+
+namespace quire::device {
+
+// A thread's sums of the rows own_row() and own_row() + 8, of its warpgroup's columns 8n to 8n + 7
+// at sums[n / 16][n % 16]: a product has half of them, as one of all would not get by with the
+// registers that a block of four warpgroups is launched with.
+template <class Traits>
+struct MlaColumns {
+  float sums[2][Traits::kColumns / 16][4] = {};
+
+  QUIRE_DEVICE const float (&of(int n) const)[4] { return sums[n / 16][n % 16]; }
+};
+
+template <class Traits>
+QUIRE_DEVICE int first_own_column() {
+  return fresh_thread_index() / 128 * Traits::kColumns;
+}
+
+// Where a block keeps its total: [kColumns / 8] times what sums[n] of each thread holds. Every sum
+// has its thread; a warp reads and writes 512 bytes in a row.
+template <class Traits>
+struct MlaTotal {
+  static constexpr int kFragments = Traits::kColumns / 8;
+  static constexpr int kAhead = 8;  // reads that are waited for at once
+
+  float* block;
+
+  QUIRE_DEVICE float* slot(int n, int thread) const {
+    return block + (n * Traits::kSumThreads + thread) * 4;
+  }
+
+  QUIRE_DEVICE void fold_chunk(const MlaColumns<Traits>& chunk, const FoldScales& low,
+                               const FoldScales& high, bool is_first) const {
+    auto* own = reinterpret_cast<F32x4*>(slot(0, fresh_thread_index()));
+    QUIRE_UNROLL
+    for (int first = 0; first < kFragments; first += kAhead) {
+      F32x4 before[kAhead];
+      QUIRE_UNROLL
+      for (int a = 0; a < kAhead; ++a)
+        before[a] =
+            is_first ? F32x4{0, 0, 0, 0} : ld_global(own + (first + a) * Traits::kSumThreads);
+      QUIRE_UNROLL
+      for (int a = 0; a < kAhead; ++a) {
+        const float (&sums)[4] = chunk.of(first + a);
+        st_global(own + (first + a) * Traits::kSumThreads,
+                  F32x4{low.apply(before[a].x, sums[0]), low.apply(before[a].y, sums[1]),
+                        high.apply(before[a].z, sums[2]), high.apply(before[a].w, sums[3])});
+      }
+    }
+  }
+
+  // Eight columns of a row of this warp, counted from its first ones, after a warp sync.
+  QUIRE_DEVICE void load(float (&values)[kPiece], int row, int column) const {
+    const int warp = fresh_thread_index() / kWarpSize;
+    const float* from = slot(column / kPiece, warp * kWarpSize + row % 8 * 4) + row / 8 * 2;
+    QUIRE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const F32x2 pair = ld_global(reinterpret_cast<const F32x2*>(from + 4 * i));
+      values[2 * i] = pair.x, values[2 * i + 1] = pair.y;
+    }
+  }
+};
+
+// chunk += weights x values of a tile.
+template <class Traits>
+QUIRE_DEVICE void add_tile(MlaColumns<Traits>& chunk, const MlaTurns<Traits>& turns) {
+  turns.wait_keys();
+  turns.weights.template wait<Handover::kFull>();
+  const float rescale[2] = {ld_shared<float>(turns.weights.rescale(own_row())),
+                            ld_shared<float>(turns.weights.rescale(own_row() + 8))};
+  QUIRE_UNROLL
+  for (auto& side : chunk.sums) QUIRE_UNROLL
+  for (auto& four : side) QUIRE_UNROLL
+  for (int e = 0; e < 4; ++e) four[e] *= rescale[e / 2];
+  const SharedAddress values =
+      turns.keys() + static_cast<uint32_t>(first_own_column<Traits>() / 64 * Traits::kColumnBytes);
+  wgmma_fence();
+  QUIRE_UNROLL
+  for (int step = 0; step < Traits::kKeys / kTile; ++step) QUIRE_UNROLL
+  for (int side = 0; side < 2; ++side)
+    wgmma<typename Traits::Type, Major::kN>(
+        chunk.sums[side], describe_matrix(turns.weights.operand(step), 16, 1024),
+        describe_matrix(
+            values + static_cast<uint32_t>(side * 2 * Traits::kColumnBytes + step * kTile * 128),
+            Traits::kColumnBytes, 1024),
+        true);
+  wgmma_commit();
+  wgmma_wait<0>();
+  turns.weights.template pass<Handover::kEmpty>();
+  turns.release_keys();
+}
+
+template <class Traits>
+QUIRE_DEVICE void store_partial(const AttentionArgs& args, const Item& item, int first_row,
+                                int slot, const MlaColumns<Traits>& chunk) {
+  const int lane = fresh_thread_index() % kWarpSize;
+  QUIRE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int row = first_row + own_row() + 8 * h;
+    if (row >= item.num_rows) continue;
+    float* values = partial_values<typename Traits::Values>(args, slot, row) +
+                    first_own_column<Traits>() + lane % 4 * 2;
+    QUIRE_UNROLL
+    for (int n = 0; n < Traits::kColumns / 8; ++n)
+      st_global(reinterpret_cast<F32x2*>(values + 8 * n),
+                F32x2{chunk.of(n)[2 * h], chunk.of(n)[2 * h + 1]});
+  }
+}
+
+// Writes the warp's rows, its columns of them, from `total`.
+template <class Traits>
+QUIRE_DEVICE void write_unit_rows(const AttentionArgs& args, const Item& item, int first_row,
+                                  const FoldSlot<Traits>& folds, const MlaTotal<Traits>& total) {
+  constexpr int kPieces = Traits::kColumns / kPiece;
+  const int thread = fresh_thread_index(), warp_row = thread / kWarpSize % 4 * kTile;
+  sync_warp();
+  for (int i = thread % kWarpSize; i < kTile * kPieces; i += kWarpSize) {
+    const int row = i / kPieces, column = i % kPieces * kPiece;
+    if (first_row + warp_row + row >= item.num_rows) continue;
+    const F32x4 stats = ld_shared<F32x4>(folds.row(warp_row + row));
+    float values[kPiece];
+    total.load(values, row, column);
+    write_row<typename Traits::Values>(args, item, first_row + warp_row + row,
+                                       first_own_column<Traits>() + column, {stats.z, stats.w},
+                                       values);
+  }
+}
+
+template <class Traits>
+QUIRE_DEVICE void sum_unit(const AttentionArgs& args, const MlaUnit& unit,
+                           MlaTurns<Traits>& turns) {
+  MlaColumns<Traits> chunk;
+  for_each_chunk<Traits>(
+      args, unit,
+      [&](int) {
+        add_tile<Traits>(chunk, turns);
+        turns.advance();
+      },
+      [&](const Item& item, int slot, bool is_first, bool is_last) {
+        const MlaTotal<Traits> total{args.totals +
+                                     int64_t{block_index()} * (Traits::kGlobalBytes / 4)};
+        turns.folds.template wait<Handover::kFull>();
+        if (slot >= 0) {
+          store_partial<Traits>(args, item, unit.first_row, slot, chunk);
+        } else {
+          const F32x4 low = ld_shared<F32x4>(turns.folds.row(own_row()));
+          const F32x4 high = ld_shared<F32x4>(turns.folds.row(own_row() + 8));
+          total.fold_chunk(chunk, {low.x, low.y}, {high.x, high.y}, is_first);
+          if (is_last) write_unit_rows<Traits>(args, item, unit.first_row, turns.folds, total);
+        }
+        turns.folds.template pass<Handover::kEmpty>();
+        ++turns.folds.turn;
+        chunk = MlaColumns<Traits>{};
+      });
+}
+
+// merge_if_last() of kernels/state.h, by those who sum alone.
+template <class Traits>
+QUIRE_DEVICE void merge_unit_if_last(const AttentionArgs& args, const Item& item,
+                                     const MlaUnit& unit) {
+  const SharedAddress flag = shared_base() + Traits::kFlagOffset;
+  const int counter = item.merge * unit.num_tiles + unit.tile;
+  fence_gpu();
+  sync_threads<Traits::kSumThreads>(kSumBarrier);
+  if (thread_index() == 0) {
+    const auto last = static_cast<uint32_t>(ld_global(&args.merges[item.merge].num_items) - 1);
+    st_shared<uint32_t>(flag, atomic_increment(args.counters + counter, last) == last);
+  }
+  sync_threads<Traits::kSumThreads>(kSumBarrier);
+  if (!ld_shared<uint32_t>(flag)) return;
+  fence_gpu();
+  merge<typename Traits::Values>(
+      args, item, {counter, unit.first_row, min(item.num_rows - unit.first_row, Traits::kRows)});
+}
+
+}  // namespace quire::device
