@@ -95,10 +95,12 @@ void Message::finish(uint8_t digest[32]) {
   const size_t end = (num_buffered_ + 1 + sizeof size_ + kChunk - 1) / kChunk * kChunk;
   std::memset(buffer_ + num_buffered_, 0, end - num_buffered_);
   buffer_[num_buffered_] = 0x80;
-  const uint64_t num_bits = size_ * 8;
-  for (size_t i = 0; i < 8; ++i) buffer_[end - 1 - i] = static_cast<uint8_t>(num_bits >> (8 * i));
+  static_assert(std::endian::native == std::endian::little, "both are written the other way round");
+  const uint64_t num_bits = __builtin_bswap64(size_ * 8);
+  std::memcpy(buffer_ + end - sizeof num_bits, &num_bits, sizeof num_bits);
   compress_(buffer_, end / kChunk, state_);
-  for (int i = 0; i < 32; ++i) digest[i] = static_cast<uint8_t>(state_[i / 4] >> (24 - i % 4 * 8));
+  for (uint32_t& word : state_) word = __builtin_bswap32(word);
+  std::memcpy(digest, state_, sizeof state_);
 }
 
 }  // namespace quire::sha256

@@ -31,7 +31,7 @@ class Message {
   void finish(uint8_t digest[32]);  // and nothing after it
 
  private:
-  static constexpr size_t kRoom = 8 * kChunk;  // compressed together
+  static constexpr size_t kRoom = 16 * kChunk;  // compressed together
 
   Compress compress_;
   uint64_t size_ = 0;        // bytes so far,

@@ -226,6 +226,22 @@ TEST_CASE("priorities, pins and times to live outlive a restart") {
   }
 }
 
+TEST_CASE("times to live count whatever a snapshot says of there being some") {
+  KVCacheManager manager(8, 4);
+  const SequenceId seq = manager.create(std::vector<int32_t>(9, 1), {}, {.ttl = 1});
+  std::string saved = manager.snapshot();
+  const std::string flag = "\"has_retention\":[";
+  saved[saved.find(flag) + flag.size()] = '0';
+  KVCacheManager restored = KVCacheManager::restore(saved);
+  restored.create(std::vector<int32_t>(5, 2), {}, {.priority = 3});
+  const int32_t count = 9;
+  REQUIRE(restored.step({&seq, 1}, {&count, 1}));
+  restored.commit({&seq, 1});
+  restored.free({&seq, 1});
+  restored.validate();
+  CHECK(restored.stats().cached_blocks == 3);
+}
+
 TEST_CASE("what is no snapshot is refused, however it is broken") {
   CHECK_THROWS_AS(KVCacheManager::restore(""), InvalidArgument);
   CHECK_THROWS_AS(KVCacheManager::restore("{}"), InvalidArgument);

@@ -311,12 +311,12 @@ def test_vllm_a_preempted_request_is_counted_once(manager):
 
 
 def test_vllm_whoever_ends_or_is_preempted_in_flight_keeps_its_blocks_until_its_step_has_run():
-    manager = quire.KVCacheManager(12, SIZE, prefix_caching=False, async_depth=2)
+    manager = quire.KVCacheManager(12, SIZE, prefix_caching=False, async_depth=2, num_host_blocks=4)
     scheduler = quire.Scheduler(manager, max_tokens_per_step=64)
     requests = [scheduler.add(tokens(30, 100 * i), 20) for i in range(2)]
-    one = scheduler.schedule().step.ticket
+    one = scheduler.schedule().ticket
     scheduler.commit(np.zeros(2, np.int32))
-    two = scheduler.schedule().step.ticket
+    two = scheduler.schedule().ticket
     scheduler.finish(requests[0])  # an abort, two steps deep
     assert manager.num_free_blocks == 8 and manager.stats().fenced_blocks == 2
     scheduler.commit(np.zeros(2, np.int32))
@@ -326,7 +326,7 @@ def test_vllm_whoever_ends_or_is_preempted_in_flight_keeps_its_blocks_until_its_
     assert manager.num_free_blocks == 10 and manager.stats().fenced_blocks == 0
     other = manager.create(tokens(64))
     three = manager.step([other], [64]).ticket
-    manager.detach(other)  # as a scheduler preempts
+    assert len(manager.swap_out(other)) == 0  # preempted before anything is computed
     assert manager.num_free_blocks == 6 and manager.stats().fenced_blocks == 4
     manager.retire(three)
     assert manager.num_free_blocks == 10
