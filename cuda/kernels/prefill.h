@@ -267,13 +267,13 @@ QUIRE_DEVICE void prefill_rows(const AttentionArgs& args, int index, int first_r
       attend_tile<Traits>(p, state, queries, factor, tile);
       store_location<Traits>(tile + 2, later);
     }
-    const Item same = load_item(args, fresh(index));
+    const Item same = load_item(args, index);
     const bool is_first = chunk == same.kv_begin / kKvChunk;
     finish_chunk<Traits>(args, same, state, factor, chunk, is_first, first_row);
     is_last = ++chunk * kKvChunk >= same.kv_end;
   } while (!is_last);
   cp_async_wait<0>();
-  const Item same = load_item(args, fresh(index));
+  const Item same = load_item(args, index);
   if (same.partial < 0) write_total<Traits>(args, same, state, first_row);
   sync_block();
 }

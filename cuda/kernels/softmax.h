@@ -53,9 +53,11 @@ QUIRE_DEVICE ScoreRow load_score_row(SharedAddress slot) {
   return row;
 }
 
+// kFast knows no mask of bits.
+template <Mode kMode>
 QUIRE_DEVICE bool is_visible(const ScoreRow& row, int key) {
   if (key < row.visible.begin || key >= row.visible.end) return false;
-  if (!row.mask || key < row.mask_begin) return true;
+  if (kMode == Mode::kFast || !row.mask || key < row.mask_begin) return true;
   const int bit = key - row.mask_begin;
   return ld_global(row.mask + bit / 8) >> bit % 8 & 1;
 }
@@ -89,7 +91,7 @@ QUIRE_DEVICE void mask_scores(const AttentionParams& p, const ScoreRow (&rows)[2
       const int key = lane_key + 8 * n + e;
       float& score = scores[n][2 * h + e];
       if (kMode == Mode::kFull) score = apply_options(p, rows[h], score, key);
-      if (!is_visible(rows[h], key)) score = -kInfinity;
+      if (!is_visible<kMode>(rows[h], key)) score = -kInfinity;
     }
   }
 }

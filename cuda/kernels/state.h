@@ -92,10 +92,10 @@ QUIRE_DEVICE SlotRange load_slots(const MergeItem* merge) {
   return {begin, begin + ld_global(&merge->num_partials)};
 }
 
-// Folds slots [slot, slot + kAhead) of eight columns of a row, those that are below `end_slot`. What
-// a thread waits for is loads, so they are made at once, and nothing depends on how many of the
-// slots there are: behind a branch the compiler would load them where it folds them. A slot that is
-// not there folds as a chunk without keys does, which changes nothing.
+// Folds slots [slot, slot + kAhead) of eight columns of a row, those that are below `end_slot`.
+// What a thread waits for is loads, so they are made at once, and nothing depends on how many of
+// the slots there are: behind a branch the compiler would load them where it folds them. A slot
+// that is not there folds as a chunk without keys does, which changes nothing.
 template <class Traits, int kAhead>
 QUIRE_DEVICE void fold_slots(const AttentionArgs& args, int slot, int end_slot, int row, int column,
                              RowStats& total, float (&values)[kPiece]) {
@@ -143,8 +143,8 @@ QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item) {
 }
 
 // Called by a block that has stored its partial results: the last of those that share the rows
-// merges. `flag`: a word of shared memory. The lists are read before it is known who is the last, as
-// the fence takes longer.
+// merges. `flag`: a word of shared memory. The lists are read before it is known who is the last,
+// as the fence takes longer.
 template <class Traits>
 QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, SharedAddress flag,
                                 const MergeRows& rows) {

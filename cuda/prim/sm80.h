@@ -25,16 +25,17 @@ QUIRE_DEVICE int thread_index() {
 #endif
 }
 
-// The same value, but the compiler can't tell: what is computed from it is computed where it is used,
-// not kept in registers through a loop. The kernels have more addresses than registers.
-QUIRE_DEVICE int fresh(int value) {
+// The same, but the compiler can't tell: what is computed from it is computed where it is used, not
+// kept in registers through a loop. The kernels have more addresses than registers.
+QUIRE_DEVICE int fresh_thread_index() {
 #if defined(__CUDACC__)
-  asm volatile("" : "+r"(value));
+  int index = thread_index();
+  asm volatile("" : "+r"(index));
+  return index;
+#else
+  return thread_index();
 #endif
-  return value;
 }
-
-QUIRE_DEVICE int fresh_thread_index() { return fresh(thread_index()); }
 
 QUIRE_DEVICE int block_index() {
 #if defined(__CUDACC__)

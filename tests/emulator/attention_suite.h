@@ -12,8 +12,8 @@
 
 namespace quire::emulator {
 
-inline void check_case(const AttentionKernel& kernel, const AttentionCase& c,
-                       AsyncMode async = AsyncMode::kLazy, uint32_t seed = 1) {
+inline Report check_case(const AttentionKernel& kernel, const AttentionCase& c,
+                         AsyncMode async = AsyncMode::kLazy, uint32_t seed = 1) {
   AttentionProblem problem(c, kernel.is_bfloat16, kernel.rows, seed);
   Options options;
   options.async = async;
@@ -23,6 +23,7 @@ inline void check_case(const AttentionKernel& kernel, const AttentionCase& c,
   CHECK(report.ldmatrix_conflicts == 0);
   CHECK(compare_with_reference(problem) == "");
   for (uint32_t counter : problem.workspace.counters) CHECK(counter == 0);
+  return report;
 }
 
 // A batch with decode rows, prompts, chunks of prompts, nothing to compute and nothing to see.

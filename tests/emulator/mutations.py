@@ -83,6 +83,8 @@ MUTATIONS = [
              "if (next_ * Traits::kKeys + lane % 16 < keys_.end) {"),
     Mutation("decode: locations of the tile before", D,
              "    next_location_ = locate_own(next_);\n", ""),
+    Mutation("decode: all stages begin with the keys of the first", D,
+             "locate_own(next_ + i * Traits::kWarps)", "locate_own(next_)"),
     Mutation("swizzle forgotten by the writer", T, "((piece ^ swizzle) << 4)",
              "((piece ^ (kRowBytes > 1 ? 0 : swizzle)) << 4)"),
     Mutation("values are read untransposed", T, "ldmatrix<Transposed::kYes>(",

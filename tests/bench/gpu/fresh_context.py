@@ -17,7 +17,7 @@ def pytest_runtest_logreport(report) -> None:
 
 
 def pytest_runtest_logfinish() -> None:
-    if not has_failed or "PYTEST_XDIST_WORKER" not in os.environ:
+    if not has_failed or "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_initialized():
         return
     try:
         torch.cuda.synchronize()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The candidates: quire, and whatever else can be imported and made. Each is a function of a problem
-that returns a call, or None where it has nothing for it."""
+"""The candidates: quire, and whatever else can be imported and made. Each is a function of a
+problem that returns a call, or None where it has nothing for it."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def read_lines(process: subprocess.Popen, lines: queue.Queue) -> None:
 
 
 def run_once(command: list[str], first: int, silence: float) -> tuple[str, str]:
-    """(the last step that began, or "" or "done"; what became of the process: "" if all is well)."""
+    """(the last step that began, "" or "done"; what became of the process: "" if all is well)."""
     environment = {**os.environ, FIRST: str(first)}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
