@@ -157,8 +157,9 @@ def paged_attention(
     cache of float8_e4m3 queries may be of float8_e4m3, too: their scale is a factor of `scale`, and
     out is bfloat16. On compute capability 9.0, up to head dim 128, both products then are of codes,
     and weights are rounded to float8_e4m3 as well, an error of some 3 % each; the CPU computes with
-    the same queries in floats, and other GPUs refuse them. Latent caches hold values as columns of the keys: ``v_cache = k_cache[..., :512]``; CUDA kernels then
-    read them once, and have head dims above 256 for such caches only.
+    the same queries in floats, and other GPUs refuse them. Latent caches hold values as columns of
+    the keys: ``v_cache = k_cache[..., :512]``; CUDA kernels then read them once, and have head dims
+    above 256 for such caches only.
 
     Args:
         q: queries; the last ``q_len`` tokens of each sequence.

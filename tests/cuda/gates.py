@@ -93,7 +93,7 @@ def read_opcodes(path: Path) -> dict[tuple[str, str], set[str]]:
 
 def allowed_stack(kernel: str) -> int:
     """Bytes. A few spilled registers in prefill where every option is in or where the sums alone
-    take half of all registers; none elsewhere. Of the kernels for 90a only the latter have a word."""
+    take half of all registers; none elsewhere. Of those for 90a only the latter keep a word."""
     every_option, wide_sums = kernel.endswith("kFull"), "_256_" in kernel
     if not kernel.startswith("prefill") or not (every_option or wide_sums):
         return 0
