@@ -92,12 +92,8 @@ def read_opcodes(path: Path) -> dict[tuple[str, str], set[str]]:
 
 
 def allowed_stack(kernel: str) -> int:
-    """Bytes. A few spilled registers in prefill for 90a where every option is in or where the sums
-    alone take half of all registers, a few more where both are so; none elsewhere."""
-    every_option, wide_sums = kernel.endswith("kFull"), "_256_" in kernel
-    if "_sm90_" not in kernel or not (every_option or wide_sums):
-        return 0
-    return 64 if every_option and wide_sums else 32
+    """Bytes. None but in prefill for 90a where the sums alone take half of all registers."""
+    return 8 if "prefill_sm90_" in kernel and "_256_" in kernel else 0
 
 
 def check(kernels: list[str], resources: dict, opcodes: dict) -> list[str]:

@@ -88,9 +88,9 @@ MUTATIONS = [
      "U32x4{word(row.mask_begin),", "U32x4{word(0),"),
     Mutation("sm90_e4m3_full: keys beyond the square are not turned", FILE,
      "if constexpr (kBlocks == 4)", "if constexpr (kBlocks == 0)"),
-    Mutation("sm90_e4m3_full: keys beyond the square change places", FILE,
+    Mutation("sm90_e4m3_full: of keys beyond the square two warps turn the same", FILE,
      "turn_blocks(tile, 4 + warp, i, 4 + warp, i + 1)",
-     "turn_blocks(tile, 4 + warp, i, 4 + (warp ^ 1), i + 1)"),
+     "turn_blocks(tile, 4 + (warp & 2), i, 4 + warp, i + 1)"),
     Mutation("sm90_e4m3_full: boxes bring more than is announced", PRODUCER,
      "Traits::kWarpKeys * kBoxes<kSide> * 128", "Traits::kWarpKeys * kRowBytes<kSide>"),
 ]  # fmt: skip

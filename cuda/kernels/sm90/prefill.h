@@ -195,7 +195,8 @@ struct Consumer {
     for (int h = 0; h < 2; ++h) state.chunk[h] = stats[h];
   }
 
-  // While the values of a tile are multiplied, the scores of the next become weights.
+  // Tiles [begin, end). While the values of one are multiplied, the scores of the next become
+  // weights.
   QUIRE_DEVICE void attend(int begin, int end, Ring<Traits>& ring) {
     if (begin >= end) return;
     float scores[Traits::kKeys / 8][4];
@@ -226,6 +227,27 @@ struct Consumer {
     release_stage<Traits, Side::kValues>(ring);
     ring.advance();
   }
+
+  // Likewise, one after the other: for options, whose arithmetic takes longer than the products.
+  // Those of one warpgroup run beside the arithmetic of the other, and their operands are no
+  // registers while scores become weights.
+  QUIRE_DEVICE void attend_in_order(int begin, int end, Ring<Traits>& ring) {
+    for (int tile = begin; tile < end; ++tile) {
+      float scores[Traits::kKeys / 8][4];
+      Weights<Traits> weights;
+      RowStats stats[2];
+      issue_keys<Traits>(scores, ring);
+      wgmma_wait<0>();
+      release_stage<Traits, Side::kKeys>(ring);
+      const Rescale rescale = weigh(tile, stats, scores);
+      weights.round(scores);
+      take(tile, rescale, stats);
+      issue_values<Traits>(state.sums, weights, ring);
+      wgmma_wait<0>();
+      release_stage<Traits, Side::kValues>(ring);
+      ring.advance();
+    }
+  }
 };
 
 // Rows [first_row, first_row + kRows) of the item.
@@ -250,7 +272,10 @@ QUIRE_DEVICE void consume_rows(const AttentionArgs& args, const ItemQueue<Traits
       state.rows[h] =
           make_score_row(p, item, min(first_row + warp_row + lane / 4 + 8 * h, last_row));
   }
-  consumer.attend(tiles.begin, tiles.end, ring);
+  if constexpr (Traits::kMode == Mode::kFull)
+    consumer.attend_in_order(tiles.begin, tiles.end, ring);
+  else
+    consumer.attend(tiles.begin, tiles.end, ring);
   const Item same = load_item(args, items.current());  // so that it is not kept so long
   consumer.finish_chunks(max(same.kv_begin / kKvChunk + 1, ceil_div(same.kv_end, kKvChunk)));
   if (same.partial >= 0) return;
@@ -281,14 +306,15 @@ QUIRE_DEVICE void merge_if_last_consumers(const AttentionArgs& args, const Item&
   merge<ConsumerTraits<Traits>>(args, item);
 }
 
-template <class Traits>
+// kConsumeRows: consume_rows<Traits> or what stands for it.
+template <class Traits, auto kConsumeRows>
 QUIRE_DEVICE void consume(const AttentionArgs& args) {
   Ring<Traits> ring;
   if (thread_index() >= 128) give_turn<Traits>();  // the first is that of the first warpgroup
   ItemQueue<Traits> items;
   while (items.wait() != kNoItem) {
     for (int row = 0; row < load_item(args, items.current()).num_rows; row += Traits::kRows)
-      consume_rows<Traits>(args, items, row, ring);
+      kConsumeRows(args, items, row, ring);
     const Item item = load_item(args, items.current());
     if (item.merge >= 0) merge_if_last_consumers<Traits>(args, item);
     items.advance();
@@ -325,7 +351,7 @@ QUIRE_DEVICE void prefill_sm90(const BoxedAttentionArgs& args) {
     produce<Traits>(args);
   } else {
     increase_registers<Traits::kConsumerRegisters>();
-    consume<Traits>(args.attention);
+    consume<Traits, consume_rows<Traits>>(args.attention);
   }
 }
 

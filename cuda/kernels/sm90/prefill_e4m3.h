@@ -265,31 +265,8 @@ struct CodeConsumer {
       state.sums[n][e] = fma(state.sums[n][e], rescale.rows[e / 2], sums[n][e]);
   }
 
-  // Parts [begin, end), both even, one after the other. Options take the arithmetic units longer
-  // than products take theirs, which the other warpgroup keeps busy; and what they take of
-  // registers is what sums of a part would take meanwhile.
-  QUIRE_DEVICE void attend_in_order(int begin, int end, Ring<Traits>& ring) {
-    for (int part = begin; part < end; ++part) {
-      Scores scores;
-      RowStats stats[2];
-      issue_keys(scores, ring, part);
-      wgmma_wait<0>();
-      if (part % 2 == 1) release_stage<Traits, Side::kKeys>(ring);
-      const Rescale rescale = weigh(ring, part, stats, scores);
-      take(part, stats);
-      round(scores);
-      Sums sums;
-      issue_values(sums, ring, part);
-      wgmma_wait<0>();
-      add(rescale, sums);
-      if (part % 2 == 0) continue;
-      sync_warp();  // all lanes have read the scales of the tile's tokens
-      release_stage<Traits, Side::kValues>(ring);
-      ring.advance();
-    }
-  }
-
-  // Likewise. While the values of one are multiplied, the scores of the next become weights.
+  // Parts [begin, end), both even. While the values of one are multiplied, the scores of the next
+  // become weights.
   QUIRE_DEVICE void attend(int begin, int end, Ring<Traits>& ring) {
     if (begin >= end) return;
     Scores scores;
@@ -322,6 +299,29 @@ struct CodeConsumer {
     release_stage<Traits, Side::kValues>(ring);
     add(rescale, sums);
     ring.advance();
+  }
+
+  // Likewise, one after the other, as in sm90/prefill.h: no sums are in flight while scores become
+  // weights.
+  QUIRE_DEVICE void attend_in_order(int begin, int end, Ring<Traits>& ring) {
+    for (int part = begin; part < end; ++part) {
+      Scores scores;
+      RowStats stats[2];
+      issue_keys(scores, ring, part);
+      wgmma_wait<0>();
+      if (part % 2 == 1) release_stage<Traits, Side::kKeys>(ring);
+      const Rescale rescale = weigh(ring, part, stats, scores);
+      take(part, stats);
+      round(scores);
+      Sums sums;
+      issue_values(sums, ring, part);
+      wgmma_wait<0>();
+      add(rescale, sums);
+      if (part % 2 == 0) continue;
+      sync_warp();  // all lanes have read the scales of the tile's tokens
+      release_stage<Traits, Side::kValues>(ring);
+      ring.advance();
+    }
   }
 
   // All halves before this one have been added.
@@ -358,21 +358,6 @@ QUIRE_DEVICE void consume_codes(const AttentionArgs& args, const ItemQueue<Trait
 }
 
 template <class Traits>
-QUIRE_DEVICE void consume_all_codes(const AttentionArgs& args) {
-  Ring<Traits> ring;
-  if (thread_index() >= 128) give_turn<Traits>();  // the first is that of the first warpgroup
-  ItemQueue<Traits> items;
-  while (items.wait() != kNoItem) {
-    for (int row = 0; row < load_item(args, items.current()).num_rows; row += Traits::kRows)
-      consume_codes<Traits>(args, items, row, ring);
-    const Item item = load_item(args, items.current());
-    if (item.merge >= 0) merge_if_last_consumers<Traits>(args, item);
-    items.advance();
-  }
-  if (thread_index() < 128) take_turn<Traits>();  // the one that nobody has taken
-}
-
-template <class Traits>
 QUIRE_DEVICE void prefill_e4m3_sm90(const BoxedAttentionArgs& args) {
   if (thread_index() == 0) {
     Ring<Traits> ring;
@@ -385,7 +370,7 @@ QUIRE_DEVICE void prefill_e4m3_sm90(const BoxedAttentionArgs& args) {
     produce<Traits, TurningProducer<Traits>>(args);
   } else {
     increase_registers<Traits::kConsumerRegisters>();
-    consume_all_codes<Traits>(args.attention);
+    consume<Traits, consume_codes<Traits>>(args.attention);
   }
 }
 
