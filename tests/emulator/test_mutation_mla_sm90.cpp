@@ -35,15 +35,16 @@ std::string run_all(uint32_t seed) {
   c.batch = {{1, 75}, {1, 0}};
   std::string error = run_apart(decode, c, seed);
   if (!error.empty()) return error;
+  c.num_heads = 35;  // an item of two tiles of rows, and one that has no second
   c.batch = {{1, 40}, {2, 33}};
   c.batch.insert(c.batch.end(), 4, {1, 0});
   c.block_size = 7;
-  error = run(decode, c, decode.rows, seed, 5, 1);
+  error = run(decode, c, 70, seed, 5, 1);
   if (!error.empty()) return error;
-  c.num_heads = 20;  // three queries, and chunks that two of them end in
-  c.batch = {{3, 1026}};
+  c.num_heads = 70;  // pieces of which both tiles are merged
+  c.batch = {{1, 514}};
   c.block_size = 16;
-  return run(decode, c, decode.rows, seed);
+  return run(decode, c, 70, seed);
 }
 
 }  // namespace
