@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "quire/chain_key.h"
 
+#include <algorithm>
 #include <bit>
+#include <cstring>
 #include <utility>
 
 #include "quire/error.h"
@@ -18,6 +20,36 @@ ChainKey key_of(sha256::Message&& message) {
   message.finish(key.bytes.data());
   return key;
 }
+
+// The message of one block after the other, padded: key of the block before, tokens, padding. Only
+// the first two change from block to block.
+class BlockMessage {
+ public:
+  static constexpr size_t kMaxTokens = 256;
+
+  BlockMessage(const ChainKey& parent, size_t num_tokens)
+      : token_bytes_(num_tokens * sizeof(int32_t)) {
+    const size_t size = sizeof parent + token_bytes_;
+    std::memcpy(buffer_, parent.bytes.data(), sizeof parent);
+    num_chunks_ = sha256::pad(buffer_, size, size) / sha256::kChunk;
+  }
+
+  ChainKey next_key(const int32_t* tokens) {
+    std::memcpy(buffer_ + sizeof(ChainKey), tokens, token_bytes_);
+    uint32_t state[8];
+    std::copy_n(sha256::kInitialState, 8, state);
+    compress_(buffer_, num_chunks_, state);
+    sha256::write_digest(state, buffer_);
+    ChainKey key;
+    std::memcpy(key.bytes.data(), buffer_, sizeof key);
+    return key;
+  }
+
+ private:
+  size_t token_bytes_, num_chunks_;
+  sha256::Compress compress_ = sha256::compress();
+  uint8_t buffer_[sizeof(ChainKey) + kMaxTokens * sizeof(int32_t) + 2 * sha256::kChunk];
+};
 
 }  // namespace
 
@@ -49,9 +81,13 @@ void chain_keys(const ChainKey& parent, std::span<const int32_t> tokens, int32_t
   const size_t size = static_cast<size_t>(block_size);
   QUIRE_CHECK_ARG(keys.size() == tokens.size() / size, "chain_keys: keys: expected room for ",
                   tokens.size() / size, ", one a full block, got ", keys.size());
-  ChainKey last = parent;
-  for (size_t i = 0; i < keys.size(); ++i)
-    keys[i] = last = chain_key(last, tokens.subspan(i * size, size));
+  if (size > BlockMessage::kMaxTokens) {
+    for (size_t i = 0; i < keys.size(); ++i)
+      keys[i] = chain_key(i == 0 ? parent : keys[i - 1], tokens.subspan(i * size, size));
+    return;
+  }
+  BlockMessage message(parent, size);
+  for (size_t i = 0; i < keys.size(); ++i) keys[i] = message.next_key(&tokens[i * size]);
 }
 
 std::string to_hex(const ChainKey& key) {

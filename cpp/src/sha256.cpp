@@ -73,6 +73,27 @@ Compress compress() {
   return chosen;
 }
 
+size_t pad(uint8_t* last, size_t count, uint64_t size) {
+  const uint64_t num_bits = __builtin_bswap64(size * 8);
+  const size_t end = (count + 1 + sizeof num_bits + kChunk - 1) / kChunk * kChunk;
+  std::memset(last + count, 0, end - count);
+  last[count] = 0x80;
+  std::memcpy(last + end - sizeof num_bits, &num_bits, sizeof num_bits);
+  return end;
+}
+
+// In vectors: words would lie in the way of the next message, which reads several at once.
+void write_digest(const uint32_t state[8], uint8_t digest[32]) {
+  static_assert(std::endian::native == std::endian::little, "both are written the other way round");
+  typedef uint32_t Words __attribute__((vector_size(16)));
+  for (int i : {0, 4}) {
+    Words words;
+    std::memcpy(&words, state + i, sizeof words);
+    words = words >> 24 | (words >> 8 & 0xff00) | (words << 8 & 0xff0000) | words << 24;
+    std::memcpy(digest + 4 * i, &words, sizeof words);
+  }
+}
+
 Message& Message::add(const void* data, size_t size) {
   const uint8_t* from = static_cast<const uint8_t*>(data);
   size_ += size;
@@ -90,17 +111,9 @@ Message& Message::add(const void* data, size_t size) {
   return *this;
 }
 
-// Behind the message: a bit, zeros, and its size in bits, to the end of a chunk.
 void Message::finish(uint8_t digest[32]) {
-  const size_t end = (num_buffered_ + 1 + sizeof size_ + kChunk - 1) / kChunk * kChunk;
-  std::memset(buffer_ + num_buffered_, 0, end - num_buffered_);
-  buffer_[num_buffered_] = 0x80;
-  static_assert(std::endian::native == std::endian::little, "both are written the other way round");
-  const uint64_t num_bits = __builtin_bswap64(size_ * 8);
-  std::memcpy(buffer_ + end - sizeof num_bits, &num_bits, sizeof num_bits);
-  compress_(buffer_, end / kChunk, state_);
-  for (uint32_t& word : state_) word = __builtin_bswap32(word);
-  std::memcpy(digest, state_, sizeof state_);
+  compress_(buffer_, pad(buffer_, num_buffered_, size_) / kChunk, state_);
+  write_digest(state_, digest);
 }
 
 }  // namespace quire::sha256

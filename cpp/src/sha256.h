@@ -23,6 +23,12 @@ void compress_sha_ni(const uint8_t* data, size_t num_chunks, uint32_t state[8]);
 // The fastest on this CPU, chosen at the first call.
 Compress compress();
 
+// Behind the last `count` bytes of a message of `size`, which begin a chunk: a bit, zeros, and the
+// size in bits, to the end of a chunk. Returns how many bytes there are then, up to 72 more.
+size_t pad(uint8_t* last, size_t count, uint64_t size);
+
+void write_digest(const uint32_t state[8], uint8_t digest[32]);
+
 // A message, piece by piece. Nothing here throws: keys are made where nothing may.
 class Message {
  public:
