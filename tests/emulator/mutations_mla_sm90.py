@@ -110,8 +110,6 @@ MUTATIONS = [
              "  turns.release_keys();\n", ""),
     Mutation("mla_sm90: a chunk is folded before it is known how", S,
              "turns.folds.template wait<Handover::kFull>();", ""),
-    Mutation("mla_sm90: a chunk goes on with the sums of the one before", S,
-             "chunk = MlaColumns<Traits>{};", ""),
     Mutation("mla_sm90: rows are written when their first chunk is folded", S,
              "if (is_last) write", "if (is_first) write"),
     Mutation("mla_sm90: the first chunk is added to what was there", S,

@@ -156,7 +156,7 @@ QUIRE_DEVICE void sum_unit(const AttentionArgs& args, const MlaUnit& unit,
         }
         turns.folds.template pass<Handover::kEmpty>();
         ++turns.folds.turn;
-        chunk = MlaColumns<Traits>{};
+        chunk = MlaColumns<Traits>{};  // the next rescales by 0, but infinities stay
       });
 }
 
