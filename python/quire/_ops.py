@@ -160,7 +160,8 @@ def paged_attention(
     and weights are rounded to float8_e4m3 as well, an error of some 3 % each; the CPU computes with
     the same queries in floats, and other GPUs refuse them. Latent caches hold values as columns of
     the keys: ``v_cache = k_cache[..., :512]``; CUDA kernels then read them once, and have head dims
-    above 256 for such caches only; planned once a step: ``Attention(head_dim=576, head_dim_v=512)``.
+    above 256 for such caches only. Planned once a step: ``Attention(head_dim=576,
+    head_dim_v=512)``.
 
     Args:
         q: queries; the last ``q_len`` tokens of each sequence.
