@@ -300,7 +300,8 @@ QUIRE_DEVICE void mla_decode_rows(const AttentionArgs& args, int index, int firs
   QUIRE_UNROLL
   for (int step = 0; step < Traits::kSteps; ++step)
     load_query_fragment<Traits::kHeadDim>(queries[step], query_tile, warp_row,
-                                          Traits::kColumnWarps * step + column_warp<Traits>());
+                                          Traits::kColumnWarps * step + column_warp<Traits>(),
+                                          thread_index() % kWarpSize);
   if (column_warp<Traits>() == 0 && lane % 4 == 0) QUIRE_UNROLL
   for (int h = 0; h < 2; ++h)
     store_score_row<Traits>(

@@ -53,11 +53,10 @@ QUIRE_DEVICE ScoreRow load_score_row(SharedAddress slot) {
   return row;
 }
 
-// kFast knows no mask of bits.
-template <Mode kMode>
+template <bool kHasMask>
 QUIRE_DEVICE bool is_visible(const ScoreRow& row, int key) {
   if (key < row.visible.begin || key >= row.visible.end) return false;
-  if (kMode == Mode::kFast || !row.mask || key < row.mask_begin) return true;
+  if (!kHasMask || !row.mask || key < row.mask_begin) return true;
   const int bit = key - row.mask_begin;
   return ld_global(row.mask + bit / 8) >> bit % 8 & 1;
 }
@@ -76,7 +75,7 @@ QUIRE_DEVICE float apply_options(const AttentionParams& p, const ScoreRow& row, 
 
 // Hides what may not be seen and, in full mode, applies the options. Keys of the tile begin at
 // `first_key`; element 2h + e of fragment n is row h, key 8n + 2 (lane % 4) + e.
-template <Mode kMode, int kKeys>
+template <Mode kMode, int kKeys, bool kHasMask = kMode == Mode::kFull>
 QUIRE_DEVICE void mask_scores(const AttentionParams& p, const ScoreRow (&rows)[2], int first_key,
                               float (&scores)[kKeys / 8][4]) {
   const int lane_key = first_key + thread_index() % 4 * 2;
@@ -91,7 +90,7 @@ QUIRE_DEVICE void mask_scores(const AttentionParams& p, const ScoreRow (&rows)[2
       const int key = lane_key + 8 * n + e;
       float& score = scores[n][2 * h + e];
       if (kMode == Mode::kFull) score = apply_options(p, rows[h], score, key);
-      if (!is_visible<kMode>(rows[h], key)) score = -kInfinity;
+      if (!is_visible<kHasMask>(rows[h], key)) score = -kInfinity;
     }
   }
 }

@@ -118,8 +118,9 @@ QUIRE_DEVICE void fold_slots(const AttentionArgs& args, int slot, int end_slot, 
   }
 }
 
-// Folds all slots of the rows in chunk order and writes the rows.
-template <class Traits>
+// Folds all slots of the rows in chunk order and writes the rows. So many are loaded at once: a
+// multiple of 4.
+template <class Traits, int kAhead = 4>
 QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item, const MergeRows& rows,
                         SlotRange slots) {
   constexpr int kPieces = Traits::kHeadDim / kPiece;
@@ -128,8 +129,9 @@ QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item, const Merge
     RowStats total;
     float values[kPiece] = {};
     int slot = slots.begin;
-    for (; slot + 8 <= slots.end; slot += 8)
-      fold_slots<Traits, 8>(args, slot, slots.end, row, column, total, values);
+    if constexpr (kAhead > 4)
+      for (; slot + kAhead <= slots.end; slot += kAhead)
+        fold_slots<Traits, kAhead>(args, slot, slots.end, row, column, total, values);
     for (; slot < slots.end; slot += 4)
       fold_slots<Traits, 4>(args, slot, slots.end, row, column, total, values);
     write_row<Traits>(args, item, row, column, total, values);
@@ -145,7 +147,7 @@ QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item) {
 // Called by a block that has stored its partial results: the last of those that share the rows
 // merges. `flag`: a word of shared memory. The lists are read before it is known who is the last,
 // as the fence takes longer.
-template <class Traits>
+template <class Traits, int kAhead = 4>
 QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, SharedAddress flag,
                                 const MergeRows& rows) {
   const MergeItem* work = args.merges + item.merge;
@@ -158,12 +160,12 @@ QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, Sha
   sync_block();
   if (!ld_shared<uint32_t>(flag)) return;
   fence_gpu();
-  merge<Traits>(args, item, rows, slots);
+  merge<Traits, kAhead>(args, item, rows, slots);
 }
 
-template <class Traits>
+template <class Traits, int kAhead = 4>
 QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, SharedAddress flag) {
-  merge_if_last<Traits>(args, item, flag, {item.merge, 0, item.num_rows});
+  merge_if_last<Traits, kAhead>(args, item, flag, {item.merge, 0, item.num_rows});
 }
 
 }  // namespace quire::device

@@ -66,11 +66,11 @@ QUIRE_DEVICE void load_queries(const AttentionArgs& args, const Item& item, int 
   }
 }
 
-// Fragment of 16 queries times columns [16 step, 16 step + 16).
+// Fragment of 16 queries times columns [16 step, 16 step + 16). Lanes of a fresh thread index have
+// their addresses made anew.
 template <int kHeadDim>
 QUIRE_DEVICE void load_query_fragment(uint32_t (&fragment)[4], SharedAddress tile, int first_row,
-                                      int step) {
-  const int lane = fresh_thread_index() % kWarpSize;
+                                      int step, int lane) {
   ldmatrix<Transposed::kNo>(
       fragment, tile + piece_offset<2 * kHeadDim>(first_row + lane % 16, 2 * step + lane / 16));
 }
@@ -85,14 +85,16 @@ struct Queries {
   QUIRE_DEVICE Queries(SharedAddress tile, int first_row) : tile(tile), first_row(first_row) {
     if constexpr (Traits::kKeepQueries) QUIRE_UNROLL
     for (int step = 0; step < Traits::kHeadDim / kTile; ++step)
-      load_query_fragment<Traits::kHeadDim>(kept[step], tile, first_row, step);
+      load_query_fragment<Traits::kHeadDim>(kept[step], tile, first_row, step,
+                                            fresh_thread_index() % kWarpSize);
   }
   // Valid until the next call.
   QUIRE_DEVICE const uint32_t (&at(int step))[4] {
     if constexpr (Traits::kKeepQueries) {
       return kept[step];
     } else {
-      load_query_fragment<Traits::kHeadDim>(kept[0], tile, first_row, step);
+      load_query_fragment<Traits::kHeadDim>(kept[0], tile, first_row, step,
+                                            fresh_thread_index() % kWarpSize);
       return kept[0];
     }
   }

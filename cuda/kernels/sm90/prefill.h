@@ -181,9 +181,9 @@ struct Consumer {
     for (int h = 0; h < 2; ++h) stats[h] = tile % kTilesPerChunk == 0 ? RowStats{} : state.chunk[h];
     if constexpr (Traits::kIsLong)
       mask_stored_rows<Traits, Traits::kKeys>(args.params, tile * Traits::kKeys, scores);
-    else
-      mask_scores<Traits::kMode, Traits::kKeys>(args.params, state.rows, tile * Traits::kKeys,
-                                                scores);
+    else  // true: told that kFast has no mask, ptxas spills 24 bytes at head dim 128
+      mask_scores<Traits::kMode, Traits::kKeys, true>(args.params, state.rows, tile * Traits::kKeys,
+                                                      scores);
     return to_weights<Traits>(factor, TokenScales{}, stats, scores);
   }
 
