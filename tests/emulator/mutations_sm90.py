@@ -132,6 +132,18 @@ MUTATIONS = [
     Mutation("total: rows beyond the eighth are read for those before", TO,
              " + row / 8 % 2 * 2;", ";"),
     Mutation("total: a warp reads the rows of another", TO, "row / kTile * kWarpSize +", "0 +"),
+    Mutation("sm90: with options, scores are read while they are multiplied", H,
+             "      issue_keys<Traits>(scores, ring);\n      wgmma_wait<0>();\n"
+             "      release_stage<Traits, Side::kKeys>(ring);\n      const Rescale",
+             "      issue_keys<Traits>(scores, ring);\n"
+             "      release_stage<Traits, Side::kKeys>(ring);\n      const Rescale"),
+    Mutation("sm90: with options, values are given up while they are multiplied", H,
+             "      issue_values<Traits>(state.sums, weights, ring);\n      wgmma_wait<0>();\n",
+             "      issue_values<Traits>(state.sums, weights, ring);\n"),
+    Mutation("sm90: with options, keys are not given up", H,
+             "      wgmma_wait<0>();\n      release_stage<Traits, Side::kKeys>(ring);\n"
+             "      const Rescale",
+             "      wgmma_wait<0>();\n      const Rescale"),
     Mutation("sm90: a polynomial's power of two is off", S,
              "(127u << 23)", "(126u << 23)"),
     Mutation("sm90: polynomials of hidden keys are not zero", S,

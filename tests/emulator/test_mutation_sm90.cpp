@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Likewise the prefill kernel of compute capability 9.0a: by boxes, then by gathering.
+// Likewise the prefill kernel of compute capability 9.0a: by boxes, then by gathering; then
+// with an option.
 #include "emulator/mutation.h"
 #include "kernels/sm90/prefill.h"
 
@@ -26,7 +27,13 @@ std::string run_all(uint32_t seed) {
       device::Sm90PrefillTraits<device::Float16, 64, 64, 128, 128, 3, device::Mode::kFast>;
   c.head_dim = c.head_dim_v = 64;
   c.batch = {{9, 40}, {1, 0}};
-  return run(bind<Short>(device::prefill_sm90<Short>), c, Short::kRows, seed);
+  const std::string error = run(bind<Short>(device::prefill_sm90<Short>), c, Short::kRows, seed);
+  if (!error.empty()) return error;
+  using Options =
+      device::Sm90PrefillTraits<device::Float16, 64, 64, 128, 128, 3, device::Mode::kFull>;
+  c.batch = {{70, 449}, {3, 0}};
+  c.softcap = 3;
+  return run(bind<Options>(device::prefill_sm90<Options>), c, Options::kRows, seed);
 }
 
 }  // namespace
