@@ -195,9 +195,10 @@ void check_scheduler(uint32_t seed, bool swaps, int32_t async_depth,
   {
     Engine engine(manager, config_of(swaps), seed);
     engine.run(250);
-    CHECK(engine.scheduler().num_preemptions() > 5);
-    CHECK((engine.num_swapped() > 5) == swaps);
-    CHECK((engine.num_offers() > 5) == (store != nullptr));
+    // How often depends on the compiler: in which order it calls below() for arguments.
+    CHECK(engine.scheduler().num_preemptions() > 0);
+    CHECK((engine.num_swapped() > 0) == swaps);
+    CHECK((engine.num_offers() > 0) == (store != nullptr));
   }
   manager.validate();
   CHECK(manager.num_sequences() == 0);
