@@ -105,7 +105,6 @@ def attention_backward(
             cu_seqlens_k,
         )
     except TypeError:
-        options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
-        refuse_wrong_type("attention_backward", options)
+        refuse_wrong_type("attention_backward", causal, window, scale, softcap)
         raise
     return (dq, dk, dv) if dsinks is None else (dq, dk, dv, dsinks)

@@ -117,8 +117,7 @@ def attention(
             stream,
         )
     except TypeError:
-        options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
-        refuse_wrong_type("attention", options)
+        refuse_wrong_type("attention", causal, window, scale, softcap)
         raise
     return (out, lse) if return_lse else out
 
@@ -242,8 +241,7 @@ def paged_attention(
             stream,
         )
     except TypeError:
-        options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
-        refuse_wrong_type("paged_attention", options)
+        refuse_wrong_type("paged_attention", causal, window, scale, softcap)
         raise
     return (out, lse) if return_lse else out
 

@@ -16,33 +16,33 @@ def is_tree(function: str, mask_kind: str) -> bool:
     return mask_kind == "tree"
 
 
-def refuse_wrong_type(function: str, options: dict[str, Any]) -> None:
+def refuse_wrong_type(
+    function: str, causal: object, window: Any, scale: object, softcap: object
+) -> None:
     """TypeError, or ValueError for a window out of range, that names the first wrong option.
 
     For calls that the bindings have refused already: they tell all types but no name.
     """
 
-    def wrong(name: str, expected: str) -> TypeError:
-        value = options[name]
+    def wrong(name: str, expected: str, value: object) -> TypeError:
         return TypeError(
             f"{function}: {name}: expected {expected}, got {value!r} ({type(value).__name__})"
         )
 
-    if not isinstance(options["causal"], bool):
-        raise wrong("causal", "True or False")
-    window = options["window"]
+    if not isinstance(causal, bool):
+        raise wrong("causal", "True or False", causal)
     try:
         is_pair = len(window) == 2 and all(hasattr(side, "__index__") for side in window)
     except TypeError:
         is_pair = False
     if not is_pair:
-        raise wrong("window", "(left, right), two ints")
+        raise wrong("window", "(left, right), two ints", window)
     if not all(-1 <= side <= INT32_MAX for side in window):
         raise ValueError(
             f"{function}: window: expected (left, right), each 0 to {INT32_MAX} or -1 for open, "
             f"got {window!r}"
         )
-    for name, expected in (("scale", "a number or None"), ("softcap", "a number")):
-        value = options[name]
-        if not isinstance(value, Real) and not (value is None and name == "scale"):
-            raise wrong(name, expected)
+    if scale is not None and not isinstance(scale, Real):
+        raise wrong("scale", "a number or None", scale)
+    if not isinstance(softcap, Real):
+        raise wrong("softcap", "a number", softcap)

@@ -89,8 +89,7 @@ def _options(
             "mask_is_tree": np.bool_(mask_is_tree),
         }
     except (TypeError, ValueError, OverflowError):
-        given = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
-        refuse_wrong_type(function, given)
+        refuse_wrong_type(function, causal, window, scale, softcap)
         raise
     if scale == 0:
         raise ValueError(f"{function}: scale: expected a number other than 0, got {scale}")
