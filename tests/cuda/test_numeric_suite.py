@@ -19,7 +19,7 @@ HAS_GPU = any(row["device"] == "cuda" and row["available"] for row in quire.capa
 
 
 def run_suite(device: str, *arguments: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", str(ROOT / "tests/numeric"), "-x", *arguments]
+    command = [sys.executable, "-m", "pytest", str(ROOT / "tests/numeric"), *arguments]
     environment = {**os.environ, "QUIRE_TEST_DEVICE": device, **environment}
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]

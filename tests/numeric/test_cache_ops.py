@@ -221,6 +221,7 @@ def test_merge_states_keeps_nan(states):
     assert (out[0] == 1).all() and np.isclose(lse[0, 0], np.log(states))
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="is about lists of NumPy arrays")
 def test_merge_states_names_the_state_that_differs():
     parts, lses = [np.ones((2, 1, 4), np.float32)] * 3, [np.zeros((1, 2), np.float32)]
     for wrong in (np.ones((3, 1, 4), np.float32), np.ones((2, 1, 4), np.float16)):
