@@ -168,7 +168,7 @@ MUTATIONS = [
              "row_warp<Traits>() * kTile + fresh_thread_index() % kWarpSize / 4 + 8 * h",
              "fresh_thread_index() % kWarpSize / 4 + 8 * h"),
     Mutation("mla: masks of a thread's first row", L,
-             "load_score_row<Traits>(1)", "load_score_row<Traits>(0)"),
+             "score_row_slot<Traits>(1)", "score_row_slot<Traits>(0)"),
     Mutation("mla: half of the shared memory that rows take", TRAITS,
              "kRowOffset + kRows * 32", "kRowOffset + kRows * 16"),
     Mutation("mla: every warp multiplies the first columns", L,
