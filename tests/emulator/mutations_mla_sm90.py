@@ -6,6 +6,7 @@ from __future__ import annotations
 from mutation import Mutation
 
 D, H, S = (f"cuda/kernels/sm90/mla_{x}.h" for x in "decode handover sum".split())
+STATE = "cuda/kernels/state.h"
 
 MUTATIONS = [
     Mutation("mla_sm90: keys are multiplied before they have come", D,
@@ -123,12 +124,10 @@ MUTATIONS = [
     Mutation("mla_sm90: blocks share a place", S, "int64_t{block_index()} *", "int64_t{0} *"),
     Mutation("mla_sm90: sums of rows that do not exist are stored", S,
              "    if (row >= item.num_rows) continue;\n    float* values", "    float* values"),
-    Mutation("mla_sm90: partial sums are not fenced", S,
-             "  fence_gpu();\n  sync_threads<Traits::kSumThreads>(kSumBarrier);\n  if (thread",
-             "  sync_threads<Traits::kSumThreads>(kSumBarrier);\n  if (thread"),
-    Mutation("mla_sm90: a merge does not wait for the other warps", S,
-             "  fence_gpu();\n  sync_threads<Traits::kSumThreads>(kSumBarrier);\n  if (thread",
-             "  fence_gpu();\n  if (thread"),
+    Mutation("mla_sm90: partial sums are not fenced", STATE,
+             "  fence_gpu();\n  Team::sync();", "  Team::sync();"),
+    Mutation("mla_sm90: a merge does not wait for the other warps", STATE,
+             "  fence_gpu();\n  Team::sync();", "  fence_gpu();"),
     Mutation("mla_sm90: tiles of rows share a counter", S,
              "item.merge * unit.num_tiles + unit.tile", "item.merge"),
     Mutation("mla_sm90: a merge writes rows that do not exist", S,

@@ -177,7 +177,7 @@ QUIRE_DEVICE void mla_decode_sm90(const BoxedAttentionArgs& boxed) {
     for_each_unit<Traits>(args, [&](const MlaUnit& unit) {
       sum_unit<Traits>(args, unit, turns);
       const Item item = load_item(args, unit.index);
-      if (item.merge >= 0) merge_unit_if_last<Traits>(args, item, unit);
+      if (item.merge >= 0) merge_unit<Traits>(args, item, unit);
     });
   }
 }

@@ -160,25 +160,21 @@ QUIRE_DEVICE void sum_unit(const AttentionArgs& args, const MlaUnit& unit,
       });
 }
 
-// merge_if_last() of kernels/state.h, by those who sum alone.
 template <class Traits>
-QUIRE_DEVICE void merge_unit_if_last(const AttentionArgs& args, const Item& item,
-                                     const MlaUnit& unit) {
-  const SharedAddress flag = shared_base() + Traits::kFlagOffset;
-  const int counter = item.merge * unit.num_tiles + unit.tile;
-  const MergeItem* work = args.merges + item.merge;
-  const SlotRange slots = load_slots(work);
-  const auto last = static_cast<uint32_t>(ld_global(&work->num_items) - 1);
-  fence_gpu();
-  sync_threads<Traits::kSumThreads>(kSumBarrier);
-  if (thread_index() == 0)
-    st_shared<uint32_t>(flag, atomic_increment(args.counters + counter, last) == last);
-  sync_threads<Traits::kSumThreads>(kSumBarrier);
-  if (!ld_shared<uint32_t>(flag)) return;
-  fence_gpu();
-  merge<typename Traits::Values>(
-      args, item, {counter, unit.first_row, min(item.num_rows - unit.first_row, Traits::kRows)},
-      slots);
+struct SumTeam {
+  static constexpr int kThreads = Traits::kSumThreads;
+  QUIRE_DEVICE static int index() { return thread_index(); }
+  QUIRE_DEVICE static void sync(Site site = Site::here()) {
+    sync_threads<kThreads>(kSumBarrier, site);
+  }
+};
+
+template <class Traits>
+QUIRE_DEVICE void merge_unit(const AttentionArgs& args, const Item& item, const MlaUnit& unit) {
+  const MergeRows rows{item.merge * unit.num_tiles + unit.tile, unit.first_row,
+                       min(item.num_rows - unit.first_row, Traits::kRows)};
+  merge_if_last<typename Traits::Values>(args, item, shared_base() + Traits::kFlagOffset, rows,
+                                         SumTeam<Traits>{});
 }
 
 }  // namespace quire::device
