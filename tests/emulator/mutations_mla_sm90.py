@@ -6,7 +6,7 @@ from __future__ import annotations
 from mutation import Mutation
 
 D, H, S = (f"cuda/kernels/sm90/mla_{x}.h" for x in "decode handover sum".split())
-STATE = "cuda/kernels/state.h"
+STATE, Q, TO = (f"cuda/kernels/{x}.h" for x in "state sm90/queries sm90/total".split())
 
 MUTATIONS = [
     Mutation("mla_sm90: keys are multiplied before they have come", D,
@@ -16,13 +16,12 @@ MUTATIONS = [
     Mutation("mla_sm90: no fence before scores", D, "  wgmma_fence();\n", ""),
     Mutation("mla_sm90: groups of eight keys at half their distance", D,
              "describe_matrix(keys + key, 16, 1024)", "describe_matrix(keys + key, 16, 512)"),
-    Mutation("mla_sm90: queries in use are overwritten", D,
-             "  sync_threads<kThreads>(kScoreBarrier);  // before the queries in use are "
-             "overwritten\n", ""),
-    Mutation("mla_sm90: queries are not fenced for products", D,
+    Mutation("mla_sm90: queries in use are overwritten", Q,
+             "  Team::sync();  // before the queries in use are overwritten\n", ""),
+    Mutation("mla_sm90: queries are not fenced for products", Q,
              "  cp_async_wait<0>();\n  fence_proxy_async();\n", "  cp_async_wait<0>();\n"),
-    Mutation("mla_sm90: a warp's queries alone are waited for", D,
-             "  fence_proxy_async();\n  sync_threads<kThreads>(kScoreBarrier);\n}",
+    Mutation("mla_sm90: a warp's queries alone are waited for", Q,
+             "  fence_proxy_async();\n  Team::sync();\n}",
              "  fence_proxy_async();\n  sync_warp();\n}"),
     Mutation("mla_sm90: weights in use are overwritten", D,
              "  slots.template wait<Handover::kEmpty>();\n", ""),
@@ -113,14 +112,16 @@ MUTATIONS = [
              "turns.folds.template wait<Handover::kFull>();", ""),
     Mutation("mla_sm90: rows are written when their first chunk is folded", S,
              "if (is_last) write", "if (is_first) write"),
-    Mutation("mla_sm90: the first chunk is added to what was there", S,
+    Mutation("mla_sm90: the first chunk is added to what was there", TO,
              "is_first ? F32x4{0, 0, 0, 0} : ld_global", "ld_global"),
-    Mutation("mla_sm90: every batch of reads is the first", S,
+    Mutation("mla_sm90: every batch of reads is the first", TO,
              "ld_global(own + (first + a) *", "ld_global(own + a *"),
-    Mutation("mla_sm90: rows of a total are scaled alike", S,
+    Mutation("mla_sm90: rows of a total are scaled alike", TO,
              "high.apply(before[a].z, sums[2])", "low.apply(before[a].z, sums[2])"),
-    Mutation("mla_sm90: rows beyond the eighth are read for those before", S,
+    Mutation("mla_sm90: rows beyond the eighth are read for those before", TO,
              "row % 8 * 4) + row / 8 * 2;", "row % 8 * 4);"),
+    Mutation("mla_sm90: a warp reads the rows of another", S,
+             "total.load(values, thread / kWarpSize,", "total.load(values, 0,"),
     Mutation("mla_sm90: blocks share a place", S, "int64_t{block_index()} *", "int64_t{0} *"),
     Mutation("mla_sm90: sums of rows that do not exist are stored", S,
              "    if (row >= item.num_rows) continue;\n    float* values", "    float* values"),

@@ -9,7 +9,7 @@
 // folded into `total`.
 #pragma once
 
-#include "kernels/sm90/producer.h"
+#include "kernels/sm90/queries.h"
 #include "kernels/sm90/total.h"
 
 namespace quire::device {
@@ -33,31 +33,6 @@ struct ConsumerTeam {
     sync_threads<kThreads>(kConsumerBarrier, site);
   }
 };
-
-// Query rows [first_row, first_row + kRows); rows and columns that do not exist are zero.
-template <class Traits>
-QUIRE_DEVICE void load_query_columns(const AttentionArgs& args, const Item& item, int first_row) {
-  constexpr int kPieces = Traits::kKeyDim / kPiece;
-  const AttentionParams& p = args.params;
-  const auto* q = static_cast<const uint16_t*>(p.q) + item.sequence_index * p.q_stride_seq;
-  ConsumerTeam<Traits>::sync();  // before the queries in use are overwritten
-  QUIRE_UNROLL_BY(2)
-  for (int i = ConsumerTeam<Traits>::index(); i < Traits::kRows * kPieces;
-       i += Traits::kConsumerThreads) {
-    const int row = i / kPieces, piece = i % kPieces;
-    const bool exists = first_row + row < item.num_rows;
-    const int source = exists ? first_row + row : 0;
-    const int64_t offset = item.batch_row(source) * p.q_stride_row +
-                           item.head(source) * p.q_stride_head + piece * kPiece;
-    load_piece<Traits::kMode>(
-        shared_base() + Traits::kQueryOffset + column_piece_offset(Traits::kRows, row, piece),
-        q + offset, exists ? p.head_dim - piece * kPiece : 0, args.is_aligned);
-  }
-  cp_async_commit();
-  cp_async_wait<0>();
-  fence_proxy_async();
-  ConsumerTeam<Traits>::sync();
-}
 
 // The products of this warp that read the stage are done.
 template <class Traits, Side kSide>
@@ -257,7 +232,8 @@ struct Consumer {
 template <class Traits>
 QUIRE_DEVICE void consume_rows(const AttentionArgs& args, const ItemQueue<Traits>& items,
                                int first_row, Ring<Traits>& ring) {
-  load_query_columns<Traits>(args, load_item(args, items.current()), first_row);
+  load_query_columns<Traits, ConsumerTeam<Traits>, 2>(args, load_item(args, items.current()),
+                                                      first_row);
   const Item item = load_item(args, items.current());  // again: it is many registers
   const AttentionParams& p = args.params;
   const int thread = ConsumerTeam<Traits>::index();
