@@ -23,6 +23,7 @@ QUIRE_DEVICE int first_own_column() {
   return fresh_thread_index() / 128 * Traits::kColumns;
 }
 
+// A block's total. Columns are counted from the first of a warpgroup.
 template <class Traits>
 using MlaTotal = GlobalSums<Traits::kColumns / 8, Traits::kSumThreads>;
 
