@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from mutation import Mutation
 
-P, S, TRAITS = (f"cuda/kernels/{x}.h" for x in "prefill softmax traits".split())
+P, S, STATE, TRAITS = (f"cuda/kernels/{x}.h" for x in "prefill softmax state traits".split())
 H, PR, Q, TO = (f"cuda/kernels/sm90/{x}.h" for x in "prefill producer queries total".split())
 
 MUTATIONS = [
@@ -82,6 +82,10 @@ MUTATIONS = [
              "  fence_proxy_async();\n  Team::sync();", "  Team::sync();"),
     Mutation("sm90: queries in use are overwritten", Q,
              "  Team::sync();  // before the queries in use are overwritten\n", ""),
+    Mutation("sm90: partial results are not fenced", STATE,
+             "  fence_gpu();\n  Team::sync();", "  Team::sync();"),
+    Mutation("sm90: a merge does not wait for the other warpgroup", STATE,
+             "  fence_gpu();\n  Team::sync();", "  fence_gpu();"),
     Mutation("sm90: mbarriers are not fenced for copies", H, "    fence_mbarrier_init();\n", ""),
     Mutation("sm90: boxes reach beyond the sequence", PR,
              "first_key + Traits::kWarpKeys <= item.sequence.seq_len",
