@@ -68,7 +68,7 @@ PlanOnGpu::PlanOnGpu(Gpu& gpu, const AttentionDesc& desc)
       num_heads_(desc.num_heads),
       num_kv_heads_(desc.num_kv_heads),
       head_dim_(desc.head_dim),
-      head_dim_v_(desc.head_dim_v ? desc.head_dim_v : desc.head_dim),
+      head_dim_v_(desc.value_dim()),
       dtype_(element_type(desc.dtype)),
       kv_dtype_(element_type(desc.kv_dtype)),
       is_paged_(desc.block_size > 0) {}

@@ -15,17 +15,13 @@ namespace {
 // written for the architecture.
 constexpr int kWideTiles = 4;
 
-int head_dim_v(const AttentionDesc& desc) {
-  return desc.head_dim_v ? desc.head_dim_v : desc.head_dim;
-}
-
 // Why kernels for values that are columns of the keys can't take a description; `least`: the head
 // dims up to there have kernels of their own.
 std::string reason_against_latent(const AttentionDesc& desc, int latent_dim, int least) {
   if (desc.head_dim <= least)
     return concat("head_dim ", desc.head_dim, ": for more than ", least,
                   " where v is the first columns of k");
-  const int dim_v = head_dim_v(desc);
+  const int dim_v = desc.value_dim();
   if (dim_v >= desc.head_dim || dim_v > latent_dim)
     return concat("head_dim_v ", dim_v, ": v is the first columns of k, fewer than head_dim ",
                   desc.head_dim, " and at most ", latent_dim);
@@ -36,7 +32,7 @@ std::string reason_against_latent(const AttentionDesc& desc, int latent_dim, int
 std::string reason_against_codes(const AttentionDesc& desc, int head_dim, const std::string& isa) {
   const int wanted = std::max(desc.head_dim, desc.head_dim_v);
   const KernelSet set = kernels_for(element_type(desc.dtype), element_type(desc.kv_dtype), head_dim,
-                                    head_dim_v(desc), isa);
+                                    desc.value_dim(), isa);
   if (head_dim < wanted) return concat("head_dim ", wanted, ": at most ", head_dim);
   if (!set.is_complete())
     return concat("dtype: none of head dim ", head_dim, " for ", isa, " takes queries of ",
@@ -59,7 +55,7 @@ std::string reason_against(const AttentionDesc& desc, int head_dim, const std::s
     return concat("kv_dtype: ", name_of(desc.kv_dtype), " KV is implemented for paged caches only");
   if (head_dim < wanted) return concat("head_dim ", wanted, ": at most ", head_dim);
   const KernelSet set = kernels_for(element_type(desc.dtype), element_type(desc.kv_dtype), head_dim,
-                                    head_dim_v(desc), isa);
+                                    desc.value_dim(), isa);
   if (!set.is_complete())
     return concat("needs more shared memory than the ", shared_bytes_per_block(isa),
                   " bytes a block of ", isa);
@@ -159,7 +155,7 @@ KernelSet select(const AttentionDesc& desc, const std::string& isa) {
   for (const int head_dim : head_dims(kv_dtype)) {
     if (head_dim < std::max(desc.head_dim, desc.head_dim_v)) continue;
     const KernelSet set =
-        kernels_for(element_type(desc.dtype), kv_dtype, head_dim, head_dim_v(desc), isa);
+        kernels_for(element_type(desc.dtype), kv_dtype, head_dim, desc.value_dim(), isa);
     if (set.is_complete()) return set;
   }
   throw Unsupported("cuda: no kernels for this; see explain()");
@@ -176,7 +172,7 @@ std::vector<Candidate> candidates(const AttentionDesc& desc, const std::string& 
     std::string name = concat("cuda.d", head_dim);
     if (reason.empty()) {
       const KernelSet set = kernels_for(element_type(desc.dtype), element_type(desc.kv_dtype),
-                                        head_dim, head_dim_v(desc), isa);
+                                        head_dim, desc.value_dim(), isa);
       name = concat("cuda.sm_", serving_arch(archs, isa), ".d", head_dim, " (");
       const Phase first = set.decode_rows() > 0 ? kDecode : kNarrow;
       for (const Phase phase : {kDecode, kNarrow, kWide})

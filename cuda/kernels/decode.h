@@ -327,7 +327,8 @@ QUIRE_DEVICE void decode(const AttentionArgs& args) {
     const Item item = load_item(args, i);
     for (int row = 0; row < item.num_rows; row += Traits::kRows)
       decode_rows<Traits>(args, item, row);
-    if (item.merge >= 0) merge_if_last<Traits, 8>(args, item, shared_base() + Traits::kFlagOffset);
+    if (item.merge < 0) continue;
+    merge_if_last<Traits, 8>(args, item, shared_base() + Traits::kFlagOffset, all_rows(item));
   }
 }
 

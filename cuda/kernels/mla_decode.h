@@ -101,32 +101,6 @@ QUIRE_DEVICE SharedAddress score_row_slot(int h) {
   return shared_base() + static_cast<uint32_t>(Traits::kRowOffset + row * 32);
 }
 
-template <class Traits>
-QUIRE_DEVICE void store_score_row(int h, const ScoreRow& row) {
-  const auto word = [](int value) { return static_cast<uint32_t>(value); };
-  const auto mask = reinterpret_cast<uint64_t>(row.mask);
-  const SharedAddress slot = score_row_slot<Traits>(h);
-  st_shared(slot, U32x4{word(row.visible.begin), word(row.visible.end), word(row.position),
-                        bits_of(row.slope)});
-  st_shared(slot + 16, U32x4{word(row.mask_begin), static_cast<uint32_t>(mask),
-                             static_cast<uint32_t>(mask >> 32), 0});
-}
-
-template <class Traits>
-QUIRE_DEVICE ScoreRow load_score_row(int h) {
-  const SharedAddress slot = score_row_slot<Traits>(h);
-  const U32x4 low = ld_shared<U32x4>(slot);
-  ScoreRow row{{static_cast<int>(low.x), static_cast<int>(low.y)}, 0, 0, nullptr, 0};
-  if constexpr (Traits::kMode == Mode::kFull) {
-    const U32x4 high = ld_shared<U32x4>(slot + 16);
-    row.position = static_cast<int>(low.z);
-    row.slope = float_of(low.w);
-    row.mask = reinterpret_cast<const uint8_t*>(uint64_t{high.z} << 32 | high.y);
-    row.mask_begin = static_cast<int>(high.x);
-  }
-  return row;
-}
-
 // This warp's steps of queries x keys.
 template <class Traits>
 QUIRE_DEVICE void multiply_key_columns(float (&scores)[Traits::kKeys / 8][4],
@@ -177,7 +151,8 @@ QUIRE_DEVICE void add_scores(const AttentionParams& p, int tile,
       const F32x4 given = ld_shared<F32x4>(score_slot<Traits>(first_warp + warp, own));
       sum[0][0] += given.x, sum[0][1] += given.y, sum[0][2] += given.z, sum[0][3] += given.w;
     }
-    const ScoreRow rows[2] = {load_score_row<Traits>(0), load_score_row<Traits>(1)};
+    const ScoreRow rows[2] = {load_score_row<Traits::kMode>(score_row_slot<Traits>(0)),
+                              load_score_row<Traits::kMode>(score_row_slot<Traits>(1))};
     mask_scores<Traits::kMode, 8>(p, rows, tile * Traits::kKeys + 8 * own, sum);
     st_shared(score_slot<Traits>(first_warp, own),
               F32x4{sum[0][0], sum[0][1], sum[0][2], sum[0][3]});
@@ -304,8 +279,9 @@ QUIRE_DEVICE void mla_decode_rows(const AttentionArgs& args, int index, int firs
                                           thread_index() % kWarpSize);
   if (column_warp<Traits>() == 0 && lane % 4 == 0) QUIRE_UNROLL
   for (int h = 0; h < 2; ++h)
-    store_score_row<Traits>(
-        h, make_score_row(p, item, min(first_row + warp_row + lane / 4 + 8 * h, last_row)));
+    store_score_row(
+        score_row_slot<Traits>(h),
+        make_score_row(p, item, min(first_row + warp_row + lane / 4 + 8 * h, last_row)));
 
   MlaSums<Traits> total;
   int tile = keys.begin / Traits::kKeys, chunk = item.kv_begin / kKvChunk;

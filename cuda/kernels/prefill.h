@@ -284,7 +284,8 @@ QUIRE_DEVICE void prefill(const AttentionArgs& args) {
     for (int row = 0; row < load_item(args, i).num_rows; row += Traits::kRows)
       prefill_rows<Traits>(args, i, row);
     const Item item = load_item(args, i);
-    if (item.merge >= 0) merge_if_last<Traits>(args, item, shared_base() + Traits::kFlagOffset);
+    if (item.merge < 0) continue;
+    merge_if_last<Traits>(args, item, shared_base() + Traits::kFlagOffset, all_rows(item));
   }
 }
 

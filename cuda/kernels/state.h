@@ -82,6 +82,8 @@ struct MergeRows {
   int counter, first, count;
 };
 
+QUIRE_DEVICE MergeRows all_rows(const Item& item) { return {item.merge, 0, item.num_rows}; }
+
 // Slots [begin, end) of partial results.
 struct SlotRange {
   int begin, end;
@@ -118,13 +120,22 @@ QUIRE_DEVICE void fold_slots(const AttentionArgs& args, int slot, int end_slot, 
   }
 }
 
+// Threads of a block that do something together: kThreads of them, which index() counts and sync()
+// waits for. Here all that there are.
+template <int kThreads_>
+struct BlockTeam {
+  static constexpr int kThreads = kThreads_;
+  QUIRE_DEVICE static int index() { return thread_index(); }
+  QUIRE_DEVICE static void sync(Site site = Site::here()) { sync_block(site); }
+};
+
 // Folds all slots of the rows in chunk order and writes the rows. So many are loaded at once: a
 // multiple of 4.
-template <class Traits, int kAhead = 4>
+template <class Traits, int kAhead, class Team>
 QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item, const MergeRows& rows,
                         SlotRange slots) {
   constexpr int kPieces = Traits::kHeadDim / kPiece;
-  for (int i = thread_index(); i < rows.count * kPieces; i += Traits::kThreads) {
+  for (int i = Team::index(); i < rows.count * kPieces; i += Team::kThreads) {
     const int row = rows.first + i / kPieces, column = i % kPieces * kPiece;
     RowStats total;
     float values[kPiece] = {};
@@ -138,34 +149,23 @@ QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item, const Merge
   }
 }
 
-template <class Traits>
-QUIRE_DEVICE void merge(const AttentionArgs& args, const Item& item) {
-  const SlotRange slots = load_slots(args.merges + item.merge);
-  merge<Traits>(args, item, {item.merge, 0, item.num_rows}, slots);
-}
-
-// Called by a block that has stored its partial results: the last of those that share the rows
-// merges. `flag`: a word of shared memory. The lists are read before it is known who is the last,
-// as the fence takes longer.
-template <class Traits, int kAhead = 4>
+// Called by all of a team that has stored its block's partial results: in the last of the blocks
+// that share the rows it merges them. `flag`: a word of shared memory. The lists are read before it
+// is known who is the last, as the fence takes longer.
+template <class Traits, int kAhead = 4, class Team = BlockTeam<Traits::kThreads>>
 QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, SharedAddress flag,
-                                const MergeRows& rows) {
+                                const MergeRows& rows, Team = {}) {
   const MergeItem* work = args.merges + item.merge;
   const SlotRange slots = load_slots(work);
   const auto last = static_cast<uint32_t>(ld_global(&work->num_items) - 1);
   fence_gpu();
-  sync_block();
-  if (thread_index() == 0)
+  Team::sync();
+  if (Team::index() == 0)
     st_shared<uint32_t>(flag, atomic_increment(args.counters + rows.counter, last) == last);
-  sync_block();
+  Team::sync();
   if (!ld_shared<uint32_t>(flag)) return;
   fence_gpu();
-  merge<Traits, kAhead>(args, item, rows, slots);
-}
-
-template <class Traits, int kAhead = 4>
-QUIRE_DEVICE void merge_if_last(const AttentionArgs& args, const Item& item, SharedAddress flag) {
-  merge_if_last<Traits, kAhead>(args, item, flag, {item.merge, 0, item.num_rows});
+  merge<Traits, kAhead, Team>(args, item, rows, slots);
 }
 
 }  // namespace quire::device

@@ -311,7 +311,6 @@ struct Sm90MlaTraits {
     static constexpr bool kIsQuantised = false;
     static constexpr int kHeadDim = kHeadDimV;
     static constexpr Mode kMode = kMode_;
-    static constexpr int kThreads = kSumThreads;
   };
 
   static_assert(kRows == 64, "one product of a warpgroup");

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from mutation import Mutation
 
-P, S, TRAITS = (f"cuda/kernels/{x}.h" for x in "prefill softmax traits".split())
-H, PR, TO = (f"cuda/kernels/sm90/{x}.h" for x in "prefill producer total".split())
+P, S, STATE, TRAITS = (f"cuda/kernels/{x}.h" for x in "prefill softmax state traits".split())
+H, PR, Q, TO = (f"cuda/kernels/sm90/{x}.h" for x in "prefill producer queries total".split())
 
 MUTATIONS = [
     Mutation("sm90: bytes of boxes are not announced", PR,
@@ -78,10 +78,14 @@ MUTATIONS = [
              "shuffle(exists ? own : kAbsent, row)", "shuffle(exists ? own : kAbsent, lane)"),
     Mutation("sm90: gathered rows stay unpublished through items without keys", PR,
              "if (tiles.begin == tiles.end) publish<0>();", ""),
-    Mutation("sm90: queries are not fenced for products", H,
-             "  fence_proxy_async();\n  sync_consumers<Traits>();", "  sync_consumers<Traits>();"),
-    Mutation("sm90: queries in use are overwritten", H,
-             "  sync_consumers<Traits>();  // before the queries in use are overwritten\n", ""),
+    Mutation("sm90: queries are not fenced for products", Q,
+             "  fence_proxy_async();\n  Team::sync();", "  Team::sync();"),
+    Mutation("sm90: queries in use are overwritten", Q,
+             "  Team::sync();  // before the queries in use are overwritten\n", ""),
+    Mutation("sm90: partial results are not fenced", STATE,
+             "  fence_gpu();\n  Team::sync();", "  Team::sync();"),
+    Mutation("sm90: a merge does not wait for the other warpgroup", STATE,
+             "  fence_gpu();\n  Team::sync();", "  fence_gpu();"),
     Mutation("sm90: mbarriers are not fenced for copies", H, "    fence_mbarrier_init();\n", ""),
     Mutation("sm90: boxes reach beyond the sequence", PR,
              "first_key + Traits::kWarpKeys <= item.sequence.seq_len",
@@ -113,7 +117,7 @@ MUTATIONS = [
     Mutation("total: every chunk is the first", TO,
              "RowStats low_stats, high_stats;", "is_first = true; RowStats low_stats, high_stats;"),
     Mutation("total: stats lie among the sums", TO,
-             "own + kFragments * Traits", "own + (kFragments - 1) * Traits"),
+             "sums.slot(Sums::kFragments,", "sums.slot(Sums::kFragments - 1,"),
     Mutation("total: stats are not kept", TO, "    st_global(stats, F32x4{", "    (void)(F32x4{"),
     Mutation("total: stats are those of the last chunk", H,
              "  total.load_stats(state);\n", ""),
@@ -122,16 +126,16 @@ MUTATIONS = [
     Mutation("total: every batch of reads is the first", TO,
              "ld_global(own + (first + a) *", "ld_global(own + a *"),
     Mutation("total: warpgroups share their places", TO,
-             "(n * Traits::kConsumerThreads + thread) * 4",
-             "(n * Traits::kConsumerThreads + thread % 128) * 4"),
+             "(n * kThreads + thread) * 4", "(n * kThreads + thread % 128) * 4"),
     Mutation("total: blocks share a place", TO, "int64_t{block_index()} *", "int64_t{0} *"),
     Mutation("total: places have no room for stats", TRAITS,
              "kTotalBytes + kConsumerThreads * 16 : 0", "kTotalBytes : 0"),
     Mutation("total: columns of a row by two where they are by four", TO,
              "from + 4 * i", "from + 2 * i"),
     Mutation("total: rows beyond the eighth are read for those before", TO,
-             " + row / 8 % 2 * 2;", ";"),
-    Mutation("total: a warp reads the rows of another", TO, "row / kTile * kWarpSize +", "0 +"),
+             " + row / 8 * 2;", ";"),
+    Mutation("total: a warp reads the rows of another", TO,
+             "load(values, row / kTile,", "load(values, 0,"),
     Mutation("sm90: with options, scores are read while they are multiplied", H,
              "      issue_keys<Traits>(scores, ring);\n      wgmma_wait<0>();\n"
              "      release_stage<Traits, Side::kKeys>(ring);\n      const Rescale",

@@ -109,7 +109,7 @@ class Call {
     describe();
     make_batch();
     const int64_t heads = desc_.num_heads, kv_heads = desc_.num_kv_heads;
-    const int64_t dim_v = desc_.head_dim_v ? desc_.head_dim_v : desc_.head_dim;
+    const int64_t dim_v = desc_.value_dim();
     const auto add = [&](DType dtype, std::vector<int64_t> shape) {
       if (dense_) shape.insert(shape.begin(), batch_.batch_size);
       tensors_.push_back(Owned(dtype, shape));

@@ -75,6 +75,8 @@ SMALL = ((17, 150), (1, 530), (3, 3), (2, 0))
         ("head", {"cache": "pool"}),
         ("token", {"head_dim": 83, "head_dim_v": 37, "num_heads": 6}),
         ("tensor", {"head_dim": 64, "head_dim_v": 64}),
+        ("token", {"head_dim": 64, "head_dim_v": 64, "softcap": 5.0, "mask": "tree"}),
+        ("head", {"head_dim": 40, "head_dim_v": 56, "num_heads": 6}),
     ],
     ids=str,
 )
@@ -90,8 +92,10 @@ def test_a_negative_scale(granularity):
 
 
 @BOTH
-def test_a_row_depends_on_its_own_sequence_only(granularity):
-    problem = make_problem(granularity, batch=((5, 1300), (1, 530), (80, 700)))
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_row_depends_on_its_own_sequence_only(granularity, dim):
+    batch = ((5, 1300), (1, 530), (80, 700))
+    problem = make_problem(granularity, batch=batch, head_dim=dim, head_dim_v=dim)
     together = compute(problem, [0, 1, 2])
     for order in ([2, 0, 1], [1], [0]):
         for b, (out, lse) in zip(order, compute(problem, order), strict=True):

@@ -37,6 +37,9 @@ struct AttentionDesc {
   int window_right = -1;  // inclusive, -1: open
   float scale = 0;        // 0: 1 / sqrt(head_dim)
   float softcap = 0;      // 0: none
+
+  // Columns of v and out.
+  int value_dim() const { return head_dim_v ? head_dim_v : head_dim; }
 };
 
 // One step's batch. The pointers are read by plan() only.

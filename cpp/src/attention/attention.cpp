@@ -48,7 +48,7 @@ AttentionParams make_params(const AttentionDesc& desc, const AttentionPlan& plan
   p.num_heads = desc.num_heads;
   p.num_kv_heads = desc.num_kv_heads;
   p.head_dim = desc.head_dim;
-  p.head_dim_v = desc.head_dim_v ? desc.head_dim_v : desc.head_dim;
+  p.head_dim_v = desc.value_dim();
   p.dtype = element_type(desc.dtype);
   p.kv_dtype = element_type(desc.kv_dtype);
   p.scale = desc.scale != 0 ? desc.scale : 1.0f / std::sqrt(static_cast<float>(desc.head_dim));
@@ -109,7 +109,7 @@ void check_index(const std::string& argument, const TensorView& tensor,
 
 Attention::Attention(const AttentionDesc& desc, Device device) : desc_(desc), device_(device) {
   validate(desc_);
-  if (desc_.head_dim_v == 0) desc_.head_dim_v = desc_.head_dim;
+  desc_.head_dim_v = desc_.value_dim();
   const Backend* backend = backend_of(device.type);
   dispatch_ =
       dispatch(desc_, backend ? backend->device_info(device.index) : DeviceInfo{device, "", 1});

@@ -262,7 +262,7 @@ class Cutter {
 };
 
 void add_statistics(const AttentionDesc& desc, AttentionPlan& plan) {
-  const int64_t dims = int64_t{desc.head_dim} + (desc.head_dim_v ? desc.head_dim_v : desc.head_dim);
+  const int64_t dims = int64_t{desc.head_dim} + desc.value_dim();
   int64_t pairs = 0, keys = 0;
   for (const Sequence& sequence : plan.sequences) {
     for (int64_t row = 0; row < sequence.q_len; ++row) {

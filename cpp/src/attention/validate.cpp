@@ -74,9 +74,6 @@ void check_out_apart(const AttentionDesc& desc, const AttentionTensors& t) {
 
 // Items, block ids and room for partial results are cut for all of these.
 void check_made_for(const AttentionDesc& desc, const AttentionPlan& plan) {
-  const auto width_of_values = [](const AttentionDesc& d) {
-    return d.head_dim_v ? d.head_dim_v : d.head_dim;
-  };
   const AttentionDesc& made = plan.desc;
   const struct {
     const char* name;
@@ -85,7 +82,7 @@ void check_made_for(const AttentionDesc& desc, const AttentionPlan& plan) {
       {"num_heads", desc.num_heads, made.num_heads},
       {"num_kv_heads", desc.num_kv_heads, made.num_kv_heads},
       {"head_dim", desc.head_dim, made.head_dim},
-      {"head_dim_v", width_of_values(desc), width_of_values(made)},
+      {"head_dim_v", desc.value_dim(), made.value_dim()},
       {"block_size", desc.block_size, made.block_size},
       {"causal", desc.causal, made.causal},
       {"window[0]", desc.window_left, made.window_left},
@@ -193,7 +190,7 @@ void validate(const AttentionDesc& desc, const AttentionPlan& plan,
   check_made_for(desc, plan);
   const std::string function = function_name(desc);
   const Device device = tensors.q.device;
-  const int64_t dim_v = desc.head_dim_v ? desc.head_dim_v : desc.head_dim;
+  const int64_t dim_v = desc.value_dim();
   check_tensor(function + ": q", tensors.q,
                with_rows(plan, {"total_q", plan.total_q}, desc.num_heads, desc.head_dim),
                desc.dtype, device);

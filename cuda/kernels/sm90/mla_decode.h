@@ -12,34 +12,20 @@
 #pragma once
 
 #include "kernels/sm90/mla_sum.h"
+#include "kernels/sm90/queries.h"
 
 namespace quire::device {
 
 // --- The warpgroup that weighs -------------------------------------------------------------------
 
-// The unit's queries; rows and columns that do not exist are zero.
-template <class Traits>
-QUIRE_DEVICE void load_unit_queries(const AttentionArgs& args, const Item& item, int first_row) {
-  constexpr int kPieces = Traits::kHeadDim / kPiece, kThreads = 4 * kWarpSize;
-  const AttentionParams& p = args.params;
-  const auto* q = static_cast<const uint16_t*>(p.q) + item.sequence_index * p.q_stride_seq;
-  sync_threads<kThreads>(kScoreBarrier);  // before the queries in use are overwritten
-  QUIRE_UNROLL_BY(4)
-  for (int i = thread_index() % kThreads; i < Traits::kRows * kPieces; i += kThreads) {
-    const int row = i / kPieces, piece = i % kPieces;
-    const bool exists = first_row + row < item.num_rows;
-    const int source = exists ? first_row + row : 0;
-    const int64_t offset = item.batch_row(source) * p.q_stride_row +
-                           item.head(source) * p.q_stride_head + piece * kPiece;
-    load_piece<Traits::kMode>(
-        shared_base() + Traits::kQueryOffset + column_piece_offset(Traits::kRows, row, piece),
-        q + offset, exists ? p.head_dim - piece * kPiece : 0, args.is_aligned);
+// See BlockTeam.
+struct ScoreTeam {
+  static constexpr int kThreads = 4 * kWarpSize;
+  QUIRE_DEVICE static int index() { return thread_index() % kThreads; }
+  QUIRE_DEVICE static void sync(Site site = Site::here()) {
+    sync_threads<kThreads>(kScoreBarrier, site);
   }
-  cp_async_commit();
-  cp_async_wait<0>();
-  fence_proxy_async();
-  sync_threads<kThreads>(kScoreBarrier);
-}
+};
 
 // scores[64 queries][kKeys] = queries x keys of the stage.
 template <class Traits>
@@ -101,7 +87,7 @@ QUIRE_DEVICE void weigh_unit(const AttentionArgs& args, const MlaUnit& unit,
                              MlaTurns<Traits>& turns) {
   const AttentionParams& p = args.params;
   const Item item = load_item(args, unit.index);
-  load_unit_queries<Traits>(args, item, unit.first_row);
+  load_query_columns<Traits, ScoreTeam, 4>(args, item, unit.first_row);
   const float factor = score_factor<Traits>(p);
   const int last_row = min(item.num_rows, unit.first_row + Traits::kRows) - 1;
   ScoreRow rows[2];
@@ -177,7 +163,7 @@ QUIRE_DEVICE void mla_decode_sm90(const BoxedAttentionArgs& boxed) {
     for_each_unit<Traits>(args, [&](const MlaUnit& unit) {
       sum_unit<Traits>(args, unit, turns);
       const Item item = load_item(args, unit.index);
-      if (item.merge >= 0) merge_unit_if_last<Traits>(args, item, unit);
+      if (item.merge >= 0) merge_unit<Traits>(args, item, unit);
     });
   }
 }

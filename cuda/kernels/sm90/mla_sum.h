@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/sm90/mla_handover.h"
+#include "kernels/sm90/total.h"
 
 namespace quire::device {
 
@@ -14,7 +15,7 @@ template <class Traits>
 struct MlaColumns {
   float sums[2][Traits::kColumns / 16][4] = {};
 
-  QUIRE_DEVICE const float (&of(int n) const)[4] { return sums[n / 16][n % 16]; }
+  QUIRE_DEVICE const float (&operator[](int n) const)[4] { return sums[n / 16][n % 16]; }
 };
 
 template <class Traits>
@@ -22,50 +23,9 @@ QUIRE_DEVICE int first_own_column() {
   return fresh_thread_index() / 128 * Traits::kColumns;
 }
 
-// Where a block keeps its total: [kColumns / 8] times what sums[n] of each thread holds. Every sum
-// has its thread; a warp reads and writes 512 bytes in a row.
+// A block's total. Columns are counted from the first of a warpgroup.
 template <class Traits>
-struct MlaTotal {
-  static constexpr int kFragments = Traits::kColumns / 8;
-  static constexpr int kAhead = 8;  // reads that are waited for at once
-
-  float* block;
-
-  QUIRE_DEVICE float* slot(int n, int thread) const {
-    return block + (n * Traits::kSumThreads + thread) * 4;
-  }
-
-  QUIRE_DEVICE void fold_chunk(const MlaColumns<Traits>& chunk, const FoldScales& low,
-                               const FoldScales& high, bool is_first) const {
-    auto* own = reinterpret_cast<F32x4*>(slot(0, fresh_thread_index()));
-    QUIRE_UNROLL
-    for (int first = 0; first < kFragments; first += kAhead) {
-      F32x4 before[kAhead];
-      QUIRE_UNROLL
-      for (int a = 0; a < kAhead; ++a)
-        before[a] =
-            is_first ? F32x4{0, 0, 0, 0} : ld_global(own + (first + a) * Traits::kSumThreads);
-      QUIRE_UNROLL
-      for (int a = 0; a < kAhead; ++a) {
-        const float (&sums)[4] = chunk.of(first + a);
-        st_global(own + (first + a) * Traits::kSumThreads,
-                  F32x4{low.apply(before[a].x, sums[0]), low.apply(before[a].y, sums[1]),
-                        high.apply(before[a].z, sums[2]), high.apply(before[a].w, sums[3])});
-      }
-    }
-  }
-
-  // Eight columns of a row of this warp, counted from its first ones, after a warp sync.
-  QUIRE_DEVICE void load(float (&values)[kPiece], int row, int column) const {
-    const int warp = fresh_thread_index() / kWarpSize;
-    const float* from = slot(column / kPiece, warp * kWarpSize + row % 8 * 4) + row / 8 * 2;
-    QUIRE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const F32x2 pair = ld_global(reinterpret_cast<const F32x2*>(from + 4 * i));
-      values[2 * i] = pair.x, values[2 * i + 1] = pair.y;
-    }
-  }
-};
+using MlaTotal = GlobalSums<Traits::kColumns / 8, Traits::kSumThreads>;
 
 // chunk += weights x values of a tile.
 template <class Traits>
@@ -109,7 +69,7 @@ QUIRE_DEVICE void store_partial(const AttentionArgs& args, const Item& item, int
     QUIRE_UNROLL
     for (int n = 0; n < Traits::kColumns / 8; ++n)
       st_global(reinterpret_cast<F32x2*>(values + 8 * n),
-                F32x2{chunk.of(n)[2 * h], chunk.of(n)[2 * h + 1]});
+                F32x2{chunk[n][2 * h], chunk[n][2 * h + 1]});
   }
 }
 
@@ -125,7 +85,7 @@ QUIRE_DEVICE void write_unit_rows(const AttentionArgs& args, const Item& item, i
     if (first_row + warp_row + row >= item.num_rows) continue;
     const F32x4 stats = ld_shared<F32x4>(folds.row(warp_row + row));
     float values[kPiece];
-    total.load(values, row, column);
+    total.load(values, thread / kWarpSize, row, column);
     write_row<typename Traits::Values>(args, item, first_row + warp_row + row,
                                        first_own_column<Traits>() + column, {stats.z, stats.w},
                                        values);
@@ -160,25 +120,22 @@ QUIRE_DEVICE void sum_unit(const AttentionArgs& args, const MlaUnit& unit,
       });
 }
 
-// merge_if_last() of kernels/state.h, by those who sum alone.
+// See BlockTeam.
 template <class Traits>
-QUIRE_DEVICE void merge_unit_if_last(const AttentionArgs& args, const Item& item,
-                                     const MlaUnit& unit) {
-  const SharedAddress flag = shared_base() + Traits::kFlagOffset;
-  const int counter = item.merge * unit.num_tiles + unit.tile;
-  const MergeItem* work = args.merges + item.merge;
-  const SlotRange slots = load_slots(work);
-  const auto last = static_cast<uint32_t>(ld_global(&work->num_items) - 1);
-  fence_gpu();
-  sync_threads<Traits::kSumThreads>(kSumBarrier);
-  if (thread_index() == 0)
-    st_shared<uint32_t>(flag, atomic_increment(args.counters + counter, last) == last);
-  sync_threads<Traits::kSumThreads>(kSumBarrier);
-  if (!ld_shared<uint32_t>(flag)) return;
-  fence_gpu();
-  merge<typename Traits::Values>(
-      args, item, {counter, unit.first_row, min(item.num_rows - unit.first_row, Traits::kRows)},
-      slots);
+struct SumTeam {
+  static constexpr int kThreads = Traits::kSumThreads;
+  QUIRE_DEVICE static int index() { return thread_index(); }
+  QUIRE_DEVICE static void sync(Site site = Site::here()) {
+    sync_threads<kThreads>(kSumBarrier, site);
+  }
+};
+
+template <class Traits>
+QUIRE_DEVICE void merge_unit(const AttentionArgs& args, const Item& item, const MlaUnit& unit) {
+  const MergeRows rows{item.merge * unit.num_tiles + unit.tile, unit.first_row,
+                       min(item.num_rows - unit.first_row, Traits::kRows)};
+  merge_if_last<typename Traits::Values>(args, item, shared_base() + Traits::kFlagOffset, rows,
+                                         SumTeam<Traits>{});
 }
 
 }  // namespace quire::device

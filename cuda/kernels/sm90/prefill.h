@@ -9,7 +9,7 @@
 // folded into `total`.
 #pragma once
 
-#include "kernels/sm90/producer.h"
+#include "kernels/sm90/queries.h"
 #include "kernels/sm90/total.h"
 
 namespace quire::device {
@@ -20,42 +20,19 @@ namespace quire::device {
 inline constexpr int kConsumerBarrier = 1;
 inline constexpr int kTurnBarrier = 2;
 
+// See BlockTeam.
 template <class Traits>
-QUIRE_DEVICE void sync_consumers(Site site = Site::here()) {
-  sync_threads<Traits::kConsumerThreads>(kConsumerBarrier, site);
-}
-
-// thread_index(), but that where sums take half of the registers nothing that follows from it is
-// kept in one: of the queries it would be the descriptors of all steps.
-template <class Traits>
-QUIRE_DEVICE int consumer_index() {
-  return Traits::kIsLong ? fresh_thread_index() : thread_index();
-}
-
-// Query rows [first_row, first_row + kRows); rows and columns that do not exist are zero.
-template <class Traits>
-QUIRE_DEVICE void load_query_columns(const AttentionArgs& args, const Item& item, int first_row) {
-  constexpr int kPieces = Traits::kKeyDim / kPiece;
-  const AttentionParams& p = args.params;
-  const auto* q = static_cast<const uint16_t*>(p.q) + item.sequence_index * p.q_stride_seq;
-  sync_consumers<Traits>();  // before the queries in use are overwritten
-  QUIRE_UNROLL_BY(2)
-  for (int i = consumer_index<Traits>(); i < Traits::kRows * kPieces;
-       i += Traits::kConsumerThreads) {
-    const int row = i / kPieces, piece = i % kPieces;
-    const bool exists = first_row + row < item.num_rows;
-    const int source = exists ? first_row + row : 0;
-    const int64_t offset = item.batch_row(source) * p.q_stride_row +
-                           item.head(source) * p.q_stride_head + piece * kPiece;
-    load_piece<Traits::kMode>(
-        shared_base() + Traits::kQueryOffset + column_piece_offset(Traits::kRows, row, piece),
-        q + offset, exists ? p.head_dim - piece * kPiece : 0, args.is_aligned);
+struct ConsumerTeam {
+  static constexpr int kThreads = Traits::kConsumerThreads;
+  // thread_index(), but that where sums take half of the registers nothing that follows from it is
+  // kept in one: of the queries it would be the descriptors of all steps.
+  QUIRE_DEVICE static int index() {
+    return Traits::kIsLong ? fresh_thread_index() : thread_index();
   }
-  cp_async_commit();
-  cp_async_wait<0>();
-  fence_proxy_async();
-  sync_consumers<Traits>();
-}
+  QUIRE_DEVICE static void sync(Site site = Site::here()) {
+    sync_threads<kThreads>(kConsumerBarrier, site);
+  }
+};
 
 // The products of this warp that read the stage are done.
 template <class Traits, Side kSide>
@@ -79,8 +56,9 @@ QUIRE_DEVICE void give_turn() {
 // Issues scores[64 queries][kKeys] = queries x keys of the stage, as a group.
 template <class Traits>
 QUIRE_DEVICE void issue_keys(float (&scores)[Traits::kKeys / 8][4], const Ring<Traits>& ring) {
-  const SharedAddress queries = shared_base() + Traits::kQueryOffset +
-                                static_cast<uint32_t>(consumer_index<Traits>() / 128 * 64 * 128);
+  const SharedAddress queries =
+      shared_base() + Traits::kQueryOffset +
+      static_cast<uint32_t>(ConsumerTeam<Traits>::index() / 128 * 64 * 128);
   const SharedAddress keys = ring.template tile<Side::kKeys>();
   mbarrier_wait(ring.template barrier<Side::kKeys, Handover::kFull>(), ring.parity);
   wgmma_fence();
@@ -254,10 +232,11 @@ struct Consumer {
 template <class Traits>
 QUIRE_DEVICE void consume_rows(const AttentionArgs& args, const ItemQueue<Traits>& items,
                                int first_row, Ring<Traits>& ring) {
-  load_query_columns<Traits>(args, load_item(args, items.current()), first_row);
+  load_query_columns<Traits, ConsumerTeam<Traits>, 2>(args, load_item(args, items.current()),
+                                                      first_row);
   const Item item = load_item(args, items.current());  // again: it is many registers
   const AttentionParams& p = args.params;
-  const int thread = consumer_index<Traits>();
+  const int thread = ConsumerTeam<Traits>::index();
   const int lane = thread % kWarpSize, warp_row = thread / kWarpSize * kTile;
   const int last_row = min(item.num_rows, first_row + Traits::kRows) - 1;
   const PrefillTiles<Traits> tiles(keys_to_read(p, item, first_row, last_row));
@@ -284,28 +263,6 @@ QUIRE_DEVICE void consume_rows(const AttentionArgs& args, const ItemQueue<Traits
   write_total<Traits>(args, same, state, first_row, total);
 }
 
-// To the merge, the consumers are all threads there are.
-template <class Traits>
-struct ConsumerTraits : Traits {
-  static constexpr int kThreads = Traits::kConsumerThreads;
-};
-
-// merge_if_last() of kernels/state.h, by the consumers alone.
-template <class Traits>
-QUIRE_DEVICE void merge_if_last_consumers(const AttentionArgs& args, const Item& item) {
-  const SharedAddress flag = shared_base() + Traits::kFlagOffset;
-  fence_gpu();
-  sync_consumers<Traits>();
-  if (thread_index() == 0) {
-    const auto last = static_cast<uint32_t>(ld_global(&args.merges[item.merge].num_items) - 1);
-    st_shared<uint32_t>(flag, atomic_increment(args.counters + item.merge, last) == last);
-  }
-  sync_consumers<Traits>();
-  if (!ld_shared<uint32_t>(flag)) return;
-  fence_gpu();
-  merge<ConsumerTraits<Traits>>(args, item);
-}
-
 // kConsumeRows: consume_rows<Traits> or what stands for it.
 template <class Traits, auto kConsumeRows>
 QUIRE_DEVICE void consume(const AttentionArgs& args) {
@@ -316,7 +273,9 @@ QUIRE_DEVICE void consume(const AttentionArgs& args) {
     for (int row = 0; row < load_item(args, items.current()).num_rows; row += Traits::kRows)
       kConsumeRows(args, items, row, ring);
     const Item item = load_item(args, items.current());
-    if (item.merge >= 0) merge_if_last_consumers<Traits>(args, item);
+    if (item.merge >= 0)
+      merge_if_last<Traits>(args, item, shared_base() + Traits::kFlagOffset, all_rows(item),
+                            ConsumerTeam<Traits>{});
     items.advance();
   }
   if (thread_index() < 128) take_turn<Traits>();  // the one that nobody has taken
