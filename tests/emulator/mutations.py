@@ -56,7 +56,8 @@ MUTATIONS = [
              "write_total<Traits>(args, same, state, first_row);\n  sync_block();",
              "write_total<Traits>(args, same, state, first_row);"),
     Mutation("prefill: 16 bytes of shared memory too few", TRAITS,
-             "kUnitOffset = kFlagOffset + 16", "kUnitOffset = kFlagOffset"),
+             "kKeys * 8;\n  static constexpr int kUnitOffset = kFlagOffset + 16",
+             "kKeys * 8;\n  static constexpr int kUnitOffset = kFlagOffset"),
     Mutation("prefill: a chunk is not begun afresh", P,
              "state.chunk[h] = RowStats{};", ";"),
     Mutation("prefill: partial results one slot off", P,
@@ -170,7 +171,8 @@ MUTATIONS = [
     Mutation("mla: masks of a thread's first row", L,
              "score_row_slot<Traits>(1)", "score_row_slot<Traits>(0)"),
     Mutation("mla: half of the shared memory that rows take", TRAITS,
-             "kRowOffset + kRows * 32", "kRowOffset + kRows * 16"),
+             "store_score_row\n  static constexpr int kSharedBytes = kRowOffset + kRows * 32",
+             "store_score_row\n  static constexpr int kSharedBytes = kRowOffset + kRows * 16"),
     Mutation("mla: every warp multiplies the first columns", L,
              "column_warp<Traits>() * (Traits::kColumns / kPiece)", "0"),
     Mutation("mla: partial results in the first columns", L,
@@ -275,8 +277,9 @@ def program_of(mutation: Mutation) -> str:
 
 
 def planted(source: str, mutation: Mutation) -> str:
-    assert mutation.old in source, f"{mutation.what}: its place is gone from {mutation.file}"
-    return source.replace(mutation.old, mutation.new, 1)
+    places = source.count(mutation.old)
+    assert places == 1, f"{mutation.what}: {places} places in {mutation.file}, expected one"
+    return source.replace(mutation.old, mutation.new)
 
 
 def main() -> int:
