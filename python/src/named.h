@@ -11,6 +11,7 @@
 
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace quire::python {
@@ -18,7 +19,7 @@ namespace quire::python {
 namespace nb = nanobind;
 
 // What came for a parameter of type T. nanobind takes whatever comes, None too: a nb::sig tells
-// callers what is right, and the function is not called with the rest.
+// callers what is right, and the function is called with that alone.
 template <class T>
 struct Given {
   nb::detail::make_caster<T> caster;
@@ -57,7 +58,8 @@ void check_given(const std::string& argument, const Given<T>& given) {
   using Plain = nb::detail::intrinsic_t<T>;
   const std::string expected =
       argument + ": expected " + expected_of(static_cast<const Plain*>(nullptr));
-  if (std::is_integral_v<SomeOf<T>> && PyLong_CheckExact(given.object.ptr()))
+  constexpr bool is_int = std::is_integral_v<SomeOf<T>> && !std::is_same_v<SomeOf<T>, bool>;
+  if (is_int && PyLong_CheckExact(given.object.ptr()))
     throw nb::value_error((expected + " of fewer bits, got one out of range").c_str());
   const nb::handle type = given.object.type();
   throw nb::type_error(

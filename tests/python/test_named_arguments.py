@@ -247,6 +247,11 @@ def test_none_is_refused_by_name_where_it_has_no_meaning(world: World) -> None:
             "KVCacheManager: groups: expected list[LayerGroup], got list",
         ),
         (
+            lambda w: quire.KVCacheManager(8, 4, 1),
+            TypeError,
+            "KVCacheManager: prefix_caching: expected bool, got int",
+        ),
+        (
             lambda w: quire.Scheduler(w.store),
             TypeError,
             "Scheduler: manager: expected KVCacheManager, got HostStore",
