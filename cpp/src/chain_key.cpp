@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <utility>
 
 #include "quire/error.h"
 #include "sha256.h"
@@ -15,7 +14,7 @@ namespace {
 static_assert(std::endian::native == std::endian::little,
               "tokens are hashed as they lie in memory");
 
-ChainKey key_of(sha256::Message&& message) {
+ChainKey key_of(sha256::Message& message) {
   ChainKey key;
   message.finish(key.bytes.data());
   return key;
@@ -58,7 +57,7 @@ ChainKey root_key(std::optional<std::string_view> salt) {
   sha256::Message message;
   message.add(kBegin.data(), kBegin.size());
   if (salt) message.add(kSalt.data(), kSalt.size()).add(salt->data(), salt->size());
-  return key_of(std::move(message));
+  return key_of(message);
 }
 
 ChainKey group_key(const ChainKey& key, int32_t group) {
@@ -66,13 +65,13 @@ ChainKey group_key(const ChainKey& key, int32_t group) {
   sha256::Message message;
   message.add(kBegin.data(), kBegin.size());
   message.add(key.bytes.data(), key.bytes.size()).add(&group, sizeof group);
-  return key_of(std::move(message));
+  return key_of(message);
 }
 
 ChainKey chain_key(const ChainKey& parent, std::span<const int32_t> tokens) {
   sha256::Message message;
   message.add(parent.bytes.data(), parent.bytes.size()).add(tokens.data(), tokens.size_bytes());
-  return key_of(std::move(message));
+  return key_of(message);
 }
 
 void chain_keys(const ChainKey& parent, std::span<const int32_t> tokens, int32_t block_size,

@@ -44,6 +44,7 @@ StepBatch::Size KVCacheManager::size_of(int32_t group, const StepBatch::Size& si
   StepBatch::Size own = size;
   if (companions_->is_state(group)) {
     own.max_blocks = std::min(1, size.max_blocks);
+    own.num_entries = own.batch_size;
     own.has_slots = false;
   }
   return own;

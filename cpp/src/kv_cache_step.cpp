@@ -59,6 +59,7 @@ KVCacheManager::StepNeed KVCacheManager::check_step(std::span<const int32_t> num
           group.table.reserve_more(std::max(0, num_blocks - group.table.size()));
     }
     need.size.max_blocks = std::max(need.size.max_blocks, num_blocks);
+    need.size.num_entries += num_blocks;
     need.size.num_new_tokens += count;
   }
   QUIRE_CHECK_ARG(batch_.may_hold(need.size), "step: seqs: expected a block table of less than ",

@@ -50,6 +50,7 @@ void StepBatch::reserve(const Size& size) {
   positions_.reserve(size.num_new_tokens);
   copies_.reserve(2 * size.num_copies);
   changed_.reserve(size.batch_size);
+  changes_.reserve(2 * size.num_entries);  // at most: every row anew
   if (fits_table(size)) return;
   const int64_t rows = rows_for(size.batch_size);
   next_serials_.assign(rows, 0);
@@ -78,7 +79,10 @@ void StepBatch::begin(int64_t ticket, const Size& size) {
   forget_changes();
 }
 
-void StepBatch::reserve_changes(size_t count) { changed_.reserve(count); }
+void StepBatch::reserve_changes(size_t count) {
+  changed_.reserve(count);
+  changes_.reserve(2 * count);
+}
 
 void StepBatch::forget_changes() {
   changed_.clear();
@@ -91,7 +95,7 @@ void StepBatch::add_changes(int32_t first, int32_t count) {
   num_changed_ += count;
 }
 
-const StepArray<int32_t>& StepBatch::changes() const {
+const StepArray<int32_t>& StepBatch::changes() const noexcept {
   if (changes_.size() == 2 * static_cast<size_t>(num_changed_)) return changes_;
   changes_.resize(2 * static_cast<size_t>(num_changed_));
   int32_t* change = changes_.data();

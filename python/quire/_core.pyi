@@ -634,6 +634,15 @@ class KVCacheManager:
             path.write_text(manager.snapshot())
         """
 
+    def sequences(self) -> list[Sequence]:
+        """
+        All sequences that were not freed, in no order.
+
+        Example::
+
+            manager.free(manager.sequences())
+        """
+
     @staticmethod
     def restore(snapshot: str) -> KVCacheManager:
         """
@@ -645,15 +654,6 @@ class KVCacheManager:
         Example::
 
             manager = quire.KVCacheManager.restore(path.read_text())
-        """
-
-    def sequences(self) -> list[Sequence]:
-        """
-        All sequences that were not freed, in no order.
-
-        Example::
-
-            manager.free(manager.sequences())
         """
 
     def clear_cache(self) -> int:

@@ -7,6 +7,7 @@
 #include <nanobind/stl/pair.h>
 
 #include "attention_plan.h"
+#include "named.h"
 #include "quire/cache_ops.h"
 #include "quire/error.h"
 #include "stream.h"
@@ -125,46 +126,60 @@ void bind_plan_once_run_often(nb::module_& m) {
       "    attn = quire.Attention(num_heads=32, num_kv_heads=8, head_dim=128, dtype=\"float32\")\n"
       "    plan = attn.plan(block_table, seq_lens)          # once a step\n"
       "    attn.run(plan, q, k_cache, v_cache, out=out)     # once a layer")
-      .def(
-          "__init__",
-          [](Attention* self, int num_heads, int num_kv_heads, int head_dim,
-             const std::string& dtype, const std::optional<std::string>& kv_dtype, int block_size,
-             bool causal, Window window, float softcap, std::optional<float> scale,
-             const std::string& device, std::optional<int> head_dim_v) {
-            AttentionDesc desc;
-            desc.num_heads = num_heads;
-            desc.num_kv_heads = num_kv_heads;
-            desc.head_dim = head_dim;
-            QUIRE_CHECK_ARG(!head_dim_v || *head_dim_v >= 1,
-                            "Attention: head_dim_v: expected None (head_dim) or at least 1, got ",
-                            *head_dim_v);
-            desc.head_dim_v = head_dim_v.value_or(0);
-            desc.dtype = parse_dtype(dtype);
-            desc.kv_dtype = kv_dtype ? parse_kv_dtype(*kv_dtype, desc.dtype) : desc.dtype;
-            QUIRE_CHECK_ARG(block_size >= 1, "Attention: block_size: expected at least 1, got ",
-                            block_size);
-            desc.block_size = block_size;
-            desc.causal = causal;
-            std::tie(desc.window_left, desc.window_right) = window;
-            desc.softcap = softcap;
-            desc.scale = parse_scale(scale);
-            new (self) Attention(desc, parse_device(device));
-          },
-          nb::kw_only(), nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
-          nb::arg("dtype") = "bfloat16", nb::arg("kv_dtype") = nb::none(),
-          nb::arg("block_size") = 16, nb::arg("causal") = true, nb::arg("window") = Window(-1, -1),
-          nb::arg("softcap") = 0.0f, nb::arg("scale") = nb::none(), nb::arg("device") = "cpu",
-          nb::arg("head_dim_v") = nb::none())
-      .def("plan", &make_plan, nb::arg("block_table"), nb::arg("seq_lens"),
+      .def(named("__init__",
+                 [](Attention* self, int num_heads, int num_kv_heads, int head_dim,
+                    const std::string& dtype, const std::optional<std::string>& kv_dtype,
+                    int block_size, bool causal, Window window, float softcap,
+                    std::optional<float> scale, const std::string& device,
+                    std::optional<int> head_dim_v) {
+                   AttentionDesc desc;
+                   desc.num_heads = num_heads;
+                   desc.num_kv_heads = num_kv_heads;
+                   desc.head_dim = head_dim;
+                   QUIRE_CHECK_ARG(
+                       !head_dim_v || *head_dim_v >= 1,
+                       "Attention: head_dim_v: expected None (head_dim) or at least 1, got ",
+                       *head_dim_v);
+                   desc.head_dim_v = head_dim_v.value_or(0);
+                   desc.dtype = parse_dtype(dtype);
+                   desc.kv_dtype = kv_dtype ? parse_kv_dtype(*kv_dtype, desc.dtype) : desc.dtype;
+                   QUIRE_CHECK_ARG(block_size >= 1,
+                                   "Attention: block_size: expected at least 1, got ", block_size);
+                   desc.block_size = block_size;
+                   desc.causal = causal;
+                   std::tie(desc.window_left, desc.window_right) = window;
+                   desc.softcap = softcap;
+                   desc.scale = parse_scale(scale);
+                   new (self) Attention(desc, parse_device(device));
+                 }),
+           nb::kw_only(), nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
+           nb::arg("dtype") = "bfloat16", nb::arg("kv_dtype") = nb::none(),
+           nb::arg("block_size") = 16, nb::arg("causal") = true, nb::arg("window") = Window(-1, -1),
+           nb::arg("softcap") = 0.0f, nb::arg("scale") = nb::none(), nb::arg("device") = "cpu",
+           nb::arg("head_dim_v") = nb::none(),
+           nb::sig(
+               "def __init__(self, *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str "
+               "= 'bfloat16', kv_dtype: str | None = None, block_size: int = 16, causal: bool = "
+               "True, window: tuple[int, int] = (-1, -1), softcap: float = 0.0, scale: float | "
+               "None = None, device: str = 'cpu', head_dim_v: int | None = None) -> None"))
+      .def(named("plan", &make_plan), nb::arg("block_table"), nb::arg("seq_lens"),
            nb::arg("cu_seqlens_q") = nb::none(), nb::arg("max_total_q") = nb::none(),
-           nb::arg("stream") = nb::none(), nb::keep_alive<0, 2>(), nb::keep_alive<0, 3>(),
-           nb::keep_alive<0, 4>(), kPlanDoc)  // a GPU reads them later
+           nb::arg("stream") = nb::none(),
+           nb::sig("def plan(self, block_table: object, seq_lens: object, cu_seqlens_q: object | "
+                   "None = None, max_total_q: int | None = None, stream: object | None = None) -> "
+                   "AttentionPlan"),
+           nb::keep_alive<0, 2>(), nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(),
+           kPlanDoc)  // a GPU reads them later
       .def(
-          "run", &run_attention, nb::arg("plan"), nb::arg("q"), nb::arg("k_cache"),
+          named("run", &run_attention), nb::arg("plan"), nb::arg("q"), nb::arg("k_cache"),
           nb::arg("v_cache"), nb::arg("out") = nb::none(), nb::arg("lse") = nb::none(),
           nb::arg("sinks") = nb::none(), nb::arg("alibi_slopes") = nb::none(),
           nb::arg("k_scale").none() = 1.0, nb::arg("v_scale").none() = 1.0,
           nb::arg("stream") = nb::none(),
+          nb::sig("def run(self, plan: AttentionPlan, q: object, k_cache: object, v_cache: object, "
+                  "out: object | None = None, lse: object | None = None, sinks: object | None = "
+                  "None, alibi_slopes: object | None = None, k_scale: object | None = 1.0, "
+                  "v_scale: object | None = 1.0, stream: object | None = None) -> object"),
           "Runs a plan on one layer's tensors and returns out.\n\n"
           "q [total_q, num_heads, head_dim], of dtype; out likewise, head_dim_v wide, but "
           "bfloat16\n"
@@ -176,10 +191,14 @@ void bind_plan_once_run_often(nb::module_& m) {
           "Raises ValueError, before any work, naming the wrong tensor.\n\n"
           "Example::\n\n    attn.run(plan, q, cache.k(layer), cache.v(layer), out=out)")
       .def(
-          "run_part", &run_part, nb::arg("plan"), nb::arg("ith"), nb::arg("nth"), nb::arg("q"),
-          nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("out"), nb::arg("workspace"),
-          nb::arg("lse") = nb::none(), nb::arg("sinks") = nb::none(),
+          named("run_part", &run_part), nb::arg("plan"), nb::arg("ith"), nb::arg("nth"),
+          nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("out"),
+          nb::arg("workspace"), nb::arg("lse") = nb::none(), nb::arg("sinks") = nb::none(),
           nb::arg("alibi_slopes") = nb::none(), nb::arg("k_scale") = 1.0, nb::arg("v_scale") = 1.0,
+          nb::sig("def run_part(self, plan: AttentionPlan, ith: int, nth: int, q: object, k_cache: "
+                  "object, v_cache: object, out: object, workspace: object, lse: object | None = "
+                  "None, sinks: object | None = None, alibi_slopes: object | None = None, k_scale: "
+                  "object = 1.0, v_scale: object = 1.0) -> None"),
           "Runs one of nth parts of what run() does, for hosts with threads of their own.\n\n"
           "All parts, ith = 0 ... nth - 1, are to be called with the same arguments, in any order\n"
           "and from any threads; when all have returned, out has the bits that run() gives. No\n"
@@ -191,7 +210,11 @@ void bind_plan_once_run_often(nb::module_& m) {
           "    workspace = numpy.zeros(attn.workspace_size(plan), numpy.uint8)\n"
           "    for i in range(n):  # or on n threads\n"
           "        attn.run_part(plan, i, n, q, k_cache, v_cache, out, workspace)")
-      .def("workspace_size", &Attention::workspace_size, nb::arg("plan"),
+      .def(named("workspace_size",
+                 [](const Attention& self, const AttentionPlan& plan) {
+                   return self.workspace_size(plan);
+                 }),
+           nb::arg("plan"), nb::sig("def workspace_size(self, plan: AttentionPlan) -> int"),
            "Bytes of scratch memory that run() uses for this plan, and run_part() asks for.\n\n"
            "Example::\n\n    attn.workspace_size(plan)")
       .def("explain", &Attention::explain,

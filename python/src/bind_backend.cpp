@@ -2,6 +2,7 @@
 // What this build and this machine can do.
 #include "quire/backend.h"
 
+#include "named.h"
 #include "quire/error.h"
 #include "quire/roofs.h"
 #include "tensor.h"
@@ -39,10 +40,11 @@ void bind_backend(nb::module_& m) {
         "Threads that CPU kernels run on, the caller's included.\n\n"
         "By default the CPUs that the process may use, or QUIRE_NUM_THREADS.\n\n"
         "Example::\n\n    >>> quire.num_threads() >= 1\n    True");
-  m.def("set_num_threads", &set_num_threads, nb::arg("count"),
-        "Sets the number of CPU threads; results do not change by a bit.\n\n"
-        "Raises ValueError for count < 1.\n\n"
-        "Example::\n\n    >>> quire.set_num_threads(2)");
+  def_named(m, "set_num_threads", &set_num_threads, nb::arg("count"),
+            nb::sig("def set_num_threads(count: int) -> None"),
+            "Sets the number of CPU threads; results do not change by a bit.\n\n"
+            "Raises ValueError for count < 1.\n\n"
+            "Example::\n\n    >>> quire.set_num_threads(2)");
   m.def("cuda_state", &cuda_state,
         "One sentence on CUDA: \"built without CUDA\", \"no driver\", ...\n\n"
         "Example::\n\n    >>> print(quire.cuda_state())");

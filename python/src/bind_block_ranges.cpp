@@ -3,6 +3,7 @@
 
 #include <deque>
 
+#include "named.h"
 #include "quire/block_ranges.h"
 #include "quire/error.h"
 #include "tensor.h"
@@ -68,8 +69,8 @@ nb::object pairs_of(nb::handle sources, nb::handle destinations) {
 }  // namespace
 
 void bind_block_ranges(nb::module_& m) {
-  m.def(
-      "export_blocks",
+  def_named(
+      m, "export_blocks",
       [](nb::sequence pools, nb::handle blocks) {
         return ranges_of<&export_blocks>("export_blocks", pools, blocks, &TensorArgs::input);
       },
@@ -85,8 +86,8 @@ void bind_block_ranges(nb::module_& m) {
       "addresses hold as long as the pools live.\n\n"
       "Raises ValueError for a block id outside a pool, and for a tensor that is no pool.\n\n"
       "Example::\n\n    ranges = quire.export_blocks(cache.pools, seq.block_table)");
-  m.def(
-      "import_blocks",
+  def_named(
+      m, "import_blocks",
       [](nb::sequence pools, nb::handle blocks) {
         return ranges_of<&import_blocks>("import_blocks", pools, blocks, &TensorArgs::output);
       },
@@ -97,15 +98,16 @@ void bind_block_ranges(nb::module_& m) {
       "Raises ValueError also for a block that is named twice, and for memory that is read-only\n"
       "or would be written twice.\n\n"
       "Example::\n\n    ranges = quire.import_blocks(cache.pools, seq.block_table)");
-  m.def("pair_ranges", &pairs_of, nb::arg("sources"), nb::arg("destinations"),
-        nb::sig("def pair_ranges(sources: numpy.typing.NDArray[numpy.int64], "
-                "destinations: numpy.typing.NDArray[numpy.int64]) -> "
-                "numpy.typing.NDArray[numpy.int64]"),
-        "Cuts two lists of as many bytes into pieces of one size: int64 [n, 3], (source address,\n"
-        "destination address, bytes), for transfers that name both ends.\n\n"
-        "Raises ValueError for lists of different sizes.\n\n"
-        "Example::\n\n    pieces = quire.pair_ranges(theirs, quire.import_blocks(cache.pools, "
-        "ids))");
+  def_named(
+      m, "pair_ranges", &pairs_of, nb::arg("sources"), nb::arg("destinations"),
+      nb::sig("def pair_ranges(sources: numpy.typing.NDArray[numpy.int64], "
+              "destinations: numpy.typing.NDArray[numpy.int64]) -> "
+              "numpy.typing.NDArray[numpy.int64]"),
+      "Cuts two lists of as many bytes into pieces of one size: int64 [n, 3], (source address,\n"
+      "destination address, bytes), for transfers that name both ends.\n\n"
+      "Raises ValueError for lists of different sizes.\n\n"
+      "Example::\n\n    pieces = quire.pair_ranges(theirs, quire.import_blocks(cache.pools, "
+      "ids))");
 }
 
 }  // namespace quire::python

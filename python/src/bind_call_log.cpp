@@ -7,6 +7,7 @@
 #include <iterator>
 #include <system_error>
 
+#include "named.h"
 #include "quire/call_log.h"
 #include "tensor.h"
 
@@ -61,24 +62,24 @@ nb::tuple replay_calls(const std::string& path) {
 
 void bind_call_log(nb::module_& m) {
   nb::class_<PyCallLogWriter>(m, "CallLogWriter", "Used by RecordedKVCacheManager.")
-      .def(
-          "__init__",
-          [](PyCallLogWriter* self, const std::string& path, int32_t num_blocks, int32_t block_size,
-             bool prefix_caching, int32_t async_depth, int32_t eviction, int32_t event_capacity,
-             int32_t num_host_blocks, std::vector<LayerGroup> groups) {
-            new (self) PyCallLogWriter(path, {num_blocks,
-                                              block_size,
-                                              prefix_caching,
-                                              async_depth,
-                                              {static_cast<Eviction>(eviction), event_capacity,
-                                               num_host_blocks, std::move(groups)}});
-          },
-          nb::arg("path"), nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("prefix_caching"),
-          nb::arg("async_depth"), nb::arg("eviction"), nb::arg("event_capacity"),
-          nb::arg("num_host_blocks"), nb::arg("groups"),
-          nb::sig("def __init__(self, path: str, num_blocks: int, block_size: int, "
-                  "prefix_caching: bool, async_depth: int, eviction: int, event_capacity: int, "
-                  "num_host_blocks: int, groups: list[LayerGroup]) -> None"))
+      .def(named(
+               "__init__",
+               [](PyCallLogWriter* self, const std::string& path, int32_t num_blocks,
+                  int32_t block_size, bool prefix_caching, int32_t async_depth, int32_t eviction,
+                  int32_t event_capacity, int32_t num_host_blocks, std::vector<LayerGroup> groups) {
+                 new (self) PyCallLogWriter(path, {num_blocks,
+                                                   block_size,
+                                                   prefix_caching,
+                                                   async_depth,
+                                                   {static_cast<Eviction>(eviction), event_capacity,
+                                                    num_host_blocks, std::move(groups)}});
+               }),
+           nb::arg("path"), nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("prefix_caching"),
+           nb::arg("async_depth"), nb::arg("eviction"), nb::arg("event_capacity"),
+           nb::arg("num_host_blocks"), nb::arg("groups"),
+           nb::sig("def __init__(self, path: str, num_blocks: int, block_size: int, "
+                   "prefix_caching: bool, async_depth: int, eviction: int, event_capacity: int, "
+                   "num_host_blocks: int, groups: list[LayerGroup]) -> None"))
       .def("write", &PyCallLogWriter::write, nb::lock_self(), nb::arg("operation"),
            nb::arg("outcome"), nb::arg("seqs"), nb::arg("values"), nb::arg("counts"),
            nb::arg("salt").none(), nb::arg("number"), nb::arg("results"),
@@ -86,15 +87,16 @@ void bind_call_log(nb::module_& m) {
                    "list[int], counts: list[int], salt: str | None, number: int, results: "
                    "list[typing.Any]) -> None"),
            "One call and its results.");
-  m.def("replay_calls", &replay_calls, nb::arg("path"),
-        nb::sig("def replay_calls(path: str) -> tuple[int, str | None]"),
-        "Runs the calls of a log of RecordedKVCacheManager on a new manager.\n\n"
-        "Returns how many calls gave what they gave when recorded, block ids included, and the\n"
-        "first difference as text or None. A log that ends within a call, as after a crash, is\n"
-        "replayed up to there. Raises ValueError for what is no log, OSError for a file that\n"
-        "can't be read, RuntimeError where the manager ends up inconsistent.\n\n"
-        "Example::\n\n    num_calls, difference = quire.replay_calls(\"calls.quirelog\")\n"
-        "    assert difference is None, difference");
+  def_named(
+      m, "replay_calls", &replay_calls, nb::arg("path"),
+      nb::sig("def replay_calls(path: str) -> tuple[int, str | None]"),
+      "Runs the calls of a log of RecordedKVCacheManager on a new manager.\n\n"
+      "Returns how many calls gave what they gave when recorded, block ids included, and the\n"
+      "first difference as text or None. A log that ends within a call, as after a crash, is\n"
+      "replayed up to there. Raises ValueError for what is no log, OSError for a file that\n"
+      "can't be read, RuntimeError where the manager ends up inconsistent.\n\n"
+      "Example::\n\n    num_calls, difference = quire.replay_calls(\"calls.quirelog\")\n"
+      "    assert difference is None, difference");
 }
 
 }  // namespace quire::python

@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string_view.h>
 
+#include "named.h"
 #include "quire/chain_key.h"
 #include "quire/error.h"
 #include "tensor.h"
@@ -27,19 +28,20 @@ nb::object keys_of(nb::handle token_ids, int32_t block_size, std::optional<std::
 }  // namespace
 
 void bind_chain_key(nb::module_& m) {
-  m.def("chain_keys", &keys_of, nb::arg("token_ids"), nb::arg("block_size"),
-        nb::arg("salt") = nb::none(),
-        nb::sig("def chain_keys(token_ids: numpy.typing.ArrayLike, block_size: int, "
-                "salt: str | None = None) -> numpy.typing.NDArray[numpy.uint8]"),
-        "The SHA-256 chain keys of the full blocks of int32 [n] tokens: uint8 [n // block_size, "
-        "32].\n\n"
-        "A key names a block and everything before it, the same in every process and on every\n"
-        "machine: key i is SHA256(key i-1 || the block's tokens, int32 little-endian); before\n"
-        "the first comes the root key, SHA256(b\"quire.chain_key.v1\\n\") without a salt and\n"
-        "SHA256(b\"quire.chain_key.v1\\nsalt=\" + salt) with one (UTF-8). Tokens behind the last\n"
-        "full block have no key. Raises ValueError for a block_size below 1.\n\n"
-        "Example::\n\n    keys = quire.chain_keys(prompt, block_size=16)\n"
-        "    store.put(keys[0], payload)");
+  def_named(
+      m, "chain_keys", &keys_of, nb::arg("token_ids"), nb::arg("block_size"),
+      nb::arg("salt") = nb::none(),
+      nb::sig("def chain_keys(token_ids: numpy.typing.ArrayLike, block_size: int, "
+              "salt: str | None = None) -> numpy.typing.NDArray[numpy.uint8]"),
+      "The SHA-256 chain keys of the full blocks of int32 [n] tokens: uint8 [n // block_size, "
+      "32].\n\n"
+      "A key names a block and everything before it, the same in every process and on every\n"
+      "machine: key i is SHA256(key i-1 || the block's tokens, int32 little-endian); before\n"
+      "the first comes the root key, SHA256(b\"quire.chain_key.v1\\n\") without a salt and\n"
+      "SHA256(b\"quire.chain_key.v1\\nsalt=\" + salt) with one (UTF-8). Tokens behind the last\n"
+      "full block have no key. Raises ValueError for a block_size below 1.\n\n"
+      "Example::\n\n    keys = quire.chain_keys(prompt, block_size=16)\n"
+      "    store.put(keys[0], payload)");
 }
 
 }  // namespace quire::python

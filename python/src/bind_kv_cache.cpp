@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "named.h"
 #include "quire/error.h"
 
 namespace quire::python {
@@ -156,23 +157,22 @@ nb::class_<PyManager> bind_manager(nb::module_& m) {
              "    batch = manager.step([seq], [seq.num_tokens - seq.num_computed_tokens])\n"
              "    ...                                # run the model on the batch\n"
              "    manager.commit([seq], sampled)     # int32 [1]")
-      .def(
-          "__init__",
-          [](PyManager* self, int32_t num_blocks, int32_t block_size, bool prefix_caching,
-             int32_t async_depth, std::string_view eviction, int32_t event_capacity,
-             int32_t num_host_blocks, std::vector<LayerGroup> groups) {
-            new (self) PyManager(
-                num_blocks, block_size, prefix_caching, async_depth,
-                {eviction_of(eviction), event_capacity, num_host_blocks, std::move(groups)});
-          },
-          nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("prefix_caching") = true,
-          nb::arg("async_depth") = 0, nb::kw_only(), nb::arg("eviction") = "lru",
-          nb::arg("event_capacity") = 0, nb::arg("num_host_blocks") = 0,
-          nb::arg("groups") = nb::list(),
-          nb::sig("def __init__(self, num_blocks: int, block_size: int, "
-                  "prefix_caching: bool = True, async_depth: int = 0, *, eviction: str = 'lru', "
-                  "event_capacity: int = 0, num_host_blocks: int = 0, "
-                  "groups: collections.abc.Sequence[LayerGroup] = ()) -> None"))
+      .def(named("__init__",
+                 [](PyManager* self, int32_t num_blocks, int32_t block_size, bool prefix_caching,
+                    int32_t async_depth, std::string_view eviction, int32_t event_capacity,
+                    int32_t num_host_blocks, std::vector<LayerGroup> groups) {
+                   new (self) PyManager(
+                       num_blocks, block_size, prefix_caching, async_depth,
+                       {eviction_of(eviction), event_capacity, num_host_blocks, std::move(groups)});
+                 }),
+           nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("prefix_caching") = true,
+           nb::arg("async_depth") = 0, nb::kw_only(), nb::arg("eviction") = "lru",
+           nb::arg("event_capacity") = 0, nb::arg("num_host_blocks") = 0,
+           nb::arg("groups") = nb::list(),
+           nb::sig("def __init__(self, num_blocks: int, block_size: int, "
+                   "prefix_caching: bool = True, async_depth: int = 0, *, eviction: str = 'lru', "
+                   "event_capacity: int = 0, num_host_blocks: int = 0, "
+                   "groups: collections.abc.Sequence[LayerGroup] = ()) -> None"))
       .def_prop_ro(
           "groups",
           [](const PyManager& p) {
@@ -201,8 +201,8 @@ nb::class_<PyManager> bind_manager(nb::module_& m) {
 
 void bind_sequence_methods(nb::class_<PyManager>& manager) {
   manager
-      .def("create", &create, nb::arg("token_ids"), nb::arg("salt") = nb::none(), nb::kw_only(),
-           nb::arg("priority") = 0, nb::arg("ttl") = nb::none(),
+      .def(named("create", &create), nb::arg("token_ids"), nb::arg("salt") = nb::none(),
+           nb::kw_only(), nb::arg("priority") = 0, nb::arg("ttl") = nb::none(),
            nb::sig("def create(self, token_ids: numpy.typing.ArrayLike, salt: str | None = None, "
                    "*, priority: int = 0, ttl: float | None = None) -> Sequence"),
            "A sequence of these tokens, int32 [n], that shares the cached prefix.\n\n"
@@ -215,53 +215,46 @@ void bind_sequence_methods(nb::class_<PyManager>& manager) {
            "Raises ValueError for no tokens, a priority outside 0 to 100, or a negative ttl.\n\n"
            "Example::\n\n    seq = manager.create(np.array([1, 2, 3], np.int32))")
       .def(
-          "fork", &fork, nb::arg("seq"),
+          named("fork", &fork), nb::arg("seq"),
+          nb::sig("def fork(self, seq: Sequence) -> Sequence"),
           "A sequence of the same tokens that shares every block with computed tokens.\n\n"
           "The first write into a shared partial block copies it: see StepBatch.copies. With a\n"
           "state group, raises ValueError between step and commit: the state may be the step's.\n\n"
           "Example::\n\n    child = manager.fork(seq)")
-      .def("fork", &fork_many, nb::arg("seq"), nb::arg("n"),
+      .def(named("fork", &fork_many), nb::arg("seq"), nb::arg("n"),
            nb::sig("def fork(self, seq: Sequence, n: int) -> list[Sequence]"),
            "n such sequences, at a cost that does not grow with their length.\n\n"
            "Raises ValueError for a negative n.\n\n"
            "Example::\n\n    beams = manager.fork(seq, 8)")
-      .def(
-          "truncate",
-          [](PyManager& self, const PySequence& seq, int64_t num_tokens) {
-            self.manager.truncate(seq.id, num_tokens);
-          },
-          nb::arg("seq"), nb::arg("num_tokens"),
-          "Keeps the first num_tokens tokens, 1 or more: the rest was rejected.\n\n"
-          "May come between step() and commit(). Where a layer group has given up what it needs\n"
-          "to go on from there, the sequence computes tokens again: num_computed_tokens falls.\n\n"
-          "Example::\n\n    manager.truncate(seq, seq.num_tokens - num_rejected)")
-      .def("match", &match, nb::arg("token_ids"), nb::arg("salt") = nb::none(),
+      .def(named("truncate", [](PyManager& self, const PySequence& seq,
+                                int64_t num_tokens) { self.manager.truncate(seq.id, num_tokens); }),
+           nb::arg("seq"), nb::arg("num_tokens"),
+           nb::sig("def truncate(self, seq: Sequence, num_tokens: int) -> None"),
+           "Keeps the first num_tokens tokens, 1 or more: the rest was rejected.\n\n"
+           "May come between step() and commit(). Where a layer group has given up what it needs\n"
+           "to go on from there, the sequence computes tokens again: num_computed_tokens falls.\n\n"
+           "Example::\n\n    manager.truncate(seq, seq.num_tokens - num_rejected)")
+      .def(named("match", &match), nb::arg("token_ids"), nb::arg("salt") = nb::none(),
            nb::sig("def match(self, token_ids: numpy.typing.ArrayLike, salt: str | None = None) "
                    "-> int"),
            "How many tokens create() would find cached; no side effect.\n\n"
            "Example::\n\n    hit = manager.match(prompt)")
-      .def(
-          "pin",
-          [](PyManager& self, nb::handle what, Salt salt) {
-            return change_pins(self, what, salt, true);
-          },
-          nb::arg("what"), nb::arg("salt") = nb::none(),
-          nb::sig("def pin(self, what: Sequence | numpy.typing.ArrayLike, "
-                  "salt: str | None = None) -> int"),
-          "Keeps cached blocks from eviction until they are unpinned as often.\n\n"
-          "`what`: a sequence, for its computed tokens, or the tokens of a prefix, int32 [n].\n"
-          "Returns how many tokens that are: those of the whole blocks that are cached.\n\n"
-          "Example::\n\n    manager.pin(system_prompt)")
-      .def(
-          "unpin",
-          [](PyManager& self, nb::handle what, Salt salt) {
-            return change_pins(self, what, salt, false);
-          },
-          nb::arg("what"), nb::arg("salt") = nb::none(),
-          nb::sig("def unpin(self, what: Sequence | numpy.typing.ArrayLike, "
-                  "salt: str | None = None) -> int"),
-          "Takes one pin() back; returns how many tokens were pinned.\n\n"
-          "Example::\n\n    manager.unpin(system_prompt)");
+      .def(named("pin", [](PyManager& self, nb::handle what,
+                           Salt salt) { return change_pins(self, what, salt, true); }),
+           nb::arg("what"), nb::arg("salt") = nb::none(),
+           nb::sig("def pin(self, what: Sequence | numpy.typing.ArrayLike, "
+                   "salt: str | None = None) -> int"),
+           "Keeps cached blocks from eviction until they are unpinned as often.\n\n"
+           "`what`: a sequence, for its computed tokens, or the tokens of a prefix, int32 [n].\n"
+           "Returns how many tokens that are: those of the whole blocks that are cached.\n\n"
+           "Example::\n\n    manager.pin(system_prompt)")
+      .def(named("unpin", [](PyManager& self, nb::handle what,
+                             Salt salt) { return change_pins(self, what, salt, false); }),
+           nb::arg("what"), nb::arg("salt") = nb::none(),
+           nb::sig("def unpin(self, what: Sequence | numpy.typing.ArrayLike, "
+                   "salt: str | None = None) -> int"),
+           "Takes one pin() back; returns how many tokens were pinned.\n\n"
+           "Example::\n\n    manager.unpin(system_prompt)");
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "kv_cache.h"
+#include "named.h"
 #include "quire/error.h"
 
 namespace quire::python {
@@ -196,16 +197,15 @@ void bind_step_batch(nb::module_& m) {
 
 void bind_kv_steps(nb::class_<PyManager>& manager) {
   manager
-      .def(
-          "free",
-          [](PyManager& self, nb::handle seqs) { self.manager.free(SeqsArg("free", seqs)); },
-          nb::arg("seqs"),
-          nb::sig("def free(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64]) -> "
-                  "None"),
-          "Ends sequences; what they computed stays cached as long as there is room.\n\n"
-          "Raises ValueError for a sequence that was freed before, or is named twice.\n\n"
-          "Example::\n\n    manager.free([seq])")
-      .def("step", &step, nb::arg("seqs"), nb::arg("num_new_tokens"), nb::kw_only(),
+      .def(named("free", [](PyManager& self,
+                            nb::handle seqs) { self.manager.free(SeqsArg("free", seqs)); }),
+           nb::arg("seqs"),
+           nb::sig("def free(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64]) -> "
+                   "None"),
+           "Ends sequences; what they computed stays cached as long as there is room.\n\n"
+           "Raises ValueError for a sequence that was freed before, or is named twice.\n\n"
+           "Example::\n\n    manager.free([seq])")
+      .def(named("step", &step), nb::arg("seqs"), nb::arg("num_new_tokens"), nb::kw_only(),
            nb::arg("lookahead") = 0,
            nb::sig("def step(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64], "
                    "num_new_tokens: numpy.typing.ArrayLike, *, lookahead: int = 0) -> "
@@ -217,7 +217,7 @@ void bind_kv_steps(nb::class_<PyManager>& manager) {
            "plans the same tokens again. Raises ValueError for a freed sequence, one named\n"
            "twice, or a count that is negative or beyond the known tokens.\n\n"
            "Example::\n\n    batch = manager.step(seqs, np.ones(len(seqs), np.int32))")
-      .def("commit", &commit, nb::arg("seqs"), nb::arg("sampled") = nb::none(),
+      .def(named("commit", &commit), nb::arg("seqs"), nb::arg("sampled") = nb::none(),
            nb::sig("def commit(self, seqs: list[Sequence] | numpy.typing.NDArray[numpy.int64], "
                    "sampled: numpy.typing.ArrayLike | list[numpy.typing.ArrayLike] | None = None) "
                    "-> None"),
@@ -226,13 +226,12 @@ void bind_kv_steps(nb::class_<PyManager>& manager) {
            "Raises ValueError for a wrong length, or tokens for a sequence whose step left\n"
            "known tokens to compute.\n\n"
            "Example::\n\n    manager.commit(seqs, logits.argmax(-1).astype(np.int32))")
-      .def(
-          "retire", [](PyManager& self, int64_t ticket) { self.manager.retire(ticket); },
-          nb::arg("ticket"),
-          "The step of this ticket and all before it have run; needs async_depth > 0.\n\n"
-          "Blocks freed or copied from meanwhile rejoin the pool. Raises ValueError for a\n"
-          "ticket that was retired or never given.\n\n"
-          "Example::\n\n    manager.retire(batch.ticket)")
+      .def(named("retire", [](PyManager& self, int64_t ticket) { self.manager.retire(ticket); }),
+           nb::arg("ticket"), nb::sig("def retire(self, ticket: int) -> None"),
+           "The step of this ticket and all before it have run; needs async_depth > 0.\n\n"
+           "Blocks freed or copied from meanwhile rejoin the pool. Raises ValueError for a\n"
+           "ticket that was retired or never given.\n\n"
+           "Example::\n\n    manager.retire(batch.ticket)")
       .def("group_stats", &group_stats, nb::sig("def group_stats(self) -> list[dict[str, int]]"),
            "Blocks of each layer group: used_blocks, that sequences hold, and cached_blocks, that\n"
            "nobody holds.\n\n"

@@ -7,6 +7,7 @@
 #include <system_error>
 
 #include "kv_store.h"
+#include "named.h"
 #include "quire/error.h"
 
 namespace quire::python {
@@ -127,33 +128,33 @@ void bind_store(nb::module_& m) {
       "Example::\n\n    store = quire.HostStore(capacity_bytes=8 << 30, block_bytes=block.nbytes)\n"
       "    key = quire.chain_keys(prompt, block_size=16)[0]\n    ticket = store.put(key, block)")
       .def(
-          "put", &put, nb::arg("key"), nb::arg("payload"),
+          named("put", &put), nb::arg("key"), nb::arg("payload"),
           nb::sig("def put(self, key: typing.Any, payload: typing.Any) -> KVTicket | None"),
           "Stores a payload, block_bytes bytes of a contiguous buffer, under a key of 32 bytes.\n\n"
           "None: the queue is full and nothing has changed. The payload must not change while\n"
           "the ticket is pending. A key that is there keeps its block. Raises ValueError for a\n"
           "wrong size, TypeError for what is no contiguous buffer.\n\n"
           "Example::\n\n    ticket = store.put(keys[0], block)")
-      .def("get", &get, nb::arg("key"), nb::arg("out"),
+      .def(named("get", &get), nb::arg("key"), nb::arg("out"),
            nb::sig("def get(self, key: typing.Any, out: typing.Any) -> KVTicket | None"),
            "Fills `out`, block_bytes bytes of a writable contiguous buffer, with a payload.\n\n"
            "None: the queue is full. Unless the outcome is \"done\", `out` may hold anything.\n"
            "Gets do not wait for puts that wait.\n\n"
            "Example::\n\n    store.get(keys[0], out).wait()")
-      .def(
-          "contains",
-          [](const PyStore& s, nb::handle key) {
-            return s.store->contains(parse_key(key, "contains: key"));
-          },
-          nb::arg("key"), nb::sig("def contains(self, key: typing.Any) -> bool"),
-          "Whether a put of this key has completed, and the block is still there.\n\n"
-          "Example::\n\n    store.contains(keys[0])")
-      .def(
-          "erase",
-          [](PyStore& s, nb::handle key) { return s.store->erase(parse_key(key, "erase: key")); },
-          nb::arg("key"), nb::sig("def erase(self, key: typing.Any) -> bool"),
-          "Gives a block up; False if it was not there. A put that waits is not undone.\n\n"
-          "Example::\n\n    store.erase(keys[0])")
+      .def(named("contains",
+                 [](const PyStore& s, nb::handle key) {
+                   return s.store->contains(parse_key(key, "contains: key"));
+                 }),
+           nb::arg("key"), nb::sig("def contains(self, key: typing.Any) -> bool"),
+           "Whether a put of this key has completed, and the block is still there.\n\n"
+           "Example::\n\n    store.contains(keys[0])")
+      .def(named("erase",
+                 [](PyStore& s, nb::handle key) {
+                   return s.store->erase(parse_key(key, "erase: key"));
+                 }),
+           nb::arg("key"), nb::sig("def erase(self, key: typing.Any) -> bool"),
+           "Gives a block up; False if it was not there. A put that waits is not undone.\n\n"
+           "Example::\n\n    store.erase(keys[0])")
       .def(
           "drain", [](PyStore& s) { s.store->drain(); }, nb::call_guard<nb::gil_scoped_release>(),
           "Waits until every request taken so far has completed.\n\n"
@@ -177,12 +178,15 @@ void bind_stores(nb::module_& m) {
       "Blocks in host memory; the least recently used are given up beyond capacity_bytes.\n\n"
       "Up to max_pending gets and as many puts may wait. Raises ValueError unless a block fits.\n\n"
       "Example::\n\n    store = quire.HostStore(capacity_bytes=8 << 30, block_bytes=2 << 20)")
-      .def(
-          "__init__",
-          [](PyHostStore* self, int64_t capacity_bytes, int64_t block_bytes, int32_t max_pending) {
-            new (self) PyHostStore{{make_host_store({capacity_bytes, block_bytes, max_pending})}};
-          },
-          nb::arg("capacity_bytes"), nb::arg("block_bytes"), nb::arg("max_pending") = 64);
+      .def(named("__init__",
+                 [](PyHostStore* self, int64_t capacity_bytes, int64_t block_bytes,
+                    int32_t max_pending) {
+                   new (self)
+                       PyHostStore{{make_host_store({capacity_bytes, block_bytes, max_pending})}};
+                 }),
+           nb::arg("capacity_bytes"), nb::arg("block_bytes"), nb::arg("max_pending") = 64,
+           nb::sig("def __init__(self, capacity_bytes: int, block_bytes: int, max_pending: int = "
+                   "64) -> None"));
   nb::class_<PyFileStore, PyStore>(
       m, "FileStore",
       "Blocks in a directory of checksummed files, found again by the next process.\n\n"
@@ -192,15 +196,16 @@ void bind_stores(nb::module_& m) {
       "or identity or one in use, OSError for one that can't be used.\n\n"
       "Example::\n\n    store = quire.FileStore(\"kv\", capacity_bytes=100 << 30,\n"
       "                            block_bytes=2 << 20, identity=\"llama-3-8b bf16\")")
-      .def(
-          "__init__",
-          [](PyFileStore* self, std::string path, int64_t capacity_bytes, int64_t block_bytes,
-             std::string identity, int32_t max_pending) {
-            new (self) PyFileStore{
-                {open_file_store({path, capacity_bytes, block_bytes, identity, max_pending})}};
-          },
-          nb::arg("path"), nb::arg("capacity_bytes"), nb::arg("block_bytes"),
-          nb::arg("identity") = "", nb::arg("max_pending") = 64);
+      .def(named("__init__",
+                 [](PyFileStore* self, std::string path, int64_t capacity_bytes,
+                    int64_t block_bytes, std::string identity, int32_t max_pending) {
+                   new (self) PyFileStore{{open_file_store(
+                       {path, capacity_bytes, block_bytes, identity, max_pending})}};
+                 }),
+           nb::arg("path"), nb::arg("capacity_bytes"), nb::arg("block_bytes"),
+           nb::arg("identity") = "", nb::arg("max_pending") = 64,
+           nb::sig("def __init__(self, path: str, capacity_bytes: int, block_bytes: int, identity: "
+                   "str = '', max_pending: int = 64) -> None"));
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 
 #include "kv_cache.h"
 #include "kv_store.h"
+#include "named.h"
 #include "quire/error.h"
 
 namespace quire::python {
@@ -119,14 +120,6 @@ void bind_reports(nb::class_<PyManager>& manager) {
           "The whole state as JSON, but for attached stores and events.\n\n"
           "Raises ValueError while a fetch is under way.\n\n"
           "Example::\n\n    path.write_text(manager.snapshot())")
-      .def_static(
-          "restore", [](std::string_view snapshot) { return new PyManager(snapshot); },
-          nb::arg("snapshot"), nb::rv_policy::take_ownership,
-          nb::sig("def restore(snapshot: str) -> KVCacheManager"),
-          "A manager that goes on where the one of the snapshot was, with the same block ids.\n\n"
-          "Its sequences are in sequences(). Where it keeps events, the first ones name what is\n"
-          "cached. Raises ValueError for what is no consistent snapshot.\n\n"
-          "Example::\n\n    manager = quire.KVCacheManager.restore(path.read_text())")
       .def(
           "sequences",
           [](nb::handle_t<PyManager> self) {
@@ -139,6 +132,14 @@ void bind_reports(nb::class_<PyManager>& manager) {
           nb::sig("def sequences(self) -> list[Sequence]"),
           "All sequences that were not freed, in no order.\n\n"
           "Example::\n\n    manager.free(manager.sequences())");
+  def_named(
+      manager, "restore", [](std::string_view snapshot) { return new PyManager(snapshot); },
+      nb::arg("snapshot"), nb::rv_policy::take_ownership,
+      nb::sig("def restore(snapshot: str) -> KVCacheManager"),
+      "A manager that goes on where the one of the snapshot was, with the same block ids.\n\n"
+      "Its sequences are in sequences(). Where it keeps events, the first ones name what is\n"
+      "cached. Raises ValueError for what is no consistent snapshot.\n\n"
+      "Example::\n\n    manager = quire.KVCacheManager.restore(path.read_text())");
 }
 
 void bind_transfers(nb::class_<PyManager>& manager) {
@@ -149,14 +150,15 @@ void bind_transfers(nb::class_<PyManager>& manager) {
           "For new weights, or what must not stay. Events say \"removed\", no store is offered\n"
           "them. What is in use stays findable, and stores keep what they have.\n\n"
           "Example::\n\n    manager.free(manager.sequences())\n    manager.clear_cache()")
+      .def(named("set_time", [](PyManager& self, int64_t ns) { self.manager.set_time(ns); }),
+           nb::arg("ns"), nb::sig("def set_time(self, ns: int) -> None"),
+           "Counts times to live from and to this time, in ns, and not the system's any more.\n\n"
+           "For tests, and for logs that have to run again as they ran. Raises ValueError outside\n"
+           "0 to 2^60.\n\n"
+           "Example::\n\n    manager.set_time(5_000_000_000)")
       .def(
-          "set_time", [](PyManager& self, int64_t ns) { self.manager.set_time(ns); }, nb::arg("ns"),
-          "Counts times to live from and to this time, in ns, and not the system's any more.\n\n"
-          "For tests, and for logs that have to run again as they ran. Raises ValueError outside\n"
-          "0 to 2^60.\n\n"
-          "Example::\n\n    manager.set_time(5_000_000_000)")
-      .def(
-          "attach_store", [](PyManager& self, PyStore& s) { self.manager.attach_store(*s.store); },
+          named("attach_store",
+                [](PyManager& self, PyStore& s) { self.manager.attach_store(*s.store); }),
           nb::arg("store"), nb::keep_alive<1, 2>(),
           nb::sig("def attach_store(self, store: KVStore) -> None"),
           "Where fetch() looks and evicted blocks may go; the nearest first, one a tier.\n\n"
@@ -171,8 +173,8 @@ void bind_transfers(nb::class_<PyManager>& manager) {
           "once.\n\n"
           "Example::\n\n    for transfer in manager.take_offloads():\n        ...")
       .def(
-          "fetch",
-          [](PyManager& self, const PySequence& s) { return list_of(self.manager.fetch(s.id)); },
+          named("fetch", [](PyManager& self,
+                            const PySequence& s) { return list_of(self.manager.fetch(s.id)); }),
           nb::arg("seq"), nb::sig("def fetch(self, seq: Sequence) -> list[KVTransfer] | None"),
           "Gives a sequence blocks for what stores hold of its tokens behind the computed ones.\n\n"
           "The transfers, in order, are to be got from the store of their tier; then fetched()\n"
@@ -182,44 +184,43 @@ void bind_transfers(nb::class_<PyManager>& manager) {
           "changed.\n"
           "Raises ValueError after a step without commit.\n\n"
           "Example::\n\n    loads = manager.fetch(seq)")
-      .def(
-          "fetched",
-          [](PyManager& self, const PySequence& s, int32_t n) { self.manager.fetched(s.id, n); },
-          nb::arg("seq"), nb::arg("num_blocks"),
-          "The first num_blocks blocks of a fetch() hold their KV; the others are given back.\n\n"
-          "What these make complete is computed now; of several layer groups that may be less.\n\n"
-          "Example::\n\n    manager.fetched(seq, len(loads))")
-      .def(
-          "swap_out",
-          [](PyManager& self, const PySequence& s) {
-            return pairs_of(self.manager.swap_out(s.id));
-          },
-          nb::arg("seq"),
-          nb::sig("def swap_out(self, seq: Sequence) -> "
-                  "numpy.typing.NDArray[numpy.int32] | None"),
-          "Moves a sequence to host memory: (block, host block) to copy, int32 [n, 2].\n\n"
-          "It holds no block of the pool until swap_in(). Of a window or a chunk that a layer "
-          "group\n"
-          "reads, its blocks alone. None when there are too few host blocks: then nothing has\n"
-          "changed. With a state group, raises ValueError between step and commit.\n\n"
-          "Example::\n\n    quire.swap_blocks(cache, host_cache, manager.swap_out(seq))")
-      .def(
-          "swap_in",
-          [](PyManager& self, const PySequence& s) { return pairs_of(self.manager.swap_in(s.id)); },
-          nb::arg("seq"),
-          nb::sig("def swap_in(self, seq: Sequence) -> "
-                  "numpy.typing.NDArray[numpy.int32] | None"),
-          "Brings a sequence back: (host block, block) to copy, int32 [n, 2], all or nothing.\n\n"
-          "What the prefix cache still has needs no copy. None when out of blocks.\n\n"
-          "Example::\n\n    quire.swap_blocks(host_cache, cache, manager.swap_in(seq))")
-      .def(
-          "is_swapped_out",
-          [](const PyManager& self, const PySequence& s) {
-            return self.manager.is_swapped_out(s.id);
-          },
-          nb::arg("seq"),
-          "Whether a sequence waits in host memory.\n\n"
-          "Example::\n\n    manager.is_swapped_out(seq)");
+      .def(named("fetched", [](PyManager& self, const PySequence& s,
+                               int32_t n) { self.manager.fetched(s.id, n); }),
+           nb::arg("seq"), nb::arg("num_blocks"),
+           nb::sig("def fetched(self, seq: Sequence, num_blocks: int) -> None"),
+           "The first num_blocks blocks of a fetch() hold their KV; the others are given back.\n\n"
+           "What these make complete is computed now; of several layer groups that may be less.\n\n"
+           "Example::\n\n    manager.fetched(seq, len(loads))")
+      .def(named("swap_out",
+                 [](PyManager& self, const PySequence& s) {
+                   return pairs_of(self.manager.swap_out(s.id));
+                 }),
+           nb::arg("seq"),
+           nb::sig("def swap_out(self, seq: Sequence) -> "
+                   "numpy.typing.NDArray[numpy.int32] | None"),
+           "Moves a sequence to host memory: (block, host block) to copy, int32 [n, 2].\n\n"
+           "It holds no block of the pool until swap_in(). Of a window or a chunk that a layer "
+           "group\n"
+           "reads, its blocks alone. None when there are too few host blocks: then nothing has\n"
+           "changed. With a state group, raises ValueError between step and commit.\n\n"
+           "Example::\n\n    quire.swap_blocks(cache, host_cache, manager.swap_out(seq))")
+      .def(named("swap_in",
+                 [](PyManager& self, const PySequence& s) {
+                   return pairs_of(self.manager.swap_in(s.id));
+                 }),
+           nb::arg("seq"),
+           nb::sig("def swap_in(self, seq: Sequence) -> "
+                   "numpy.typing.NDArray[numpy.int32] | None"),
+           "Brings a sequence back: (host block, block) to copy, int32 [n, 2], all or nothing.\n\n"
+           "What the prefix cache still has needs no copy. None when out of blocks.\n\n"
+           "Example::\n\n    quire.swap_blocks(host_cache, cache, manager.swap_in(seq))")
+      .def(named("is_swapped_out",
+                 [](const PyManager& self, const PySequence& s) {
+                   return self.manager.is_swapped_out(s.id);
+                 }),
+           nb::arg("seq"), nb::sig("def is_swapped_out(self, seq: Sequence) -> bool"),
+           "Whether a sequence waits in host memory.\n\n"
+           "Example::\n\n    manager.is_swapped_out(seq)");
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "kv_cache.h"
+#include "named.h"
 #include "quire/error.h"
 
 namespace quire::python {
@@ -73,17 +74,16 @@ void bind_layer_groups(nb::module_& m) {
       "    manager = quire.KVCacheManager(4096, 16, groups=[quire.LayerGroup(), local])\n"
       "    batch = manager.step(seqs, counts)\n"
       "    batch.groups[1].block_table        # of the windowed layers")
-      .def(
-          "__init__",
-          [](LayerGroup* self, std::string_view kind, std::optional<int32_t> window,
-             std::optional<int32_t> chunk) {
-            new (self) LayerGroup(make_group(kind, window, chunk));
-          },
-          nb::arg("kind") = "full", nb::kw_only(), nb::arg("window") = nb::none(),
-          nb::arg("chunk") = nb::none(),
-          nb::sig("def __init__(self, kind: typing.Literal['full', 'sliding_window', "
-                  "'chunked_local', 'state'] = 'full', *, window: int | None = None, "
-                  "chunk: int | None = None) -> None"))
+      .def(named("__init__",
+                 [](LayerGroup* self, std::string_view kind, std::optional<int32_t> window,
+                    std::optional<int32_t> chunk) {
+                   new (self) LayerGroup(make_group(kind, window, chunk));
+                 }),
+           nb::arg("kind") = "full", nb::kw_only(), nb::arg("window") = nb::none(),
+           nb::arg("chunk") = nb::none(),
+           nb::sig("def __init__(self, kind: typing.Literal['full', 'sliding_window', "
+                   "'chunked_local', 'state'] = 'full', *, window: int | None = None, "
+                   "chunk: int | None = None) -> None"))
       .def_prop_ro("kind", &name_of, "full, sliding_window, chunked_local or state.")
       .def_prop_ro(
           "window", [](const LayerGroup& g) { return size_if(g, Kind::kSlidingWindow); },

@@ -7,6 +7,7 @@
 #include <nanobind/stl/string_view.h>
 
 #include "kv_cache.h"
+#include "named.h"
 #include "quire/error.h"
 
 namespace quire::python {
@@ -150,16 +151,18 @@ void bind_preemption_costs(nb::module_& m) {
       "Example::\n\n"
       "    costs = quire.PreemptionCosts(seconds_per_token=1e-4, bytes_per_second=5e10,\n"
       "                                  bytes_per_block=cache.block_bytes)")
-      .def(
-          "__init__",
-          [](PreemptionCosts* self, double seconds_per_token, double seconds_per_token_pair,
-             double bytes_per_second, double seconds_per_swap, int64_t bytes_per_block) {
-            new (self) PreemptionCosts{seconds_per_token, seconds_per_token_pair, bytes_per_second,
-                                       seconds_per_swap, bytes_per_block};
-          },
-          nb::kw_only(), nb::arg("seconds_per_token") = 0.0,
-          nb::arg("seconds_per_token_pair") = 0.0, nb::arg("bytes_per_second") = 0.0,
-          nb::arg("seconds_per_swap") = 0.0, nb::arg("bytes_per_block") = 0)
+      .def(named("__init__",
+                 [](PreemptionCosts* self, double seconds_per_token, double seconds_per_token_pair,
+                    double bytes_per_second, double seconds_per_swap, int64_t bytes_per_block) {
+                   new (self) PreemptionCosts{seconds_per_token, seconds_per_token_pair,
+                                              bytes_per_second, seconds_per_swap, bytes_per_block};
+                 }),
+           nb::kw_only(), nb::arg("seconds_per_token") = 0.0,
+           nb::arg("seconds_per_token_pair") = 0.0, nb::arg("bytes_per_second") = 0.0,
+           nb::arg("seconds_per_swap") = 0.0, nb::arg("bytes_per_block") = 0,
+           nb::sig("def __init__(self, *, seconds_per_token: float = 0.0, seconds_per_token_pair: "
+                   "float = 0.0, bytes_per_second: float = 0.0, seconds_per_swap: float = 0.0, "
+                   "bytes_per_block: int = 0) -> None"))
       .def_ro("seconds_per_token", &PreemptionCosts::seconds_per_token)
       .def_ro("seconds_per_token_pair", &PreemptionCosts::seconds_per_token_pair)
       .def_ro("bytes_per_second", &PreemptionCosts::bytes_per_second)
@@ -192,26 +195,28 @@ void bind_scheduler(nb::module_& m) {
       "    while (batch := scheduler.schedule()) is not None:\n"
       "        scheduler.commit(model(batch))     # int32, a token for each of batch.sampling");
   scheduler
+      .def(named("__init__",
+                 [](PyScheduler* self, nb::handle_t<PyManager> manager, int32_t max_tokens_per_step,
+                    int32_t max_seqs, double watermark, int32_t prefix_window,
+                    int32_t max_overtakes, const std::optional<PreemptionCosts>& preemption) {
+                   new (self) PyScheduler(manager,
+                                          {max_tokens_per_step, max_seqs, watermark, prefix_window,
+                                           max_overtakes, preemption.value_or(PreemptionCosts{})});
+                 }),
+           nb::arg("manager"), nb::kw_only(), nb::arg("max_tokens_per_step") = 2048,
+           nb::arg("max_seqs") = 256, nb::arg("watermark") = 0.01, nb::arg("prefix_window") = 1,
+           nb::arg("max_overtakes") = 256, nb::arg("preemption") = nb::none(),
+           nb::sig("def __init__(self, manager: KVCacheManager, *, max_tokens_per_step: int = "
+                   "2048, max_seqs: int = 256, watermark: float = 0.01, prefix_window: int = 1, "
+                   "max_overtakes: int = 256, preemption: PreemptionCosts | None = None) -> None"))
       .def(
-          "__init__",
-          [](PyScheduler* self, nb::handle_t<PyManager> manager, int32_t max_tokens_per_step,
-             int32_t max_seqs, double watermark, int32_t prefix_window, int32_t max_overtakes,
-             const std::optional<PreemptionCosts>& preemption) {
-            new (self)
-                PyScheduler(manager, {max_tokens_per_step, max_seqs, watermark, prefix_window,
-                                      max_overtakes, preemption.value_or(PreemptionCosts{})});
-          },
-          nb::arg("manager"), nb::kw_only(), nb::arg("max_tokens_per_step") = 2048,
-          nb::arg("max_seqs") = 256, nb::arg("watermark") = 0.01, nb::arg("prefix_window") = 1,
-          nb::arg("max_overtakes") = 256, nb::arg("preemption") = nb::none())
-      .def(
-          "add",
-          [](PyScheduler& self, nb::handle token_ids, int32_t max_new_tokens, Salt salt,
-             int32_t priority, std::string_view tenant) {
-            const Int32Arg tokens(token_ids, "add: token_ids");
-            return self.scheduler.add({tokens.data(), tokens.size()}, max_new_tokens, salt,
-                                      {priority, tenant});
-          },
+          named("add",
+                [](PyScheduler& self, nb::handle token_ids, int32_t max_new_tokens, Salt salt,
+                   int32_t priority, std::string_view tenant) {
+                  const Int32Arg tokens(token_ids, "add: token_ids");
+                  return self.scheduler.add({tokens.data(), tokens.size()}, max_new_tokens, salt,
+                                            {priority, tenant});
+                }),
           nb::arg("token_ids"), nb::arg("max_new_tokens"), nb::arg("salt") = nb::none(),
           nb::kw_only(), nb::arg("priority") = 0, nb::arg("tenant") = "",
           nb::sig("def add(self, token_ids: numpy.typing.ArrayLike, max_new_tokens: int, "
@@ -227,19 +232,18 @@ void bind_scheduler(nb::module_& m) {
            "to come back through KVCacheManager.retire(). Raises ValueError if the batch before\n"
            "was not committed.\n\n"
            "Example::\n\n    batch = scheduler.schedule()")
-      .def("commit", &commit, nb::arg("sampled"),
+      .def(named("commit", &commit), nb::arg("sampled"),
            nb::sig("def commit(self, sampled: numpy.typing.ArrayLike) -> list[int]"),
            "The step has run; `sampled` int32 [m] are its new tokens in the order of "
            "batch.sampling.\n\n"
            "Returns the ids of requests that have reached max_new_tokens. Raises ValueError for\n"
            "a wrong length.\n\n"
            "Example::\n\n    finished = scheduler.commit(sampled)")
-      .def(
-          "finish", [](PyScheduler& self, int32_t id) { self.scheduler.finish(id); },
-          nb::arg("request_id"),
-          "Ends a request early, in any state; no effect on one that has ended.\n\n"
-          "Raises ValueError for an id that add() never returned.\n\n"
-          "Example::\n\n    scheduler.finish(request_id)");
+      .def(named("finish", [](PyScheduler& self, int32_t id) { self.scheduler.finish(id); }),
+           nb::arg("request_id"), nb::sig("def finish(self, request_id: int) -> None"),
+           "Ends a request early, in any state; no effect on one that has ended.\n\n"
+           "Raises ValueError for an id that add() never returned.\n\n"
+           "Example::\n\n    scheduler.finish(request_id)");
   bind_state(scheduler);
 }
 

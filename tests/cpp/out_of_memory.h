@@ -136,7 +136,10 @@ class Short {
     attempt([&] { manager_.detach(seq); });
   }
   const quire::StepBatch* step(Seqs seqs, Tokens counts, int32_t lookahead = 0) {
-    return attempt([&] { return manager_.step(seqs, counts, lookahead); });
+    const quire::StepBatch* const batch =
+        attempt([&] { return manager_.step(seqs, counts, lookahead); });
+    if (batch) list_changes();
+    return batch;
   }
   void commit(Seqs seqs, Tokens sampled, Tokens num_sampled) {
     attempt([&] { manager_.commit(seqs, sampled, num_sampled); });
@@ -176,6 +179,13 @@ class Short {
   }
 
  private:
+  // Of the latest step, for which it has taken the memory: no allocation works meanwhile.
+  void list_changes() {
+    allocations_left = 0;
+    for (int32_t group = 0; group < manager_.num_groups(); ++group) manager_.batch(group).changes();
+    allocations_left = -1;
+  }
+
   quire::KVCacheManager& manager_;
   std::vector<quire::KVTransfer> offloads_;
   int64_t num_events_ = 0;

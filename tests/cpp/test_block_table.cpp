@@ -98,7 +98,7 @@ TEST_CASE("a row is rewritten only where its table has changed") {
 TEST_CASE("a batch of two sequences that change rows") {
   StepBatch batch;
   BlockTable a = table_of({1, 2}), b = table_of({5, 6, 7});
-  batch.begin(1, {2, 3, 3, 0});
+  batch.begin(1, {2, 3, 3, 0, 5});
   batch.add_row(11, a, 5, 7, 7);
   batch.add_row(22, b, 8, 9, 9);
   const auto stride = static_cast<int32_t>(batch.block_table_stride());
@@ -111,14 +111,14 @@ TEST_CASE("a batch of two sequences that change rows") {
   CHECK(batch.slot_mapping()[0] == 9);
   CHECK(batch.slot_mapping()[2] == 28);
 
-  batch.begin(2, {2, 3, 2, 0});
+  batch.begin(2, {2, 3, 2, 0, 5});
   batch.add_row(22, b, 9, 10, 10);
   batch.add_row(11, a, 7, 8, 8);
   CHECK(row_of(batch, 0, 3) == Ids{5, 6, 7});
   CHECK(row_of(batch, 1, 2) == Ids{1, 2});
 
   a.replace(0, 4);
-  batch.begin(3, {2, 3, 2, 0});
+  batch.begin(3, {2, 3, 2, 0, 5});
   batch.add_row(11, a, 7, 8, 8);  // row 0 held it once, before it changed
   batch.add_row(22, b, 9, 10, 10);
   CHECK(row_of(batch, 0, 2) == Ids{4, 2});
@@ -137,12 +137,12 @@ TEST_CASE("a batch of two sequences that change rows") {
 TEST_CASE("growing keeps the memory that others look at, and every row right") {
   StepBatch batch;
   BlockTable a = table_of({1, 2});
-  batch.begin(1, {1, 2, 1, 1});
+  batch.begin(1, {1, 2, 1, 1, 2});
   batch.add_copy(3, 4);
   batch.add_row(11, a, 4, 5, 5);
   const auto view = batch.block_table().owner();
   for (int32_t i = 0; i < 100; ++i) a.append(10 + i);
-  batch.begin(2, {1, 102, 400, 0});
+  batch.begin(2, {1, 102, 400, 0, 102});
   CHECK(batch.copies().size() == 0);
   batch.add_row(11, a, 5, 405, 405);
   CHECK(batch.changes().size() == 2 * 102);

@@ -51,7 +51,9 @@ class ChangingStore final : public KVStore {
  public:
   explicit ChangingStore(CacheTier tier) : tier_(tier) {}
   void change() { ++epoch_; }
-  bool contains(const ChainKey& key) const override { return (key.bytes[0] + epoch_) % 3 > 0; }
+  bool contains(const ChainKey& key) const noexcept override {
+    return (key.bytes[0] + epoch_) % 3 > 0;
+  }
   CacheTier tier() const override { return tier_; }
   std::shared_ptr<KVTicket> put(const ChainKey&, std::span<const std::byte>, OnDone) override {
     return nullptr;

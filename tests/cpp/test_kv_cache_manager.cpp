@@ -1,95 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The manager, driven through a toy engine whose KV of a token is the token itself: whatever a
-// sequence's slots hold must read back as its tokens. Scenarios of prefix caching, fork, rollback,
-// isolation, leaks and steps in flight.
+// The manager, driven through a toy engine: prefix caching, batches and chunks, isolation, leaks,
+// wrong arguments.
 #include <doctest/doctest.h>
 
-#include <algorithm>
-#include <numeric>
 #include <vector>
 
+#include "kv_engine.h"
 #include "quire/error.h"
-#include "quire/kv_cache_manager.h"
 
+using namespace kv_engine;
 using quire::InvalidArgument;
-using quire::KVCacheManager;
-using quire::SequenceId;
-using quire::StepBatch;
-using Ids = std::vector<int32_t>;
-
-namespace {
-
-Ids range(int32_t first, int32_t count) {
-  Ids tokens(count);
-  std::iota(tokens.begin(), tokens.end(), first);
-  return tokens;
-}
-
-struct Engine {
-  KVCacheManager manager;
-  std::vector<int32_t> kv;  // [num_blocks * block_size] a token each
-
-  Engine(int32_t num_blocks, int32_t block_size, bool prefix_caching = true, int32_t depth = 0)
-      : manager(num_blocks, block_size, prefix_caching, depth),
-        kv(size_t(num_blocks) * block_size, -1) {}
-
-  Ids blocks(SequenceId seq) const { return manager.block_table(seq); }
-
-  // What the model's append_kv and copy_blocks would do.
-  void write(const StepBatch& batch, const std::vector<SequenceId>& seqs) {
-    const int32_t size = manager.allocator().block_size();
-    for (size_t i = 0; i < batch.copies().size(); i += 2)
-      std::copy_n(&kv[int64_t{batch.copies()[i]} * size], size,
-                  &kv[int64_t{batch.copies()[i + 1]} * size]);
-    for (size_t i = 0; i < seqs.size(); ++i) {
-      const auto pending = manager.pending_tokens(seqs[i]);
-      const int64_t computed = manager.num_computed_tokens(seqs[i]);
-      for (int32_t t = batch.cu_seqlens_q()[i]; t < batch.cu_seqlens_q()[i + 1]; ++t)
-        kv[batch.slot_mapping()[t]] = pending[batch.positions()[t] - computed];
-    }
-  }
-
-  bool step(const std::vector<SequenceId>& seqs, const Ids& counts) {
-    const StepBatch* batch = manager.step(seqs, counts);
-    if (batch) write(*batch, seqs);
-    manager.validate();
-    return batch != nullptr;
-  }
-
-  void commit(const std::vector<SequenceId>& seqs, const Ids& sampled = {}) {
-    manager.commit(seqs, sampled);
-    for (SequenceId seq : seqs) check(seq);
-  }
-
-  // Computes all known tokens, then appends `sampled`.
-  void run(SequenceId seq, const Ids& sampled = {}) {
-    const auto left = manager.num_tokens(seq) - manager.num_computed_tokens(seq);
-    REQUIRE(step({seq}, {static_cast<int32_t>(left)}));
-    manager.commit({&seq, 1}, sampled, Ids{static_cast<int32_t>(sampled.size())});
-    check(seq);
-  }
-
-  SequenceId start(const Ids& prompt, quire::Salt salt = {}) {
-    const SequenceId seq = manager.create(prompt, salt);
-    run(seq);
-    return seq;
-  }
-
-  void free(SequenceId seq) {
-    manager.free({&seq, 1});
-    manager.validate();
-  }
-
-  void check(SequenceId seq) const {
-    manager.validate();
-    const int32_t size = manager.allocator().block_size();
-    const Ids ids = blocks(seq), tokens = manager.tokens(seq);
-    for (int64_t t = 0; t < manager.num_computed_tokens(seq); ++t)
-      REQUIRE(kv[int64_t{ids[t / size]} * size + t % size] == tokens[t]);
-  }
-};
-
-}  // namespace
 
 TEST_CASE("prefix caching: share, free, revive, evict in order") {
   Engine engine(10, 16);
@@ -209,18 +129,6 @@ TEST_CASE("a conversation goes on where it ended, in the middle of a block") {
   }
 }
 
-TEST_CASE("used tokens: of all holders of a block the one that has computed most counts") {
-  Engine engine(8, 4);
-  const SequenceId parent = engine.start(range(0, 7));
-  const SequenceId child = engine.manager.fork(parent);
-  CHECK(engine.manager.stats().used_tokens == 7);
-  engine.manager.truncate(child, 5);
-  CHECK(engine.manager.stats().used_tokens == 7);
-  engine.free(parent);
-  CHECK(engine.manager.stats().used_tokens == 5);
-  CHECK(engine.manager.stats().waste_tokens == 3);
-}
-
 TEST_CASE("hits are not evicted by the step of their own sequence; failure changes nothing") {
   Engine engine(4, 4);
   engine.free(engine.start(range(0, 8)));
@@ -279,87 +187,6 @@ TEST_CASE("salts never share") {
   CHECK(engine.manager.match(range(0, 9), "a").num_tokens == 8);  // outlives its sequence
 }
 
-TEST_CASE("fork at every offset, then both sides write") {
-  for (bool prefix_caching : {true, false})
-    for (bool child_first : {true, false})
-      for (int32_t length = 1; length <= 13; ++length) {
-        Engine engine(16, 4, prefix_caching);
-        const SequenceId parent = engine.start(range(0, length));
-        const int32_t used = engine.manager.allocator().num_used();
-        const SequenceId child = engine.manager.fork(parent);
-        engine.check(child);
-        CHECK(engine.manager.allocator().num_used() == used);
-        CHECK(engine.manager.num_cached_tokens(child) == length);
-        const SequenceId order[] = {child_first ? child : parent, child_first ? parent : child};
-        int32_t num_copies = 0;
-        for (SequenceId seq : order) {
-          engine.manager.commit({&seq, 1},
-                                Ids{int32_t(100 + (seq.value >> SequenceId::kIndexBits)), 101, 102},
-                                Ids{3});
-          engine.run(seq);
-          num_copies += static_cast<int32_t>(engine.manager.batch().copies().size()) / 2;
-          engine.check(parent);
-          engine.check(child);
-        }
-        CHECK(num_copies == (length % 4 == 0 ? 0 : 1));
-        engine.free(parent);
-        engine.check(child);
-        engine.free(child);
-        CHECK(engine.manager.allocator().num_used() == 0);
-      }
-}
-
-TEST_CASE("two holders of a partial block in one batch: one copies, the other stays") {
-  Engine engine(3, 4);
-  const SequenceId parent = engine.start(range(0, 6));
-  const SequenceId child = engine.manager.fork(parent);
-  engine.manager.commit(std::vector{parent, child}, Ids{7, 8});
-  REQUIRE(engine.step({parent, child}, {1, 1}));  // the pool has one block left
-  CHECK(engine.manager.batch().copies().size() == 2);
-  engine.commit({parent, child});
-  engine.check(parent);
-}
-
-TEST_CASE("a failed step takes back the references it gave up for copies") {
-  Engine engine(2, 4);
-  const SequenceId parent = engine.start(range(0, 6));
-  const SequenceId child = engine.manager.fork(parent);
-  engine.manager.commit(std::vector{parent, child}, Ids{7, 8});
-  CHECK_FALSE(engine.step({parent, child}, {1, 1}));
-  CHECK(engine.manager.allocator().refcount(engine.blocks(parent)[1]) == 2);
-}
-
-TEST_CASE("rollback by any length, also into shared and cached blocks") {
-  for (bool prefix_caching : {true, false})
-    for (bool forked : {true, false})
-      for (int32_t keep = 1; keep <= 14; ++keep) {
-        Engine engine(16, 4, prefix_caching);
-        const SequenceId seq = engine.start(range(0, 14));
-        const SequenceId other = forked ? engine.manager.fork(seq) : seq;
-        engine.manager.truncate(seq, keep);
-        engine.check(seq);
-        CHECK(engine.manager.num_computed_tokens(seq) == keep);
-        CHECK(engine.blocks(seq).size() == size_t(keep + 3) / 4);
-        engine.manager.commit({&seq, 1}, Ids{500, 501, 502, 503, 504}, Ids{5});
-        engine.run(seq);
-        engine.check(other);
-        CHECK(engine.manager.num_tokens(seq) == keep + 5);
-      }
-}
-
-TEST_CASE("speculative tokens: step all, truncate the rejected, commit the rest") {
-  Engine engine(8, 4);
-  const SequenceId seq = engine.start(range(0, 6));
-  engine.manager.commit({&seq, 1}, Ids{6, 70, 80, 90}, Ids{4});  // one token and three drafts
-  REQUIRE(engine.step({seq}, {4}));
-  engine.manager.truncate(seq, 8);  // the first draft was right
-  engine.commit({seq}, {81});
-  CHECK(engine.manager.num_computed_tokens(seq) == 8);
-  CHECK(engine.manager.num_tokens(seq) == 9);
-  CHECK(engine.blocks(seq).size() == 2);
-  CHECK(engine.manager.match(Ids{0, 1, 2, 3, 4, 5, 6, 70, 9}).num_tokens == 8);
-}
-
 TEST_CASE("a second step without commit plans the same tokens again") {
   Engine engine(8, 4);
   const SequenceId seq = engine.manager.create(range(0, 10));
@@ -384,41 +211,6 @@ TEST_CASE("empty batches, zero counts, chunks") {
     engine.commit({seq});
   }
   CHECK(engine.manager.num_computed_tokens(seq) == 10);
-}
-
-TEST_CASE("steps in flight keep their blocks until they are retired") {
-  Engine engine(4, 4, false, 2);
-  const SequenceId a = engine.start(range(0, 8));
-  CHECK_THROWS_AS(engine.manager.retire(2), InvalidArgument);
-  engine.free(a);
-  CHECK(engine.manager.allocator().num_free() == 2);
-  CHECK(engine.manager.stats().deferred_refs == 2);
-  const SequenceId b = engine.manager.create(range(0, 12));
-  CHECK_FALSE(engine.step({b}, {12}));
-  REQUIRE(engine.step({b}, {8}));
-  CHECK_THROWS_AS(engine.step({b}, {8}), InvalidArgument);  // two steps run already
-  engine.manager.retire(1);
-  CHECK(engine.manager.allocator().num_free() == 2);
-  CHECK_THROWS_AS(engine.manager.retire(1), InvalidArgument);
-  CHECK(engine.step({b}, {12}));
-  engine.manager.retire(3);
-  engine.free(b);  // nothing runs: at once
-  CHECK(engine.manager.allocator().num_free() == 4);
-}
-
-TEST_CASE("a block copied from rejoins the pool with the step that copies it") {
-  Engine engine(4, 4, false, 1);
-  const SequenceId parent = engine.start(range(0, 6));
-  engine.manager.retire(1);
-  const SequenceId child = engine.manager.fork(parent);
-  engine.manager.commit(std::vector{parent, child}, Ids{6, 7});
-  REQUIRE(engine.step({parent, child}, {1, 1}));
-  CHECK(engine.manager.batch().copies().size() == 4);  // both leave the block that is being read
-  CHECK(engine.manager.allocator().refcount(1) == 2);
-  engine.commit({parent, child});
-  engine.manager.retire(2);
-  CHECK(engine.manager.allocator().refcount(1) == 0);
-  CHECK(engine.manager.allocator().num_free() == 1);
 }
 
 TEST_CASE("wrong arguments are refused by name and change nothing") {

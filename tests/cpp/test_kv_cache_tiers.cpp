@@ -2,11 +2,16 @@
 // Stores behind the pool and sequences in host memory, with a toy engine whose KV of a token is the
 // token itself: whatever leaves and comes back must read as it did, and nothing leaks.
 #include <doctest/doctest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <numeric>
 #include <random>
+#include <stdexcept>
+#include <utility>
 
 #include "quire/error.h"
 #include "quire/kv_cache_manager.h"
@@ -232,6 +237,51 @@ TEST_CASE("a fetch without room changes nothing") {
   engine.manager.free({&other, 1});
   CHECK(engine.fetch(seq) == 6);
   CHECK(engine.reads_back(seq));
+}
+
+namespace {
+
+// A store that cannot say what it has: an error of its own implementation.
+class LostStore final : public KVStore {
+ public:
+  bool contains(const ChainKey&) const noexcept override { return ask(); }
+  std::shared_ptr<KVTicket> put(const ChainKey&, std::span<const std::byte>, OnDone) override {
+    return nullptr;
+  }
+  std::shared_ptr<KVTicket> get(const ChainKey&, std::span<std::byte>, OnDone) override {
+    return nullptr;
+  }
+  bool erase(const ChainKey&) override { return false; }
+  void drain() override {}
+  size_t block_bytes() const override { return 16; }
+  KVStoreStats stats() const override { return {}; }
+
+ private:
+  [[noreturn]] static bool ask() { throw std::runtime_error("no connection"); }
+};
+
+}  // namespace
+
+TEST_CASE("a store of the caller's that throws while blocks are evicted ends the process") {
+  constexpr int kEnded = 7;
+  static_assert(noexcept(std::declval<const KVStore&>().contains({})));
+  const pid_t child = ::fork();
+  if (child == 0) {
+    std::set_terminate([] { ::_exit(kEnded); });
+    LostStore store;
+    Engine engine(8, 4);
+    engine.attach(store);
+    for (int32_t i = 0; i < 2; ++i) {
+      const SequenceId seq = engine.manager.create(range(1000 * i, 32));
+      engine.compute(seq);  // the second evicts what the first has left
+      engine.manager.free({&seq, 1});
+    }
+    ::_exit(0);
+  }
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  CHECK(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == kEnded);
 }
 
 TEST_CASE("the nearest store that has a block gives it") {

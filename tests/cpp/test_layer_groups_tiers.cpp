@@ -38,7 +38,7 @@ struct Shelf final : KVStore {
   std::shared_ptr<KVTicket> get(const ChainKey&, std::span<std::byte>, OnDone) override {
     return nullptr;
   }
-  bool contains(const ChainKey& key) const override { return blocks.contains(key.bytes); }
+  bool contains(const ChainKey& key) const noexcept override { return blocks.contains(key.bytes); }
   bool erase(const ChainKey& key) override { return blocks.erase(key.bytes) > 0; }
   void drain() override {}
   size_t block_bytes() const override { return 4; }

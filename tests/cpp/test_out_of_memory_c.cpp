@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory runs out in calls of the C interface: they say so, and can be made again.
+// Memory runs out in calls of the C interface: they say so, and can be made again, or others first.
+#include <cstring>
 #include <vector>
 
 #include "c_kv_case.h"
@@ -71,6 +72,44 @@ TEST_CASE("out of memory in a scheduler's C interface") {
   CHECK(num_sampled == 6 * 9);
   CHECK(num_failures > 200);
   quire_scheduler_delete(scheduler);
+  quire_kv_cache_manager_delete(manager);
+}
+
+// A step that has failed has not been done, so that whichever comes next tells of all it did.
+TEST_CASE("out of memory in a step of the C interface: nothing has changed") {
+  num_failures = 0;
+  QuireKVCacheManager* const manager = make_manager_at_last(64);
+  const Ids tokens = c_kv_case::range(0, 30);
+  QuireSequenceId seqs[2] = {c_kv_case::create(manager, tokens)};
+  c_kv_case::step(manager, seqs[0]);
+  const int32_t sampled[2] = {1, 2};
+  REQUIRE(quire_kv_cache_manager_commit(manager, seqs, 1, sampled, nullptr) == QUIRE_OK);
+  REQUIRE(quire_kv_cache_manager_fork(manager, seqs[0], &seqs[1]) == QUIRE_OK);
+  const int32_t used_before = c_kv_case::stats_of(manager).used_blocks;
+
+  const int32_t counts[2] = {1, 1};
+  QuireStepBatch batch = QUIRE_STEP_BATCH_INIT;
+  batch.lookahead = 60;  // the forks' blocks of their own, which no step had memory for yet
+  const QuireStepBatch given = batch;
+  QuireStatus status = QUIRE_OUT_OF_MEMORY;
+  for (int64_t n = 0; status == QUIRE_OUT_OF_MEMORY; ++n) {
+    allocations_left = n;
+    status = quire_kv_cache_manager_step(manager, seqs, counts, 2, &batch);
+    allocations_left = -1;
+    if (status == QUIRE_OK) break;
+    REQUIRE(status == QUIRE_OUT_OF_MEMORY);
+    ++num_failures;
+    CHECK(c_kv_case::stats_of(manager).used_blocks == used_before);
+    CHECK(std::memcmp(&batch, &given, sizeof batch) == 0);
+    CHECK(quire_kv_cache_manager_validate(manager) == QUIRE_OK);
+  }
+  CHECK(num_failures > 5);
+  REQUIRE(batch.ticket == 2);
+  REQUIRE(batch.num_copies == 1);  // the last holder writes in place
+  CHECK(batch.copies[0] == c_kv_case::ask_twice<int32_t>([&](int32_t* ids, size_t* size) {
+          return quire_kv_cache_manager_block_table(manager, seqs[1], ids, size);
+        })[7]);
+  CHECK(batch.num_changes == 2 * batch.max_blocks);
   quire_kv_cache_manager_delete(manager);
 }
 

@@ -24,7 +24,7 @@ class KeyStore final : public quire::KVStore {
  public:
   explicit KeyStore(quire::CacheTier tier = quire::CacheTier::kHost) : tier_(tier) {}
   void add(const quire::ChainKey& key) { keys_.insert(key); }
-  bool contains(const quire::ChainKey& key) const override { return keys_.contains(key); }
+  bool contains(const quire::ChainKey& key) const noexcept override { return keys_.contains(key); }
   quire::CacheTier tier() const override { return tier_; }
   std::shared_ptr<quire::KVTicket> put(const quire::ChainKey&, std::span<const std::byte>,
                                        OnDone) override {

@@ -217,7 +217,7 @@ struct EmptyStore final : quire::KVStore {
                                        OnDone) override {
     return nullptr;
   }
-  bool contains(const quire::ChainKey&) const override { return false; }
+  bool contains(const quire::ChainKey&) const noexcept override { return false; }
   bool erase(const quire::ChainKey&) override { return false; }
   void drain() override {}
   size_t block_bytes() const override { return 4; }

@@ -79,9 +79,9 @@ class KVStore {
   virtual std::shared_ptr<KVTicket> get(const ChainKey& key, std::span<std::byte> out,
                                         OnDone on_done = {}) = 0;
 
-  // Whether a put of this key has completed, and the block is still there. It must not throw: a
-  // manager asks while it evicts.
-  virtual bool contains(const ChainKey& key) const = 0;
+  // Whether a put of this key has completed, and the block is still there. A manager asks in the
+  // midst of an eviction, where an exception would lose blocks: one ends the process instead.
+  virtual bool contains(const ChainKey& key) const noexcept = 0;
 
   // True: the block was there. A put that waits is not undone.
   virtual bool erase(const ChainKey& key) = 0;

@@ -70,8 +70,8 @@ class StepBatch {
   // [changes, 2]: entries of block_table that this step wrote, (row * stride + column, block id).
   // A copy of the table that had all changes so far is up to date with these, unless the stride
   // or the memory of block_table is another than before: then all entries in use are here.
-  // Listed when first asked for.
-  const StepArray<int32_t>& changes() const;
+  // Listed when first asked for, in memory that the step has taken.
+  const StepArray<int32_t>& changes() const noexcept;
 
   // What begin() makes room for.
   struct Size {
@@ -79,7 +79,8 @@ class StepBatch {
     int32_t max_blocks = 0;
     int64_t num_new_tokens = 0;
     int64_t num_copies = 0;
-    bool has_slots = true;  // false: rows of at most max_blocks blocks, and no slot_mapping
+    int64_t num_entries = 0;  // of block_table in use, all rows'
+    bool has_slots = true;    // false: rows of at most max_blocks blocks, and no slot_mapping
   };
 
   int32_t num_rows_reserved() const { return static_cast<int32_t>(row_serials_.size()); }

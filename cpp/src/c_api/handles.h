@@ -17,7 +17,6 @@ struct QuireKVCacheManager {
   std::vector<std::unique_lock<quire::PriorityMutex>> locks{};  // of the thread that holds it
   std::vector<quire::CacheEvent> events{};  // taken from the manager, not yet by the caller
   std::vector<QuireKVTransfer> offloads{};  // what the caller took last
-  int64_t untold_ticket = 0;  // of the latest step, where no memory was left to tell of it
 };
 
 namespace quire::c {
@@ -32,6 +31,7 @@ Prompt as_prompt(const char* argument, const QuirePrompt* prompt);
 
 inline SequenceId as_id(QuireSequenceId seq) { return {seq.value}; }
 
-QuireStepBatch as_c(const StepBatch& batch);
+// Nothing can fail once a step is done.
+QuireStepBatch as_c(const StepBatch& batch) noexcept;
 
 }  // namespace quire::c

@@ -60,21 +60,6 @@ KVCacheOptions options_of(const QuireKVCacheConfig& config) {
   return options;
 }
 
-// Whether the step that nobody was told of is this one, and still to be computed. Made again it
-// would plan the same tokens, and say nothing of the copies and evictions that it took.
-bool is_latest_step(const QuireKVCacheManager& self, std::span<const SequenceId> seqs,
-                    std::span<const int32_t> counts) {
-  const StepBatch& batch = self.manager.batch();
-  if (batch.ticket() != self.untold_ticket || batch.seq_lens().size() != seqs.size()) return false;
-  for (size_t i = 0; i < seqs.size(); ++i) {
-    const int32_t planned = batch.cu_seqlens_q()[i + 1] - batch.cu_seqlens_q()[i];
-    if (planned != counts[i] ||
-        batch.seq_lens()[i] != self.manager.num_computed_tokens(seqs[i]) + planned)
-      return false;
-  }
-  return true;
-}
-
 }  // namespace
 
 Prompt as_prompt(const char* argument, const QuirePrompt* prompt) {
@@ -86,7 +71,7 @@ Prompt as_prompt(const char* argument, const QuirePrompt* prompt) {
   return result;
 }
 
-QuireStepBatch as_c(const StepBatch& batch) {
+QuireStepBatch as_c(const StepBatch& batch) noexcept {
   QuireStepBatch c = QUIRE_STEP_BATCH_INIT;
   c.ticket = batch.ticket();
   c.batch_size = batch.batch_size();
@@ -147,20 +132,16 @@ QuireStatus quire_kv_cache_manager_step(QuireKVCacheManager* manager, const Quir
                                         const int32_t* num_new_tokens, size_t num_seqs,
                                         QuireStepBatch* batch) {
   return guard([&] {
-    auto& self = deref("quire_kv_cache_manager_step: manager", manager);
+    auto& self = deref("quire_kv_cache_manager_step: manager", manager).manager;
     const auto given = read_struct<QuireStepBatch>("quire_kv_cache_manager_step: batch", batch,
                                                    QUIRE_STEP_BATCH_INIT);
     const auto ids = as_ids("quire_kv_cache_manager_step: seqs", seqs, num_seqs);
     const auto counts =
         as_span("quire_kv_cache_manager_step: num_new_tokens", num_new_tokens, num_seqs);
-    const auto lock = self.manager.lock();
-    const bool is_untold = self.untold_ticket > 0 && is_latest_step(self, ids, counts);
-    const quire::StepBatch* step =
-        is_untold ? &self.manager.batch() : self.manager.step(ids, counts, given.lookahead);
+    const auto lock = self.lock();
+    const quire::StepBatch* step = self.step(ids, counts, given.lookahead);
     if (!step) return QUIRE_OUT_OF_BLOCKS;
-    self.untold_ticket = step->ticket();
     QuireStepBatch result = as_c(*step);
-    self.untold_ticket = 0;
     result.lookahead = given.lookahead;
     write_struct(result, batch);
     return QUIRE_OK;

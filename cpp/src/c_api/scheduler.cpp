@@ -6,7 +6,6 @@
 
 struct QuireScheduler {
   quire::Scheduler scheduler;
-  const quire::ScheduledBatch* untold = nullptr;  // scheduled, and no memory was left to tell of it
 };
 
 using namespace quire::c;
@@ -62,14 +61,13 @@ QuireStatus quire_scheduler_add(QuireScheduler* scheduler, const QuireRequest* r
 QuireStatus quire_scheduler_schedule(QuireScheduler* scheduler, QuireScheduledBatch* batch,
                                      QuireStepBatch* step) {
   return guard([&] {
-    auto& self = deref("quire_scheduler_schedule: scheduler", scheduler);
+    auto& self = deref("quire_scheduler_schedule: scheduler", scheduler).scheduler;
     check_struct_size("quire_scheduler_schedule: batch", batch);
     check_struct_size("quire_scheduler_schedule: step", step);
     QuireScheduledBatch result = QUIRE_SCHEDULED_BATCH_INIT;
     QuireStepBatch arrays = QUIRE_STEP_BATCH_INIT;
-    const auto lock = self.scheduler.manager().lock();
-    if (!self.untold) self.untold = self.scheduler.schedule();
-    if (const quire::ScheduledBatch* planned = self.untold) {
+    const auto lock = self.manager().lock();
+    if (const quire::ScheduledBatch* planned = self.schedule()) {
       result.request_ids = planned->request_ids.data();
       result.num_new_tokens = planned->num_new_tokens.data();
       result.token_ids = planned->token_ids.data();
@@ -83,7 +81,6 @@ QuireStatus quire_scheduler_schedule(QuireScheduler* scheduler, QuireScheduledBa
       result.num_swap_out = static_cast<int64_t>(planned->swap_out.size() / 2);
       result.num_swap_in = static_cast<int64_t>(planned->swap_in.size() / 2);
       arrays = as_c(*planned->step);
-      self.untold = nullptr;
     }
     write_struct(result, batch);
     write_struct(arrays, step);

@@ -21,7 +21,7 @@ std::shared_ptr<KVTicket> IndexedStore::get(const ChainKey& key, std::span<std::
   return worker().get({key, {}, out, std::move(on_done)});
 }
 
-bool IndexedStore::contains(const ChainKey& key) const {
+bool IndexedStore::contains(const ChainKey& key) const noexcept {
   const std::lock_guard lock(mutex_);
   return index_.find(key) != StoreIndex::kNone;
 }

@@ -16,7 +16,7 @@ class IndexedStore : public KVStore {
                                 OnDone on_done) final;
   std::shared_ptr<KVTicket> get(const ChainKey& key, std::span<std::byte> out,
                                 OnDone on_done) final;
-  bool contains(const ChainKey& key) const final;
+  bool contains(const ChainKey& key) const noexcept final;
   bool erase(const ChainKey& key) final;
   void drain() final { worker().drain(); }
   size_t block_bytes() const final { return block_bytes_; }
