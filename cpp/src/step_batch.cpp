@@ -117,8 +117,9 @@ void StepBatch::write_row(int32_t row, int64_t serial, BlockTable& table, int32_
   const bool is_kept = before >= row && row_serials_[before] == serial;
   const bool is_moved = is_kept && before > row;
   if (is_moved) {
-    std::copy_n(block_table_.data() + before * block_table_stride_, table.num_written(), entries);
-    table.note_moved(row);
+    const int32_t num_moved = std::min(table.num_written(), num_blocks);
+    std::copy_n(block_table_.data() + before * block_table_stride_, num_moved, entries);
+    table.note_moved(row, num_moved);
   }
   const int32_t written = table.write_row(entries, row, is_kept, num_blocks);
   const int32_t first = is_moved ? 0 : written;

@@ -10,6 +10,7 @@ without its model: what a prompt finds in the prefix cache is what a real one wo
 
 import argparse
 import os
+from collections import deque
 from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # one machine, one user
@@ -92,25 +93,24 @@ def run(name: str, router: RandomRouter | ByPrefix, trace: Trace, num_blocks: in
         ray.remote(Replica).options(num_cpus=0).remote(num_blocks) for _ in range(NUM_REPLICAS)
     ]
     source = TokenSource(trace)
-    on_their_way: dict[ray.ObjectRef, tuple[int, object]] = {}
+    on_their_way: deque[tuple[ray.ObjectRef, int, object]] = deque()
     cached, served = 0, np.zeros(NUM_REPLICAS, int)
 
-    def take_one() -> int:
-        (ready, *_), _ = ray.wait(list(on_their_way))
-        replica, route = on_their_way.pop(ready)
-        num_cached, stored, removed = ray.get(ready)
+    def take_oldest() -> int:  # not the first to be ready: routes are the same in every run
+        reply, replica, route = on_their_way.popleft()
+        num_cached, stored, removed = ray.get(reply)
         router.done(replica, route, stored, removed)
         return num_cached
 
     for request in range(len(trace)):
         if len(on_their_way) == MAX_ON_THEIR_WAY:
-            cached += take_one()
+            cached += take_oldest()
         prompt = source.prompt(request)
         replica, route = router.pick(prompt)
-        on_their_way[replicas[replica].serve.remote(prompt)] = replica, route
+        on_their_way.append((replicas[replica].serve.remote(prompt), replica, route))
         served[replica] += len(prompt)
     while on_their_way:
-        cached += take_one()
+        cached += take_oldest()
     rate, imbalance = cached / served.sum(), served.max() / served.mean()
     print(f"{name:6}  hit rate {rate:6.1%}  most loaded replica {imbalance:.2f} x mean")
     return rate

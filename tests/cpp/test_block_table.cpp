@@ -134,6 +134,21 @@ TEST_CASE("a batch of two sequences that change rows") {
   CHECK(row_of(batch, 0, 3) == Ids{4, 2, 3});
 }
 
+TEST_CASE("a row of which less is in use when it moves tells of the rest later") {
+  StepBatch batch;
+  BlockTable a = table_of({9}), b = table_of({5, 6, 7});
+  batch.begin(1, {2, 3, 2, 0, 4});
+  batch.add_row(11, a, 0, 1, 1);
+  batch.add_row(22, b, 8, 9, 9);
+  batch.begin(2, {1, 1, 1, 0, 1});
+  batch.add_row(22, b, 3, 4, 4);
+  CHECK(changes_of(batch) == Ids{0, 5});
+  batch.begin(3, {1, 3, 1, 0, 3});
+  batch.add_row(22, b, 8, 9, 9);
+  CHECK(changes_of(batch) == Ids{1, 6, 2, 7});
+  CHECK(row_of(batch, 0, 3) == Ids{5, 6, 7});
+}
+
 TEST_CASE("growing keeps the memory that others look at, and every row right") {
   StepBatch batch;
   BlockTable a = table_of({1, 2});

@@ -88,10 +88,10 @@ class BlockTable {
   // Returns the first column that was.
   int32_t write_row(int32_t* out, int32_t row, bool is_kept, int32_t num_blocks);
   // Where write_row() wrote last (-1: nowhere), how many leading entries there are right, and that
-  // these have been copied to another row.
+  // so many of these have been copied to another row.
   int32_t row() const { return row_; }
   int32_t num_written() const { return num_written_; }
-  void note_moved(int32_t row) { row_ = row; }
+  void note_moved(int32_t row, int32_t num_moved) { row_ = row, num_written_ = num_moved; }
 
  private:
   BlockSize block_size_;
