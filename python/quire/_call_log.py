@@ -33,6 +33,7 @@ from ._core import (
     Sequence,
     StepBatch,
 )
+from ._options import INT32_MAX
 
 _Method = TypeVar("_Method", bound=abc.Callable[..., Any])
 
@@ -137,7 +138,7 @@ class RecordedKVCacheManager:
         try:
             children = self._manager.fork(seq, 1 if n is None else n)
         except ValueError:
-            if n is None or n >= 0:  # no other call can be in a log
+            if n is None or 0 <= n <= INT32_MAX:  # no other call can be in a log
                 self._log.write("fork", REFUSED, [seq], counts=[0] * (1 if n is None else n))
             raise
         after = [array for child in children for array in self._log.add(child)]

@@ -94,15 +94,20 @@ class CallLog:
     ) -> None:
         """A call, and what a manager that makes it again must show: `before`, counts, `after`."""
         m = self._manager
+        try:
+            int32_values, int32_counts = _int32(values), _int32(counts)
+            int64_number = int(np.int64(number))
+        except OverflowError:
+            return  # the manager, which takes no larger ones, has refused the call: nothing changed
         now = np.array([m.num_free_blocks, m.num_used_blocks, m.num_cached_blocks], np.int32)
         self._writer.write(
             OPERATIONS.index(operation),
             outcome,
             [self.live[seq][0] if seq in self.live else -1 for seq in ids(seqs)],
-            _int32(values),
-            _int32(counts),
+            int32_values,
+            int32_counts,
             salt,
-            number,
+            int64_number,
             [*(before or []), now, *(after or [])],
         )
 

@@ -281,3 +281,18 @@ def test_what_converts_is_taken_as_before(world: World) -> None:
     assert len(children) == 2
     assert world.scheduler.add(PROMPT, np.int32(3)) == 0
     assert world.manager.create(PROMPT, ttl=3).num_tokens == 20
+
+
+def test_a_recorded_manager_names_a_number_that_is_too_large(tmp_path):
+    world = World(tmp_path, is_recorded=True)
+    manager, seq, before = world.manager, world.seq, world.state()
+    for call, name in (
+        (lambda: manager.create(PROMPT, priority=2**40), "create: priority"),
+        (lambda: manager.fork(seq, 2**40), "fork: n"),
+        (lambda: manager.truncate(seq, 2**70), "truncate: num_tokens"),
+        (lambda: manager.step([seq], [1], lookahead=2**70), "step: lookahead"),
+        (lambda: manager.retire(2**70), "retire: ticket"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            call()
+    assert world.state() == before
