@@ -19,6 +19,15 @@ constexpr int kTileColumns = kRegisters == 32 ? 4 : 2;  // vectors
 // Into the L2 cache: the line buffers of L1 are too few to cover the latency of memory.
 QUIRE_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+// Columns [d, d + kColumns) of a row, each line of memory once.
+template <int kColumns, class T>
+QUIRE_INLINE void fetch_columns(const T* row, int d) {
+  constexpr int kLine = 64 / sizeof(T);
+  if (kColumns < kLine && d % kLine != 0) return;
+#pragma GCC unroll 4
+  for (int i = 0; i < kColumns; i += kLine) prefetch_far(row + d + i);
+}
+
 // A row of floats as load2() loads elements of T, which comes to the same in both products; and
 // back. Only whole pairs of vectors are loaded so.
 template <class T>
@@ -40,40 +49,79 @@ inline void from_loaded_order(float* row, int dim) {
   }
 }
 
-// s[r][t] = q[r] . keys[t] for R rows and kTileKeys keys; q is padded with zeros.
-template <int R, class T>
-QUIRE_INLINE void dot_tile(const float* q, int q_stride, const T* const* keys, int dim, float* s,
-                           int s_stride) {
-  constexpr int kSums = R * kTileKeys;
-  Vec acc[(kSums + 3) / 4 * 4];
-#pragma GCC unroll 32
-  for (Vec& a : acc) a = zero();
+constexpr int kVisitKeys = 16;  // of which a visit computes logits, or adds up values
+static_assert(kVisitKeys % kWidth == 0 && kWidth % kTileKeys == 0);
+
+// The rows of k or v that a visit reads: `count` from keys[0] + shift on, and the same columns of
+// those `ahead` keys further on to be prefetched.
+template <class T>
+struct Rows {
+  const T* const* keys;
+  int64_t shift;
+  int count, ahead;
+
+  const T* operator[](int t) const { return keys[t] + shift; }
+};
+
+// products[r][t] = q[r] * row t elementwise, for R rows of q and kTileKeys keys from `t` on, added
+// up to one vector; q is padded with zeros.
+template <int R, bool kAhead, class T>
+QUIRE_INLINE void dot_tile(const float* q, int q_stride, const Rows<T>& rows, int t, int dim,
+                           Vec (*products)[kVisitKeys]) {
+  const T *keys[kTileKeys], *ahead[kTileKeys];
+#pragma GCC unroll 4
+  for (int i = 0; i < kTileKeys; ++i) {
+    keys[i] = rows[std::min(t + i, rows.count - 1)];  // beyond the last: the last again
+    ahead[i] = rows[t + i + rows.ahead];
+  }
+  Vec acc[R][kTileKeys];
+#pragma GCC unroll 8
+  for (auto& row : acc)
+#pragma GCC unroll 4
+    for (Vec& a : row) a = zero();
   // C vectors from d on.
   const auto step = [&]<int C>(int d, auto load_key) {
     Vec k[kTileKeys][C];
 #pragma GCC unroll 4
-    for (int t = 0; t < kTileKeys; ++t) load_key(keys[t] + d, k[t]);
+    for (int i = 0; i < kTileKeys; ++i) {
+      if (kAhead) fetch_columns<C * kWidth>(ahead[i], d);
+      load_key(keys[i] + d, k[i]);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int c = 0; c < C; ++c) {
         const Vec x = in_register(load(q + r * q_stride + d + c * kWidth));
 #pragma GCC unroll 4
-        for (int t = 0; t < kTileKeys; ++t)
-          acc[r * kTileKeys + t] = fma(x, k[t][c], acc[r * kTileKeys + t]);
+        for (int i = 0; i < kTileKeys; ++i) acc[r][i] = fma(x, k[i][c], acc[r][i]);
       }
   };
+  constexpr bool kFitsPairs = (R + 2) * kTileKeys < kRegisters;  // acc, k and x
+  static_assert(kFitsPairs || !kLoadsPairs<T>);
   int d = 0;
-  for (; d + 2 * kWidth <= dim; d += 2 * kWidth)
+  for (; kFitsPairs && d + 2 * kWidth <= dim; d += 2 * kWidth)
     step.template operator()<2>(d, [](const T* p, Vec* v) { load2(p, v); });
   for (; d < dim; d += kWidth)
     step.template operator()<1>(
         d, [n = dim - d](const T* p, Vec* v) { *v = n < kWidth ? load(p, n) : load(p); });
-  float sums[(kSums + 3) / 4 * 4];
 #pragma GCC unroll 8
-  for (int i = 0; i < kSums; i += 4) sums4(acc + i, sums + i);
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < kTileKeys; ++i) products[r][t + i] = acc[r][i];
+}
+
+// s[r][t] = q[r] . row t for R rows of q; kWidth of them are written at a time. Lanes are added up
+// for many keys at once: between two tiles the next one's multiply-adds would have to wait.
+template <int R, bool kAhead, class T>
+QUIRE_INLINE void dot_rows(const float* q, int q_stride, const Rows<T>& rows, int dim, float* s,
+                           int s_stride) {
+  Vec products[R][kVisitKeys];
+  for (int t = 0; t < rows.count; t += kWidth) {
+    for (int i = 0; i < kWidth; i += kTileKeys)
+      dot_tile<R, kAhead>(q, q_stride, rows, t + i, dim, products);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) std::copy_n(sums + r * kTileKeys, kTileKeys, s + r * s_stride);
+    for (int r = 0; r < R; ++r) store(s + r * s_stride + t, lane_sums(products[r] + t));
+  }
 }
 
 // Where tiles of values are added up: [rows][stride].
@@ -84,32 +132,20 @@ struct Sums {
   float* row(int r) const { return values + static_cast<int64_t>(r) * stride; }
 };
 
-// The rows of v that a tile reads: `count` from keys[0] + shift on, and the same columns of those
-// `ahead` keys further on to be prefetched; 0: none.
-template <class T>
-struct ValueRows {
-  const T* const* keys;
-  int64_t shift;
-  int count, ahead;
-};
-
 // sums[r][d, d + C vectors) += the sum over the rows t of weights[r][t] * rows[t][d ...).
 template <int R, int C, bool kAhead, class T, class Load>
-QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const ValueRows<T>& rows,
-                             int d, const Sums& sums, Load load_value) {
+QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const Rows<T>& rows, int d,
+                             const Sums& sums, Load load_value) {
   Vec acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) acc[r][c] = load(sums.row(r) + d + c * kWidth);
-  const int64_t column = rows.shift + d;
+#pragma GCC unroll 2
   for (int t = 0; t < rows.count; ++t) {
-    if constexpr (kAhead)
-#pragma GCC unroll 4
-      for (size_t i = 0; i < C * kWidth; i += 64 / sizeof(T))
-        prefetch_far(rows.keys[t + rows.ahead] + column + i);
+    if (kAhead) fetch_columns<C * kWidth>(rows[t + rows.ahead], d);
     Vec v[C];
-    load_value(rows.keys[t] + column, v);
+    load_value(rows[t] + d, v);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec w = set(weights[r * weight_stride + t]);
@@ -124,8 +160,8 @@ QUIRE_INLINE void weigh_tile(const float* weights, int weight_stride, const Valu
 }
 
 template <int R, bool kAhead, class T>
-QUIRE_INLINE void weigh_rows(const float* weights, int weight_stride, const ValueRows<T>& rows,
-                             int dim, const Sums& sums) {
+QUIRE_INLINE void weigh_rows(const float* weights, int weight_stride, const Rows<T>& rows, int dim,
+                             const Sums& sums) {
   int d = 0;
   for (; d + kTileColumns * kWidth <= dim; d += kTileColumns * kWidth)
     weigh_tile<R, kTileColumns, kAhead>(weights, weight_stride, rows, d, sums,
@@ -236,7 +272,6 @@ class Decode {
  private:
   static constexpr int kScores = kKvChunk + 16;  // of a row; tiles may end beyond the chunk
   static constexpr int kMaxRows = 64;            // of all heads: their scores stay in the L2 cache
-  static constexpr int kVisitKeys = 16;          // read for all heads before the next ones
   static constexpr int kMaxVisits = 4;
   static constexpr size_t kBytesAhead = 16384;      // from use to prefetch
   static constexpr int64_t kBytesTogether = 32768;  // between the heads that are read together
@@ -246,7 +281,7 @@ class Decode {
   // With its v this close, a key's k and v are fetched at once: memory is slow to hand out short
   // pieces, and until v is used the L3 cache keeps it.
   static constexpr int64_t kBytesClose = 1024;
-  static_assert(kVisitKeys % kTileKeys == 0 && kKvChunk % kVisitKeys == 0);
+  static_assert(kKvChunk % kVisitKeys == 0);
 
   size_t row(size_t h, int r) const { return h * head_rows_ + r; }  // over all heads
   size_t num_rows() const { return heads_.size() * head_rows_; }
@@ -285,8 +320,11 @@ class Decode {
 
   void score(int offset, int count) {
     for (int t = 0; t < count; t += kVisitKeys)
-      for (size_t h = 0; h < heads_.size(); ++h)
-        score_visit(h, offset, t, std::min(t + kVisitKeys, count), count);
+      for (size_t h = 0; h < heads_.size(); ++h) {
+        score_visit<true>(h, 0, offset, t, count);
+        for (int r = kTileRows; r < task_.rows; r += kTileRows)
+          score_visit<false>(h, r, offset, t, count);
+      }
   }
 
   static void fetch(const T* row, int dim) {
@@ -295,25 +333,20 @@ class Decode {
   }
 
   // Logits of keys [t, end) for head h.
-  void score_visit(size_t h, int offset, int t, int end, int count) {
+  template <bool kAhead>
+  QUIRE_INLINE void score_visit(size_t h, int r, int offset, int t, int count) {
     const int64_t shift = static_cast<int64_t>(h) * task_.p.k_stride_head;
-    const int64_t v_shift = static_cast<int64_t>(h) * task_.p.v_stride_head;
-    const float* q = q_ + row(h, 0) * q_stride_;
-    float* s = s_ + row(h, 0) * kScores + offset;
-    for (; t < end; t += kTileKeys) {
-      const T* keys[kTileKeys];  // beyond the last: the last again
-      for (int i = 0; i < kTileKeys; ++i) {
-        keys[i] = rows_[std::min(t + i, count - 1)] + shift;
-        fetch(rows_[t + i + ahead_] + shift, task_.p.head_dim);
-        if (v_is_close_)
-          fetch(rows_[count + std::min(t + i + ahead_, count - 1)] + v_shift, task_.p.head_dim_v);
-      }
-      for (int r = 0; r < task_.rows; r += kTileRows)
-        with_rows(task_.rows - r, [&]<int R>() {
-          dot_tile<R>(q + r * q_stride_, q_stride_, keys, task_.p.head_dim, s + r * kScores + t,
-                      kScores);
-        });
+    const int n = std::min(kVisitKeys, count - t);
+    if (kAhead && v_is_close_) {
+      const int64_t v_shift = static_cast<int64_t>(h) * task_.p.v_stride_head;
+      for (int i = t; i < t + n; ++i)
+        fetch(rows_[count + std::min(i + ahead_, count - 1)] + v_shift, task_.p.head_dim_v);
     }
+    with_rows(task_.rows - r, [&]<int R>() {
+      dot_rows<R, kAhead>(q_ + row(h, r) * q_stride_, q_stride_,
+                          Rows<T>{rows_ + t, shift, n, ahead_}, task_.p.head_dim,
+                          s_ + row(h, r) * kScores + offset + t, kScores);
+    });
   }
 
   void weigh(int offset, int count) {
@@ -332,7 +365,7 @@ class Decode {
       for (const int end = std::min(t + kVisitKeys, count); t < end; t += sum_keys_)
         weigh_rows<R, kAhead>(
             s_ + row(h, r) * kScores + offset + t, kScores,
-            ValueRows<T>{rows_ + count + t, shift, std::min(sum_keys_, end - t), ahead_},
+            Rows<T>{rows_ + count + t, shift, std::min(sum_keys_, end - t), ahead_},
             task_.p.head_dim_v, {values_ + row(h, r) * v_stride_, v_stride_});
     });
   }

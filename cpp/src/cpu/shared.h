@@ -18,13 +18,14 @@ QUIRE_INLINE void with_shared_rows(int count, F f) {
 // Logits s of `count` rows of q for a chunk of keys as floats, both [...][stride].
 inline void score_floats(const float* q, int count, const float* k, int stride, int dim, float* s,
                          int s_stride) {
-  for (int t = 0; t < kKvChunk; t += kTileKeys) {
-    const float* keys[kTileKeys];
-    for (int j = 0; j < kTileKeys; ++j) keys[j] = k + static_cast<int64_t>(t + j) * stride;
+  const float* rows[kVisitKeys];
+  for (int t = 0; t < kKvChunk; t += kVisitKeys) {
+    for (int j = 0; j < kVisitKeys; ++j) rows[j] = k + static_cast<int64_t>(t + j) * stride;
     for (int r = 0; r < count; r += kSharedTile)
       with_shared_rows(count - r, [&]<int R>() {
-        dot_tile<R>(q + static_cast<int64_t>(r) * stride, stride, keys, dim, s + r * s_stride + t,
-                    s_stride);
+        dot_rows<R, false>(q + static_cast<int64_t>(r) * stride, stride,
+                           Rows<float>{rows, 0, kVisitKeys, 0}, dim, s + r * s_stride + t,
+                           s_stride);
       });
   }
 }
@@ -38,8 +39,7 @@ inline void weigh_floats(const float* weights, int weight_stride, int count, con
     for (int r = 0; r < count; r += kSharedTile)
       with_shared_rows(count - r, [&]<int R>() {
         weigh_rows<R, false>(weights + r * weight_stride + t, weight_stride,
-                             ValueRows<float>{rows, 0, kSharedKeys, 0}, dim,
-                             {sums.row(r), sums.stride});
+                             Rows<float>{rows, 0, kSharedKeys, 0}, dim, {sums.row(r), sums.stride});
       });
   }
 }

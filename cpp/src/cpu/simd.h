@@ -15,7 +15,7 @@
 //   round(x)                  to the nearest integer
 //   scale2(x, n)              x * 2^n for integral n in [-127, 127]; 0 for n = -127
 //   first(v) sum(v) largest(v)  the first lane; over all lanes
-//   sums4(v, out)             sums of 4 vectors
+//   lane_sums(v)              of kWidth vectors: their sums, one a lane
 //   transpose(v)              of kWidth vectors in place
 //   prefetch(p)
 //

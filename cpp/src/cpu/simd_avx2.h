@@ -89,9 +89,10 @@ QUIRE_INLINE void load2(const T* p, Vec* v) {
   v[1] = load(p + kWidth);
 }
 QUIRE_INLINE void load2(const BFloat16* p, Vec* v) {
-  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  v[0] = {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))};
-  v[1] = {_mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)))};
+  const Vec pairs = in_register({_mm256_loadu_ps(reinterpret_cast<const float*>(p))});
+  const __m256i bits = _mm256_castps_si256(pairs.v);
+  v[0] = {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+  v[1] = {_mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-65536)))};
 }
 QUIRE_INLINE void load2(const Float8E5M2* p, Vec* v) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -140,9 +141,16 @@ QUIRE_INLINE float largest(Vec a) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
-QUIRE_INLINE void sums4(const Vec* a, float* out) {
-  const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a[0].v, a[1].v), _mm256_hadd_ps(a[2].v, a[3].v));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+QUIRE_INLINE Vec lane_sums(const Vec* a) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 2)  // of a, b: a02 a13 b02 b13 in each 128 bits
+    t[i] = _mm256_add_ps(_mm256_blend_ps(a[i].v, a[i + 1].v, 0xcc),
+                         _mm256_shuffle_ps(a[i].v, a[i + 1].v, 0x4e));
+  for (int i = 0; i < 8; i += 4)  // a b c d
+    t[i] = _mm256_add_ps(_mm256_shuffle_ps(t[i], t[i + 2], 0x88),
+                         _mm256_shuffle_ps(t[i], t[i + 2], 0xdd));
+  return {
+      _mm256_add_ps(_mm256_blend_ps(t[0], t[4], 0xf0), _mm256_permute2f128_ps(t[0], t[4], 0x21))};
 }
 QUIRE_INLINE void transpose(Vec* a) {
   __m256 t[8], u[8];

@@ -131,16 +131,19 @@ QUIRE_INLINE Vec scale2(Vec a, Vec n) {
 QUIRE_INLINE float first(Vec a) { return _mm512_cvtss_f32(a.v); }
 QUIRE_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 QUIRE_INLINE float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
-QUIRE_INLINE void sums4(const Vec* a, float* out) {
-  const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(a[0].v, a[1].v),
-                                   _mm512_unpackhi_ps(a[0].v, a[1].v));  // 0 1 0 1 a lane
-  const __m512 high =
-      _mm512_add_ps(_mm512_unpacklo_ps(a[2].v, a[3].v), _mm512_unpackhi_ps(a[2].v, a[3].v));
-  const __m512 lanes = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44),
-                                     _mm512_shuffle_ps(low, high, 0xee));  // 0 1 2 3 a lane
-  const __m256 halves =
-      _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+QUIRE_INLINE Vec lane_sums(const Vec* a) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2)  // of a, b: a02 b02 a13 b13 in each 128 bits
+    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[i].v, a[i + 1].v),
+                         _mm512_unpackhi_ps(a[i].v, a[i + 1].v));
+  for (int i = 0; i < 16; i += 4)  // a b c d
+    t[i] = _mm512_add_ps(_mm512_shuffle_ps(t[i], t[i + 2], 0x44),
+                         _mm512_shuffle_ps(t[i], t[i + 2], 0xee));
+  for (int i = 0; i < 16; i += 8)  // abcd02 abcd13 efgh02 efgh13, those being the 128 bits
+    t[i] = _mm512_add_ps(_mm512_shuffle_f32x4(t[i], t[i + 4], 0x44),
+                         _mm512_shuffle_f32x4(t[i], t[i + 4], 0xee));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[8], 0x88),
+                        _mm512_shuffle_f32x4(t[0], t[8], 0xdd))};
 }
 QUIRE_INLINE void transpose(Vec* a) {
   __m512 t[16];

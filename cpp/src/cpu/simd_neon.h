@@ -98,8 +98,8 @@ QUIRE_INLINE Vec scale2(Vec a, Vec n) {
 QUIRE_INLINE float first(Vec a) { return vgetq_lane_f32(a.v, 0); }
 QUIRE_INLINE float sum(Vec a) { return vaddvq_f32(a.v); }
 QUIRE_INLINE float largest(Vec a) { return vmaxvq_f32(a.v); }
-QUIRE_INLINE void sums4(const Vec* a, float* out) {
-  vst1q_f32(out, vpaddq_f32(vpaddq_f32(a[0].v, a[1].v), vpaddq_f32(a[2].v, a[3].v)));
+QUIRE_INLINE Vec lane_sums(const Vec* a) {
+  return {vpaddq_f32(vpaddq_f32(a[0].v, a[1].v), vpaddq_f32(a[2].v, a[3].v))};
 }
 QUIRE_INLINE float64x2_t as_pairs(float32x4_t x) { return vreinterpretq_f64_f32(x); }
 QUIRE_INLINE void transpose(Vec* a) {

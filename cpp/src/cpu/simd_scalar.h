@@ -76,8 +76,8 @@ QUIRE_INLINE float largest(Vec a) {
   const float high = a.v[2] > a.v[3] ? a.v[2] : a.v[3];
   return low > high ? low : high;
 }
-QUIRE_INLINE void sums4(const Vec* a, float* out) {
-  for (int i = 0; i < 4; ++i) out[i] = sum(a[i]);
+QUIRE_INLINE Vec lane_sums(const Vec* a) {
+  return map([&](int i) { return sum(a[i]); });
 }
 QUIRE_INLINE void transpose(Vec* a) {
   for (int i = 0; i < 4; ++i)
