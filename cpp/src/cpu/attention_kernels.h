@@ -18,6 +18,7 @@
 #include "cpu/backward_panels.h"
 #include "cpu/backward_task.h"
 #include "cpu/backward_kernel.h"
+#include "cpu/quantise_kernel.h"
 #include "cpu/roof_kernel.h"
 // clang-format on
 

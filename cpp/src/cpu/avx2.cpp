@@ -29,7 +29,7 @@ QUIRE_TARGET_END
 namespace quire::cpu {
 
 const Kernels kAvx2Kernels = {
-    "avx2",         avx2::attend,        avx2::merge,   avx2::prepare_backward,
-    avx2::backward, avx2::multiply_adds, avx2::read_all};
+    "avx2",         avx2::attend,   avx2::merge,         avx2::prepare_backward,
+    avx2::backward, avx2::quantise, avx2::multiply_adds, avx2::read_all};
 
 }  // namespace quire::cpu

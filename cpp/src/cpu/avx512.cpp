@@ -33,7 +33,7 @@ QUIRE_TARGET_END
 namespace quire::cpu {
 
 const Kernels kAvx512Kernels = {
-    "avx512",         avx512::attend,        avx512::merge,   avx512::prepare_backward,
-    avx512::backward, avx512::multiply_adds, avx512::read_all};
+    "avx512",         avx512::attend,   avx512::merge,         avx512::prepare_backward,
+    avx512::backward, avx512::quantise, avx512::multiply_adds, avx512::read_all};
 
 }  // namespace quire::cpu

@@ -35,9 +35,13 @@ QUIRE_TARGET_END
 
 namespace quire::cpu {
 
-const Kernels kAvx512AmxKernels = {"avx512_amx",         avx512_amx::attend,
-                                   avx512_amx::merge,    avx512_amx::prepare_backward,
-                                   avx512_amx::backward, avx512_amx::multiply_adds,
+const Kernels kAvx512AmxKernels = {"avx512_amx",
+                                   avx512_amx::attend,
+                                   avx512_amx::merge,
+                                   avx512_amx::prepare_backward,
+                                   avx512_amx::backward,
+                                   avx512_amx::quantise,
+                                   avx512_amx::multiply_adds,
                                    avx512_amx::read_all};
 
 }  // namespace quire::cpu

@@ -38,9 +38,13 @@ QUIRE_TARGET_END
 
 namespace quire::cpu {
 
-const Kernels kAvx512Bf16Kernels = {"avx512_bf16",         avx512_bf16::attend,
-                                    avx512_bf16::merge,    avx512_bf16::prepare_backward,
-                                    avx512_bf16::backward, avx512_bf16::multiply_adds,
+const Kernels kAvx512Bf16Kernels = {"avx512_bf16",
+                                    avx512_bf16::attend,
+                                    avx512_bf16::merge,
+                                    avx512_bf16::prepare_backward,
+                                    avx512_bf16::backward,
+                                    avx512_bf16::quantise,
+                                    avx512_bf16::multiply_adds,
                                     avx512_bf16::read_all};
 
 }  // namespace quire::cpu

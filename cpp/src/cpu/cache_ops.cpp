@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Copies of rows and blocks, and the merge of partial results: bound by memory, so plain C++.
+// Copies of rows and blocks, and the merge of partial results: bound by memory, so plain C++. What
+// is not, quantising, is done by the kernels in use.
 #include "cpu/cache_ops.h"
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <type_traits>
 
 #include "cpu/element.h"
+#include "cpu/isa.h"
 #include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
 
@@ -111,11 +113,6 @@ float scale_of_row(const float* row, int64_t dim, float largest) {
   return std::max(finite / largest, std::numeric_limits<float>::min());
 }
 
-template <class Q>
-void quantise_row(const float* row, int64_t dim, float scale, Q* to) {
-  for (int64_t d = 0; d < dim; ++d) from_float(row[d] / scale, to[d]);
-}
-
 // Where the scale of a slot and head lies.
 const float* scale_of_slot(const KvScale& scale, int64_t slot, int64_t block_size, int64_t head) {
   if (!scale.values) return &scale.value;
@@ -125,8 +122,8 @@ const float* scale_of_slot(const KvScale& scale, int64_t slot, int64_t block_siz
 
 // All heads of token t to a slot of a quantised cache.
 template <class T, class Q>
-void quantise_token(const TensorView& rows, const TensorView& cache, int64_t t, int64_t slot,
-                    const Rope* rope, const KvScale& scale) {
+void quantise_token(const Kernels& kernels, const TensorView& rows, const TensorView& cache,
+                    int64_t t, int64_t slot, const Rope* rope, const KvScale& scale) {
   const int64_t dim = rows.shape[2];
   float* row = thread_scratch(dim);
   for (int64_t head = 0; head < rows.shape[1]; ++head) {
@@ -137,8 +134,8 @@ void quantise_token(const TensorView& rows, const TensorView& cache, int64_t t, 
       for (int64_t d = 0; d < dim; ++d) row[d] = to_float(from[d]);
     const float* given = scale_of_slot(scale, slot, cache.shape[1], head);
     if (scale.is_per_token) *const_cast<float*>(given) = scale_of_row(row, dim, Q::kLargest);
-    quantise_row(row, dim, *given,
-                 cache.as<Q>() + slot_offset(cache, slot) + head * cache.strides[2]);
+    kernels.quantise(row, dim, *given, element_type(cache.dtype),
+                     cache.as<Q>() + slot_offset(cache, slot) + head * cache.strides[2]);
   }
 }
 
@@ -204,12 +201,13 @@ void scatter_rotated_rows(const TensorView& rows, const TensorView& cache,
 void quantise_rows(const TensorView& rows, const TensorView& cache, const TensorView& slot_mapping,
                    const Rope* rope, const TensorView& scale) {
   const KvScale kernel = kernel_scale(scale);
+  const Kernels& kernels = kernels_in_use();
   for_dtype(rows.dtype, [&]<class T>() {
     for_quantised(cache.dtype, [&]<class Q>() {
       for_each(rows.shape[0], kElementsAPiece / std::max<int64_t>(1, rows.shape[1] * rows.shape[2]),
                [&](int64_t t) {
                  const int64_t slot = slot_mapping.as<int64_t>()[t * slot_mapping.strides[0]];
-                 if (slot >= 0) quantise_token<T, Q>(rows, cache, t, slot, rope, kernel);
+                 if (slot >= 0) quantise_token<T, Q>(kernels, rows, cache, t, slot, rope, kernel);
                });
     });
   });

@@ -116,8 +116,8 @@ inline uint8_t narrow_float8(float x, float largest, int32_t nan) {
   const int32_t normal = (bits - ((127 - kBias) << 23) + half) >> kDropped;
   const float shifted = std::bit_cast<float>(bits) + std::bit_cast<float>(kShifter);
   const int32_t subnormal = std::bit_cast<int32_t>(shifted) - kShifter;
-  const int32_t finite = bits >= (128 - kBias) << 23 ? normal : subnormal;
-  const int32_t result = magnitude > 0x7f800000 ? nan : finite;
+  const int32_t finite = select(bits >= (128 - kBias) << 23, normal, subnormal);
+  const int32_t result = select(magnitude > 0x7f800000, nan, finite);
   return static_cast<uint8_t>((all >> 24 & 0x80) | result);
 }
 

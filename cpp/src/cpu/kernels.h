@@ -36,6 +36,8 @@ struct Kernels {
   // Gradients: first of all tiles of rows, then of all chunks of keys.
   void (*prepare_backward)(const BackwardRun& run, const BackwardHead& head, int tile);
   void (*backward)(const BackwardRun& run, const BackwardHead& head, int chunk);
+  // to[d] = row[d] / scale for d < dim, rounded and bounded; `type` is that of a quantised cache.
+  void (*quantise)(const float* row, int64_t dim, float scale, ElementType type, void* to);
   // What the machine can do, for roofs.h.
   double (*multiply_adds)(int64_t rounds, bool bfloat16_pairs, float* sink);
   float (*read_all)(const float* data, int64_t count);

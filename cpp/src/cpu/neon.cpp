@@ -28,7 +28,7 @@ namespace {
 namespace quire::cpu {
 
 const Kernels kNeonKernels = {
-    "neon",         neon::attend,        neon::merge,   neon::prepare_backward,
-    neon::backward, neon::multiply_adds, neon::read_all};
+    "neon",         neon::attend,   neon::merge,         neon::prepare_backward,
+    neon::backward, neon::quantise, neon::multiply_adds, neon::read_all};
 
 }  // namespace quire::cpu

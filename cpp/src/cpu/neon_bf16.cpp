@@ -32,7 +32,7 @@ QUIRE_TARGET_END
 namespace quire::cpu {
 
 const Kernels kNeonBf16Kernels = {
-    "neon_bf16",         neon_bf16::attend,        neon_bf16::merge,   neon_bf16::prepare_backward,
-    neon_bf16::backward, neon_bf16::multiply_adds, neon_bf16::read_all};
+    "neon_bf16",         neon_bf16::attend,   neon_bf16::merge,         neon_bf16::prepare_backward,
+    neon_bf16::backward, neon_bf16::quantise, neon_bf16::multiply_adds, neon_bf16::read_all};
 
 }  // namespace quire::cpu

@@ -5,10 +5,11 @@
 
 namespace quire::cpu {
 
-const Kernels kAvx512Kernels = {"avx512", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+const Kernels kAvx512Kernels = {"avx512", nullptr, nullptr, nullptr,
+                                nullptr,  nullptr, nullptr, nullptr};
 const Kernels kAvx512Bf16Kernels = {"avx512_bf16", nullptr, nullptr, nullptr,
-                                    nullptr,       nullptr, nullptr};
+                                    nullptr,       nullptr, nullptr, nullptr};
 const Kernels kAvx512AmxKernels = {"avx512_amx", nullptr, nullptr, nullptr,
-                                   nullptr,      nullptr, nullptr};
+                                   nullptr,      nullptr, nullptr, nullptr};
 
 }  // namespace quire::cpu

@@ -25,7 +25,7 @@ namespace {
 namespace quire::cpu {
 
 const Kernels kScalarKernels = {
-    "scalar",         scalar::attend,        scalar::merge,   scalar::prepare_backward,
-    scalar::backward, scalar::multiply_adds, scalar::read_all};
+    "scalar",         scalar::attend,   scalar::merge,         scalar::prepare_backward,
+    scalar::backward, scalar::quantise, scalar::multiply_adds, scalar::read_all};
 
 }  // namespace quire::cpu
