@@ -53,12 +53,13 @@ constexpr int kVisitKeys = 16;  // of which a visit computes logits, or adds up 
 static_assert(kVisitKeys % kWidth == 0 && kWidth % kTileKeys == 0);
 
 // The rows of k or v that a visit reads: `count` from keys[0] + shift on, and the same columns of
-// those `ahead` keys further on to be prefetched.
+// those `ahead` keys further on to be prefetched, with those `beside` them where that is not 0.
 template <class T>
 struct Rows {
   const T* const* keys;
   int64_t shift;
   int count, ahead;
+  int64_t beside = 0;  // elements
 
   const T* operator[](int t) const { return keys[t] + shift; }
 };
@@ -85,6 +86,7 @@ QUIRE_INLINE void dot_tile(const float* q, int q_stride, const Rows<T>& rows, in
 #pragma GCC unroll 4
     for (int i = 0; i < kTileKeys; ++i) {
       if (kAhead) fetch_columns<C * kWidth>(ahead[i], d);
+      if (kAhead && rows.beside) fetch_columns<C * kWidth>(ahead[i] + rows.beside, d);
       load_key(keys[i] + d, k[i]);
     }
 #pragma GCC unroll 8
@@ -227,11 +229,10 @@ class Decode {
     const size_t bytes_a_key = task_.p.head_dim * sizeof(T) * heads.size();
     const auto visits = std::clamp<size_t>(kBytesAhead / (bytes_a_key * kVisitKeys), 1, kMaxVisits);
     ahead_ = static_cast<int>(visits) * kVisitKeys;
-    const auto k_address = reinterpret_cast<intptr_t>(task_.p.k);
     const int64_t step = task_.p.block_size == 1 ? task_.p.v_stride_block : task_.p.v_stride_row;
     sum_keys_ =
         static_cast<int64_t>(sizeof(T)) * std::abs(step) < kFarRow ? kVisitKeys : kVisitKeys / 2;
-    v_is_close_ = std::abs(reinterpret_cast<intptr_t>(task_.p.v) - k_address) <= kBytesClose;
+    v_beside_ = find_v_beside(task_.p);
     std::fill_n(q_, num_rows() * q_stride_, 0.0f);
     for (size_t h = 0; h < heads.size(); ++h) {
       const float scale = task_.q_scale() * item_scale<T>(heads[h], task_.p.k_scale);
@@ -286,6 +287,13 @@ class Decode {
   size_t row(size_t h, int r) const { return h * head_rows_ + r; }  // over all heads
   size_t num_rows() const { return heads_.size() * head_rows_; }
 
+  static int64_t find_v_beside(const AttentionParams& p) {
+    const int64_t bytes = reinterpret_cast<intptr_t>(p.v) - reinterpret_cast<intptr_t>(p.k);
+    const bool lie_alike = p.v_stride_block == p.k_stride_block &&
+                           p.v_stride_row == p.k_stride_row && p.v_stride_head == p.k_stride_head;
+    return lie_alike && std::abs(bytes) <= kBytesClose ? bytes / int64_t{sizeof(T)} : 0;
+  }
+
   // Of head 0: k of keys [first, last), their v, then the first k of the next chunk.
   void find_rows(int64_t first, int64_t last) {
     const T** out = rows_;
@@ -327,24 +335,14 @@ class Decode {
       }
   }
 
-  static void fetch(const T* row, int dim) {
-    for (size_t byte = 0; byte < dim * sizeof(T); byte += 64)
-      prefetch_far(reinterpret_cast<const char*>(row) + byte);
-  }
-
   // Logits of keys [t, end) for head h.
   template <bool kAhead>
   QUIRE_INLINE void score_visit(size_t h, int r, int offset, int t, int count) {
     const int64_t shift = static_cast<int64_t>(h) * task_.p.k_stride_head;
     const int n = std::min(kVisitKeys, count - t);
-    if (kAhead && v_is_close_) {
-      const int64_t v_shift = static_cast<int64_t>(h) * task_.p.v_stride_head;
-      for (int i = t; i < t + n; ++i)
-        fetch(rows_[count + std::min(i + ahead_, count - 1)] + v_shift, task_.p.head_dim_v);
-    }
     with_rows(task_.rows - r, [&]<int R>() {
       dot_rows<R, kAhead>(q_ + row(h, r) * q_stride_, q_stride_,
-                          Rows<T>{rows_ + t, shift, n, ahead_}, task_.p.head_dim,
+                          Rows<T>{rows_ + t, shift, n, ahead_, v_beside_}, task_.p.head_dim,
                           s_ + row(h, r) * kScores + offset + t, kScores);
     });
   }
@@ -380,6 +378,6 @@ class Decode {
   int64_t first_key_, end_key_;  // seen by any row
   int ahead_;                    // keys from use to prefetch
   int sum_keys_;                 // whose values are added up at a time: see kFarRow
-  bool v_is_close_;              // to its k: see kBytesClose
+  int64_t v_beside_;             // elements from k to v of a key: see kBytesClose
   const T* rows_[2 * kKvChunk + (kMaxVisits + 1) * kVisitKeys];  // of head 0, in order of use
 };
