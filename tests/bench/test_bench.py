@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 
+import bench_attention
 import numpy as np
 import pytest
 import quire
@@ -108,6 +109,19 @@ def test_the_table_says_what_was_measured():
 def test_cases_of_the_command():
     assert len(cases.standard(quick=True)) == 5
     assert len(cases.standard(quick=False)) == 15
+
+
+def test_the_full_bench_compares_what_is_right(monkeypatch):
+    monkeypatch.setattr(bench_attention, "AT_LEAST", 0.0)
+    assert len(list(bench_attention.prefills())) == 4
+    assert len(list(bench_attention.decodes())) == 18
+    found = list(bench_attention.block_sizes(SHAPE, [5, 300], samples=3))
+    assert len(found) == 8 and all(x.ratio > 0 and x.spread >= 0 for x in found)
+    assert "b16 head-major against" in found[1].case and "b256 head-major" in found[1].case
+    right, wrong = (cases.prefill(SHAPE, 20, "float32") for _ in range(2))
+    wrong.run = lambda: right.run() + np.float32(0.1)
+    with pytest.raises(AssertionError, match="quire is off by"):
+        bench_attention.compare(right, wrong, samples=3)
 
 
 def test_roofs_are_rates():
