@@ -28,8 +28,9 @@ def _check_count(name: str, count: object) -> None:
 class KVCache:
     """Memory of the K and V blocks of all layers, zeroed, in the layout the backend likes best.
 
-    On the CPU a block of one head is contiguous, with V behind K:
-    ``[num_layers, num_blocks, num_kv_heads, 2, block_size, head_dim]``. `k` and `v` are views.
+    On the CPU a block of one head is contiguous, and so is K of all heads, which are read together,
+    with V behind it: ``[num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]``. `k` and
+    `v` are views.
     bfloat16 and float8 need the package ml_dtypes. Scales of a quantised dtype are the caller's.
 
     Raises ValueError for a count below 1 or an unknown dtype, NotImplementedError for a device.
@@ -63,16 +64,16 @@ class KVCache:
             _check_count(name, count)
         if device != "cpu":
             raise NotImplementedError(f'KVCache: device: expected "cpu", got {device!r}')
-        shape = (num_layers, num_blocks, num_kv_heads, 2, block_size, head_dim)
+        shape = (num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim)
         self._data: npt.NDArray[Any] = np.zeros(shape, numpy_dtype(dtype, "KVCache: dtype"))
 
     def k(self, layer: int) -> npt.NDArray[Any]:
         """Keys of a layer, a view [num_blocks, block_size, num_kv_heads, head_dim]."""
-        return self._data[layer, :, :, 0].transpose(0, 2, 1, 3)
+        return self._data[layer, :, 0].transpose(0, 2, 1, 3)
 
     def v(self, layer: int) -> npt.NDArray[Any]:
         """Values of a layer, a view [num_blocks, block_size, num_kv_heads, head_dim]."""
-        return self._data[layer, :, :, 1].transpose(0, 2, 1, 3)
+        return self._data[layer, :, 1].transpose(0, 2, 1, 3)
 
     @property
     def pools(self) -> list[npt.NDArray[Any]]:

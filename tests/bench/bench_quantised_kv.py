@@ -4,11 +4,10 @@
     python tests/bench/bench_quantised_kv.py [--kv 16384] [--batch 8,32] [--threads 2,1]
                                              [--samples 9] [--prefill 2048] [--json FILE]
 
-32 query heads over 8 kv heads of 128, blocks of 16 tokens in random order, K and V of a head next
-to each other. All candidates take turns sample by sample, because a shared machine drifts: compare
-the ratios of the medians. Every result is compared with bfloat16 attention over the dequantised
-cache before anything is timed. `--prefill N` adds N new tokens after N cached ones, and the time of
-writing N tokens.
+32 query heads over 8 kv heads of 128, blocks of 16 tokens in random order, in `KVCache`. All
+candidates take turns sample by sample, because a shared machine drifts: compare the ratios of the
+medians. Every result is compared with bfloat16 attention over the dequantised cache before anything
+is timed. `--prefill N` adds N new tokens after N cached ones, and the time of writing N tokens.
 """
 
 from __future__ import annotations

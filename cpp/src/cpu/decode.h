@@ -275,7 +275,7 @@ class Decode {
   static constexpr int kMaxRows = 64;            // of all heads: their scores stay in the L2 cache
   static constexpr int kMaxVisits = 4;
   static constexpr size_t kBytesAhead = 16384;      // from use to prefetch
-  static constexpr int64_t kBytesTogether = 32768;  // between the heads that are read together
+  static constexpr int64_t kBytesTogether = 65536;  // between the heads that are read together
   // Values are added up column by column: rows as far apart as this share few places of the L1
   // cache, which half a visit fits.
   static constexpr int64_t kFarRow = 2048;

@@ -176,8 +176,8 @@ def _cache(
     heads, dim = shape.num_kv_heads, shape.head_dim
     if layout == "token-major":
         return [random(rng, (num_blocks, block_size, heads, dim), dtype) for _ in "kv"]
-    pool = random(rng, (num_blocks, heads, 2, block_size, dim), dtype)  # K of a head next to its V
-    return [pool[:, :, i].transpose(0, 2, 1, 3) for i in range(2)]
+    pool = random(rng, (num_blocks, 2, heads, block_size, dim), dtype)  # as KVCache
+    return [pool[:, i].transpose(0, 2, 1, 3) for i in range(2)]
 
 
 def decode(
