@@ -17,6 +17,11 @@ SHAPE = cases.Shape(4, 2, 32)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+@pytest.fixture(autouse=True)
+def without_pauses(monkeypatch):
+    monkeypatch.setattr(measure, "_PAUSE", 0.0)
+
+
 def small_cases(dtype: str) -> list[cases.Case]:
     made: list[cases.Case] = [cases.prefill(SHAPE, 70, dtype), cases.backward(SHAPE, 70, dtype)]
     for layout in ("head-major", "token-major"):

@@ -12,6 +12,10 @@ from typing import Protocol
 from .cases import Case
 from .peers import Call, Candidate
 
+# Seconds before a sample: threads of the candidate before wait for more work in a loop, torch's for
+# some milliseconds, jax's longer.
+_PAUSE = 0.3
+
 
 class _Peer(Protocol):
     @property
@@ -78,7 +82,9 @@ def measure(
     for i in range(samples):
         turn = i % len(names)
         for name in names[turn:] + names[:turn]:
+            time.sleep(_PAUSE)
             times[name].append(seconds(calls[name], at_least))
+        time.sleep(_PAUSE)
         roofs.append(roof(case.roof))
     return Row(
         case.name,
