@@ -119,7 +119,7 @@ def test_cases_of_the_command():
 def test_the_full_bench_compares_what_is_right(monkeypatch):
     monkeypatch.setattr(bench_attention, "AT_LEAST", 0.0)
     assert len(list(bench_attention.prefills())) == 4
-    assert len(list(bench_attention.decodes())) == 18
+    assert len(list(bench_attention.decodes())) == 15
     found = list(bench_attention.block_sizes(SHAPE, [5, 300], samples=3))
     assert len(found) == 8 and all(x.ratio > 0 and x.spread >= 0 for x in found)
     assert "b16 head-major against" in found[1].case and "b256 head-major" in found[1].case
