@@ -30,8 +30,8 @@ class KVCache:
 
     On the CPU a block of one head is contiguous, and so is K of all heads, which are read together,
     with V behind it: ``[num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]``. `k` and
-    `v` are views.
-    bfloat16 and float8 need the package ml_dtypes. Scales of a quantised dtype are the caller's.
+    `v` are views. bfloat16 and float8 need the package ml_dtypes. Scales of a quantised dtype are
+    the caller's.
 
     Raises ValueError for a count below 1 or an unknown dtype, NotImplementedError for a device.
 

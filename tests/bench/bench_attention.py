@@ -34,7 +34,7 @@ Maker = Callable[[], cases.Case]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same work in several ways, and how many times as fast as the second the first is."""
+    """Two cases of the same work, and how many times as fast as the second the first is."""
 
     case: str
     dtype: str
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--threads", type=int, default=quire.num_threads())
     parser.add_argument("--samples", type=int, default=9)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", choices=("prefill", "decode", "blocks"))
     parser.add_argument("--json", type=Path, help="also write the lines there, as JSON")
     arguments = parser.parse_args()
     quire.set_num_threads(arguments.threads)
@@ -105,13 +105,13 @@ def main() -> None:
     print(f"quire {quire.__version__} ({quire.cpu_isa()}, {arguments.threads} threads), {versions}")
     print(table.head(names))
     for kind, makers in (("prefill", prefills()), ("decode", decodes())):
-        for make in makers if arguments.only in kind else ():
+        for make in makers if arguments.only in (None, kind) else ():
             row = measure.measure(
                 make(), found, roof.measure, arguments.threads, arguments.samples, AT_LEAST
             )
             lines.append(table.to_json(row))
             print(table.line(row, names), flush=True)
-    if arguments.only in "blocks":
+    if arguments.only in (None, "blocks"):
         lengths = [int(n) for n in np.linspace(1024, 16384, 8)]
         for comparison in block_sizes(LLAMA, lengths, arguments.samples):
             lines.append(json.dumps(vars(comparison)))

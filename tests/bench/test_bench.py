@@ -20,6 +20,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 @pytest.fixture(autouse=True)
 def without_pauses(monkeypatch):
     monkeypatch.setattr(measure, "_PAUSE", 0.0)
+    monkeypatch.setattr(measure, "_WARM_UP", 0.0)
 
 
 def small_cases(dtype: str) -> list[cases.Case]:

@@ -335,7 +335,7 @@ class Decode {
       }
   }
 
-  // Logits of keys [t, end) for head h.
+  // Logits of the visit at key t for head h, rows from r on.
   template <bool kAhead>
   QUIRE_INLINE void score_visit(size_t h, int r, int offset, int t, int count) {
     const int64_t shift = static_cast<int64_t>(h) * task_.p.k_stride_head;

@@ -13,8 +13,8 @@ from .cases import Case
 from .peers import Call, Candidate
 
 # Seconds before a sample: threads of the candidate before wait for more work in a loop, torch's for
-# some milliseconds, jax's longer.
-_PAUSE = 0.3
+# some milliseconds, jax's longer. Then seconds of calls that do not count: cores have to wake up.
+_PAUSE, _WARM_UP = 0.3, 0.05
 
 
 class _Peer(Protocol):
@@ -55,6 +55,14 @@ def seconds(call: Call, at_least: float, clock: Callable[[], float] = time.perf_
             return elapsed / calls
 
 
+def _settle(call: Call) -> None:
+    """Before a sample of `call`."""
+    time.sleep(_PAUSE)
+    end = time.perf_counter() + _WARM_UP
+    while time.perf_counter() < end:
+        call()
+
+
 def measure(
     case: Case,
     peers: Sequence[_Peer],
@@ -82,9 +90,9 @@ def measure(
     for i in range(samples):
         turn = i % len(names)
         for name in names[turn:] + names[:turn]:
-            time.sleep(_PAUSE)
+            _settle(calls[name])
             times[name].append(seconds(calls[name], at_least))
-        time.sleep(_PAUSE)
+        _settle(lambda: roof(case.roof))
         roofs.append(roof(case.roof))
     return Row(
         case.name,
